@@ -1,0 +1,73 @@
+"""Every error dlmfs reports, as one table: exception, errno seen by programs, exit code.
+
+    DlmfsError                       errno        mount(8)   other commands
+    ├── UsageError                   EINVAL       1          2      the caller asked for something wrong
+    │   └── NotPermitted             EPERM        1          77     ... or is not allowed to
+    ├── NodeNameInUse                EEXIST       32         69     another live node has this name
+    ├── MountFailed                  ENODEV       32         69     the kernel or fusermount3 said no
+    ├── Unavailable                  ENOLCK       32         69     the store cannot be reached now
+    │   ├── StoreFull                ENOSPC       32         69     nothing was written
+    │   └── OutcomeUnknown           ENOLCK       32         69     it may or may not have happened
+    ├── BadState                     EIO          32         78     state file corrupt, foreign, misplaced
+    ├── LockLost                     EIO          32         75     the lease or the state is gone
+    └── Bug                          EIO          4          70     a broken invariant of ours
+
+A message says what is wrong, where, and what to do, in one line. Whose fault it is shows in
+the class: UsageError is the caller's, Unavailable may pass, LockLost means stop the work.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class DlmfsError(Exception):
+    """Base of all; never raised itself. `errno` is what a system call on the mount answers."""
+
+    errno: int = errno.EIO
+    mount_exit: int = 32
+    exit: int = 69
+
+
+class UsageError(DlmfsError):
+    errno, mount_exit, exit = errno.EINVAL, 1, 2
+
+
+class NotPermitted(UsageError):
+    errno, mount_exit, exit = errno.EPERM, 1, 77
+
+
+class NodeNameInUse(DlmfsError):
+    errno, mount_exit, exit = errno.EEXIST, 32, 69
+
+
+class MountFailed(DlmfsError):
+    errno, mount_exit, exit = errno.ENODEV, 32, 69
+
+
+class Unavailable(DlmfsError):
+    errno, mount_exit, exit = errno.ENOLCK, 32, 69
+
+
+class StoreFull(Unavailable):
+    """The store refused a write for want of space. Definite: nothing of it was applied."""
+
+    errno = errno.ENOSPC
+
+
+class OutcomeUnknown(Unavailable):
+    """A transaction was sent and no answer came: it may have been applied, or may be later."""
+
+
+class BadState(DlmfsError):
+    errno, mount_exit, exit = errno.EIO, 32, 78
+
+
+class LockLost(DlmfsError):
+    """This incarnation is over: lease expired, membership removed, or state deleted."""
+
+    errno, mount_exit, exit = errno.EIO, 32, 75
+
+
+class Bug(DlmfsError):
+    errno, mount_exit, exit = errno.EIO, 4, 70

@@ -1,0 +1,52 @@
+"""The nouns of the lock service, shared by every layer. No behaviour beyond lookup tables.
+
+Terms are those of docs/glossary.md: domain, lock resource, LVB, BAST, PR/EX, incarnation, token.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+LVB_SIZE: Final = 64
+"""Bytes of a lock value block (dlmfs.txt, "Locking")."""
+
+LOCK_NAME_MAX: Final = 31
+"""Longest lock name in bytes (kernel-behaviour: 32..255 EINVAL)."""
+
+DOMAIN_NAME_MAX: Final = 63
+"""Longest domain name in bytes (kernel-behaviour: 64..255 EINVAL)."""
+
+EMPTY_LVB: Final = bytes(LVB_SIZE)
+
+TOKEN_SHIFT: Final = 16
+"""A token is `revision << TOKEN_SHIFT | local counter`, under either owner rule, so that nodes
+with different owner rules hand out comparable tokens."""
+
+
+class Mode(enum.IntEnum):
+    """Lock modes, weakest first. A numerically larger mode covers a smaller one."""
+
+    NL = 0
+    PR = 1
+    EX = 2
+
+
+class Owner(enum.Enum):
+    """Who holds a lock: the whole node (dlmfs.txt) or each open file (`-o owner=`)."""
+
+    NODE = "node"
+    FILE = "file"
+
+
+_STRONGEST_BESIDE: Final = {Mode.NL: Mode.EX, Mode.PR: Mode.PR, Mode.EX: Mode.NL}
+
+
+def strongest_beside(mode: Mode) -> Mode:
+    """The strongest mode that is compatible with `mode`: what a holder may keep."""
+    return _STRONGEST_BESIDE[mode]
+
+
+def compatible(a: Mode, b: Mode) -> bool:
+    """Whether two nodes may hold modes `a` and `b` of one lock at the same time."""
+    return b <= _STRONGEST_BESIDE[a]

@@ -1,0 +1,175 @@
+"""The store contract: where cluster state lives. etcd's v3 API fulfils it as it stands.
+
+A store is a map from keys to values with one revision number for the whole store. Every
+transaction that changes anything gets the next revision; a key remembers the revision that
+created it and the one that last changed it (0 stands for an absent key in compares).
+
+Rules every implementation keeps (tests/store/test_contract.py):
+
+* `txn` is atomic and linearizable. Compares, at every nesting depth, see the state from before
+  the whole transaction. Nested transactions run in place and report their own `succeeded`.
+  One request touches a key at most once (etcd refuses it otherwise).
+* `done` is called exactly once, later, from the scheduler, never from inside the call.
+* An answer that did not come is `OutcomeUnknown`: it may have been applied, or be applied later.
+  `StoreFull` and `LockLost` are definite: nothing was applied.
+* `watch` delivers events in revision order, all events of one revision in one batch, without
+  gaps or repeats, starting with `from_revision`. When it cannot (log trimmed) it says so once with a
+  `WatchGap` and delivers nothing more.
+* Keys put with a session's lease vanish together, in one revision, when the session ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from dlmfs.errors import DlmfsError
+
+
+class KeyValue(NamedTuple):
+    key: bytes
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    lease: int = 0
+
+
+class Compare(NamedTuple):
+    """Holds when `field` of the key (with `prefix`, of every key that starts so) is `op` value."""
+
+    key: bytes
+    field: Literal["create", "mod"]
+    op: Literal["=", "<"]
+    value: int
+    prefix: bool = False
+
+
+def created_at(key: bytes, revision: int) -> Compare:
+    """The key is the one created at `revision`; 0: there is no such key."""
+    return Compare(key, "create", "=", revision)
+
+
+def unchanged(key: bytes, revision: int) -> Compare:
+    """The key was last changed at `revision`; 0: there is no such key."""
+    return Compare(key, "mod", "=", revision)
+
+
+def none_newer(prefix: bytes, revision: int) -> Compare:
+    """No key below `prefix` was changed after `revision`. Deletions do not count."""
+    return Compare(prefix, "mod", "<", revision + 1, prefix=True)
+
+
+class Put(NamedTuple):
+    key: bytes
+    value: bytes
+    lease: int = 0
+
+
+class Delete(NamedTuple):
+    key: bytes
+
+
+class Get(NamedTuple):
+    """Answered with `KeyValue | None`."""
+
+    key: bytes
+
+
+class Range(NamedTuple):
+    """Answered with a tuple of `KeyValue`, by key."""
+
+    prefix: bytes
+
+
+class Txn(NamedTuple):
+    """If all `compares` hold run `then`, else `otherwise`. May stand among its own operations."""
+
+    compares: tuple[Compare, ...]
+    then: tuple[Op, ...]
+    otherwise: tuple[Op, ...] = ()
+
+
+Op = Put | Delete | Get | Range | Txn
+
+
+class TxnResult(NamedTuple):
+    """`responses` match the branch that ran: None for Put and Delete, see the others.
+
+    `revision` is the store's after the transaction (its own one if it wrote anything).
+    """
+
+    succeeded: bool
+    revision: int
+    responses: tuple[Response, ...]
+
+
+Response = KeyValue | tuple[KeyValue, ...] | TxnResult | None
+
+TxnDone = Callable[[TxnResult | DlmfsError], None]
+
+
+class Event(NamedTuple):
+    """A change of a key. For a deletion `kv` has an empty value and `mod_revision` is its revision."""
+
+    kind: Literal["put", "delete"]
+    kv: KeyValue
+
+
+class WatchBatch(NamedTuple):
+    revision: int
+    events: tuple[Event, ...]
+
+
+class WatchGap(NamedTuple):
+    """The watch ended: events before `oldest` are gone. Read everything anew, watch again."""
+
+    oldest: int
+
+
+class Watch(Protocol):
+    def cancel(self) -> None:
+        """After this returns nothing more is delivered."""
+
+
+class Session(Protocol):
+    """One node's life in the store. All its leased keys live and die with it."""
+
+    @property
+    def lease(self) -> int:
+        """The number to put in `Put.lease`."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When the lease may have run out if nothing renews it: seconds on the scheduler's clock,
+        counted from the sending of the last good renewal. None: it cannot run out (one host)."""
+
+    def close(self, done: Callable[[DlmfsError | None], None]) -> None:
+        """End the session: its keys vanish in one revision."""
+
+
+class Store(Protocol):
+    """One node's handle on a store."""
+
+    def txn(self, txn: Txn, done: TxnDone) -> None: ...
+
+    def watch(
+        self,
+        prefixes: Sequence[bytes],
+        from_revision: int,
+        sink: Callable[[WatchBatch | WatchGap], None],
+    ) -> Watch: ...
+
+    def open_session(
+        self,
+        node: str,
+        ttl_s: float,
+        lost: Callable[[str], None],
+        done: Callable[[Session | DlmfsError], None],
+    ) -> None:
+        """Begin a session for `node`. `lost(reason)` is called once if it ends without close()."""
+
+    def describe(self) -> dict[str, object]:
+        """Facts for `dlmfs status`: where the state is, its health, who holds it up."""
+
+    def close(self) -> None:
+        """Let go of everything. Sessions still open end as if the node had died."""
