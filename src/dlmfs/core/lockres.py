@@ -1,0 +1,551 @@
+"""One lock resource as its node caches it: who holds it here, who waits here, what to ask for.
+
+Rules of this file
+------------------
+* Pure: no clock, no I/O, no logging. Events come in as method calls, actions go out as a list.
+* `level` is what the node may serve *now*. It falls when a give-up is sent, not when it is
+  confirmed (design, engine rule 5), and rises only with `granted`.
+* At most one cluster operation is under way: `phase` says which. Which event is possible in which
+  phase is the table `POSSIBLE`; anything else is a bug and stops the node.
+* Every public event ends in `_settle`, so the outcome depends on the state, not on the path.
+
+The state is that of the kernel's userdlm: level held, level asked for, level others are blocked
+for, holders, waiters (aesthetics, section 3), with an explicit phase in place of flag bits.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections import OrderedDict
+from typing import Final, NamedTuple
+
+from dlmfs.model import TOKEN_SHIFT, Mode, Owner, compatible, strongest_beside
+
+COUNTER_MAX: Final = (1 << TOKEN_SHIFT) - 1
+
+
+class Phase(enum.Enum):
+    """What is under way between this node and the cluster for this lock."""
+
+    IDLE = "idle"
+    ASKING = "asking"
+    DROPPING = "dropping"
+    LOST = "lost"
+
+
+class Event(enum.Enum):
+    OPEN = "open"
+    IDENTIFIED = "identified"
+    CLOSE = "close"
+    INTERRUPT = "interrupt"
+    GRANTED = "granted"
+    QUEUED = "queued"
+    REFUSED = "refused"
+    WANTED = "wanted"
+    DROPPED = "dropped"
+    LOSE = "lose"
+
+
+_LIVE: Final = frozenset({Phase.IDLE, Phase.ASKING, Phase.DROPPING})
+_ANY: Final = frozenset(Phase)
+
+POSSIBLE: Final[dict[Event, frozenset[Phase]]] = {
+    Event.OPEN: _LIVE,
+    Event.IDENTIFIED: _LIVE,
+    Event.CLOSE: _ANY,
+    Event.INTERRUPT: _LIVE,
+    Event.GRANTED: frozenset({Phase.ASKING}),
+    Event.QUEUED: frozenset({Phase.ASKING}),
+    Event.REFUSED: frozenset({Phase.ASKING}),
+    Event.WANTED: _LIVE,
+    Event.DROPPED: frozenset({Phase.DROPPING}),
+    Event.LOSE: _LIVE,
+}
+"""The phases in which an event may come. A pair that is missing here is impossible."""
+
+
+class Stage(enum.IntEnum):
+    """The life of a claim."""
+
+    WAITING = 0
+    HELD = 1
+    ENDED = 2
+
+
+class Claim:
+    """One open(2): it waits, then holds, then ends. Made by the caller, filled in here.
+
+    `pid` is the opener's thread id (0: unknown), `since` seconds on the caller's clock, `tag`
+    whatever the caller wants to find again when an action names the claim.
+    """
+
+    __slots__ = ("fh", "kin", "mode", "pid", "seq", "since", "stage", "tag", "token", "trying")
+
+    def __init__(
+        self,
+        fh: int,
+        mode: Mode,
+        *,
+        trying: bool = False,
+        pid: int = 0,
+        since: float = 0.0,
+        tag: object = None,
+    ) -> None:
+        assert mode is not Mode.NL
+        self.fh = fh
+        self.mode = mode
+        self.trying = trying
+        self.pid = pid
+        self.since = since
+        self.tag = tag
+        self.seq = 0
+        self.kin: bool | None = None
+        self.token = 0
+        self.stage = Stage.WAITING
+
+    def __repr__(self) -> str:
+        return f"<claim {self.fh} {self.mode.name} {self.stage.name.lower()} pid={self.pid}>"
+
+
+class Grant(NamedTuple):
+    """The open succeeded; `claim.token` is its fencing token."""
+
+    claim: Claim
+
+
+class Fail(NamedTuple):
+    claim: Claim
+    errno: int
+
+
+class Identify(NamedTuple):
+    """Tell by `identified` whether the claim's process already holds this lock (rule 11)."""
+
+    claim: Claim
+
+
+class Notify(NamedTuple):
+    """Somebody waits for what this claim holds: wake its poll(2). The blocking notice (BAST)."""
+
+    claim: Claim
+
+
+class Ask(NamedTuple):
+    """Get the node to `mode`. `convert`: PR is in use here and must be kept while waiting."""
+
+    mode: Mode
+    trying: bool
+    convert: bool
+
+
+class Withdraw(NamedTuple):
+    """Nobody here wants the outstanding request any more. Answered by refused or granted."""
+
+
+class Drop(NamedTuple):
+    """Give up all above `to`; file a wish for `then` (NL: none) in the same commit (rule 8)."""
+
+    to: Mode
+    then: Mode
+
+
+class RefuseTry(NamedTuple):
+    """The lock is in use here: refuse the other nodes' trylocks (rule 10)."""
+
+
+Action = Grant | Fail | Identify | Notify | Ask | Withdraw | Drop | RefuseTry
+
+
+class Lockres:
+    """One lock resource at one node. See the rules at the head of the file."""
+
+    __slots__ = (
+        "_barrier",
+        "_counter",
+        "_kin_waiting",
+        "_last_exclusive",
+        "_notified",
+        "_out",
+        "_queued",
+        "_seq",
+        "_try_refused",
+        "_trying_waiting",
+        "asked",
+        "asked_trying",
+        "converting",
+        "ex",
+        "front",
+        "holders",
+        "level",
+        "owner",
+        "phase",
+        "pr",
+        "revision",
+        "strongest",
+        "try_mode",
+        "waiters",
+        "withdrawing",
+    )
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.phase = Phase.IDLE
+        self.level = Mode.NL
+        self.revision = 0
+        self.asked = Mode.NL
+        self.holders: dict[int, Claim] = {}
+        self.ex = 0
+        self.pr = 0
+        self.waiters: OrderedDict[int, Claim] = OrderedDict()
+        self.front = Mode.NL
+        self.strongest = Mode.NL
+        self.try_mode = Mode.NL
+        self.asked_trying = self.converting = False
+        self.withdrawing = False
+        self._barrier: int | None = None
+        self._try_refused = False
+        self._notified = False
+        self._kin_waiting = 0
+        self._trying_waiting = 0
+        self._queued = False
+        self._counter = 0
+        self._last_exclusive = False
+        self._seq = 0
+        self._out: list[Action] = []
+
+    # -- events from local programs ---------------------------------------------------------
+
+    def open(self, claim: Claim) -> list[Action]:
+        """A program opens the lock's file."""
+        self._enter(Event.OPEN)
+        self._seq += 1
+        claim.seq = self._seq
+        if not self.waiters and self._servable(claim):
+            self._hold(claim)
+            return self._leave()
+        self.waiters[claim.seq] = claim
+        self._trying_waiting += claim.trying
+        if self.holders and claim.pid:
+            # Whether the opener holds this very lock already decides over serving it at once,
+            # or letting it wait for itself for ever (protocol-traps 5).
+            self._out.append(Identify(claim))
+            return self._leave()
+        claim.kin = False
+        return self._settle()
+
+    def identified(self, claim: Claim, *, kin: bool) -> list[Action]:
+        """The answer to Identify: the claim's process (or an ancestor) holds this lock."""
+        self._enter(Event.IDENTIFIED)
+        assert claim.stage is Stage.WAITING, claim
+        # Under owner=file a second exclusive open waits even for its own process (rule 11).
+        claim.kin = kin and not (self.owner is Owner.FILE and claim.mode is Mode.EX)
+        self._kin_waiting += claim.kin
+        return self._settle()
+
+    def close(self, claim: Claim) -> list[Action]:
+        """A program closed its last descriptor of an open file (RELEASE)."""
+        self._enter(Event.CLOSE)
+        if claim.stage is Stage.ENDED:  # lost earlier; its counts went with it
+            return self._leave()
+        assert claim.stage is Stage.HELD, claim
+        del self.holders[claim.fh]
+        claim.stage = Stage.ENDED
+        if claim.mode is Mode.EX:
+            self.ex -= 1
+        else:
+            self.pr -= 1
+        return self._settle()
+
+    def interrupt(self, claim: Claim) -> list[Action]:
+        """A waiting program got a signal. The caller answers EINTR; the claim is forgotten."""
+        self._enter(Event.INTERRUPT)
+        assert claim.stage is Stage.WAITING, claim
+        self._forget(claim)
+        return self._settle()
+
+    # -- events from the cluster ------------------------------------------------------------
+
+    def granted(self, level: Mode, revision: int) -> list[Action]:
+        """The request was granted: the node is at `level` by the commit `revision`."""
+        self._enter(Event.GRANTED)
+        assert level >= self.asked, (level, self.asked)
+        self._end_request()
+        self.level = level
+        assert revision > self.revision, (revision, self.revision)
+        self.revision = revision
+        self._counter = 0
+        self._last_exclusive = False
+        return self._settle()
+
+    def queued(self) -> list[Action]:
+        """The request is not granted at once: it waits in the cluster's queue."""
+        self._enter(Event.QUEUED)
+        self._queued = True
+        return self._settle()
+
+    def refused(self, reason: int) -> list[Action]:
+        """The request came to nothing.
+
+        ETXTBSY: a trylock met somebody. EDEADLK: two nodes convert at once and ours is the later
+        one. 0: withdrawn. Anything else is the store's error, and every waiter gets it.
+        """
+        self._enter(Event.REFUSED)
+        asked = self.asked
+        self._end_request()
+        for claim in list(self.waiters.values()) if reason else ():
+            if reason == errno.ETXTBSY:
+                hit = claim.trying and claim.mode >= asked
+            elif reason == errno.EDEADLK:
+                # Who holds no PR itself can wait on: it gets its turn when the holders close.
+                hit = claim.kin is True and claim.mode is Mode.EX
+            else:
+                hit = True
+            if hit:
+                self._fail(claim, reason)
+        return self._settle()
+
+    def wanted(self, front: Mode, strongest: Mode, try_mode: Mode) -> list[Action]:
+        """What the other nodes' wishes ask for: the first one, the strongest, the trylocks'."""
+        self._enter(Event.WANTED)
+        self.front, self.strongest, self.try_mode = front, strongest, try_mode
+        self._try_refused = False
+        if strongest is Mode.NL:
+            self._barrier = None
+        elif self._barrier is None:
+            self._barrier = self._seq + 1
+        return self._settle()
+
+    def dropped(self) -> list[Action]:
+        """The give-up is committed, and with it the wish that Drop named."""
+        self._enter(Event.DROPPED)
+        self.phase = Phase.IDLE if self.asked is Mode.NL else Phase.ASKING
+        return self._settle()
+
+    def lose(self, reason: int) -> list[Action]:
+        """This incarnation is over: waiters fail with `reason`, holders are marked lost."""
+        self._enter(Event.LOSE)
+        for claim in list(self.waiters.values()):
+            self._fail(claim, reason)
+        for claim in self.holders.values():
+            claim.stage = Stage.ENDED
+            self._out.append(Notify(claim))
+        self.holders.clear()
+        self.ex = self.pr = 0
+        self.level = Mode.NL
+        self.phase = Phase.LOST
+        return self._leave()
+
+    # -- questions --------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any local program holds or awaits the lock (unlink: EBUSY)."""
+        return bool(self.holders or self.waiters)
+
+    @property
+    def contended(self) -> bool:
+        """Whether poll(2) on a held descriptor says POLLIN."""
+        if not compatible(self.level, self.strongest):
+            return True
+        # Under owner=file the neighbours on this node are other owners too.
+        return self.owner is Owner.FILE and bool(self.holders) and bool(self.waiters)
+
+    # -- inner workings ---------------------------------------------------------------------
+
+    def _enter(self, event: Event) -> None:
+        assert self.phase in POSSIBLE[event], f"{event.name} in {self.phase.name} is impossible"
+
+    def _leave(self) -> list[Action]:
+        out = self._out
+        self._out = []
+        return out
+
+    def _end_request(self) -> None:
+        self.phase = Phase.IDLE
+        self.asked = Mode.NL
+        self.asked_trying = self.converting = False
+        self._queued = False
+        self.withdrawing = False
+
+    def _forget(self, claim: Claim) -> None:
+        del self.waiters[claim.seq]
+        self._trying_waiting -= claim.trying
+        self._kin_waiting -= claim.kin is True
+        claim.stage = Stage.ENDED
+
+    def _fail(self, claim: Claim, reason: int) -> None:
+        self._forget(claim)
+        self._out.append(Fail(claim, reason))
+
+    def _blocked(self, claim: Claim) -> bool:
+        """First come, first served: whoever came after a remote wish waits behind it."""
+        return (
+            self._barrier is not None
+            and claim.seq >= self._barrier
+            and not compatible(claim.mode, self.strongest)
+        )
+
+    def _servable(self, claim: Claim) -> bool:
+        if claim.mode > self.level or (self._counter >= COUNTER_MAX and self.owner is Owner.FILE):
+            return False
+        if self.owner is Owner.FILE:
+            if self.ex or (claim.mode is Mode.EX and self.pr):
+                return False
+            if claim.kin and claim.mode is Mode.PR:
+                return True
+        elif claim.kin:
+            return True
+        return not self._blocked(claim)
+
+    def _hold(self, claim: Claim) -> None:
+        if claim.mode is Mode.EX:
+            self.ex += 1
+        else:
+            self.pr += 1
+        if self.owner is Owner.FILE:
+            exclusive = claim.mode is Mode.EX
+            # Consecutive readers share a token; every change of hands of an exclusive grant,
+            # in or out, needs a larger one (promise 2).
+            self._counter += exclusive or self._last_exclusive
+            self._last_exclusive = exclusive
+        claim.token = (self.revision << TOKEN_SHIFT) + self._counter
+        claim.stage = Stage.HELD
+        self.holders[claim.fh] = claim
+        self._out.append(Grant(claim))
+
+    def _settle(self) -> list[Action]:
+        """Serve who can be served, then start the one cluster operation that is due."""
+        if self.waiters:
+            self._serve()
+        if self.phase is Phase.IDLE:
+            if not self._give_up():
+                self._ask()
+        elif self.phase is Phase.ASKING and not self.waiters and not self.withdrawing:
+            self.withdrawing = True
+            self._out.append(Withdraw())
+        if self.try_mode is not Mode.NL and not self._try_refused:
+            self._answer_try()
+        self._notify()
+        assert self.ex + self.pr == len(self.holders)
+        assert self.level is Mode.EX or self.ex == 0
+        assert self.level is not Mode.NL or self.pr == 0
+        assert self.owner is Owner.NODE or self.ex + (self.pr > 0) <= 1
+        return self._leave()
+
+    def _serve(self) -> None:
+        """Grant in order of arrival up to the first that must wait; kin and trylocks beyond it.
+
+        Where there is neither, the scan stops there: 5,000 waiters would make it quadratic.
+        """
+        blocked = False
+        for claim in list(self.waiters.values()):
+            if claim.kin is None:
+                blocked = True
+            elif (claim.kin or not blocked) and self._servable(claim):
+                del self.waiters[claim.seq]
+                self._trying_waiting -= claim.trying
+                self._kin_waiting -= claim.kin
+                self._hold(claim)
+            elif claim.trying and self._hopeless(claim):
+                self._fail(claim, errno.ETXTBSY)
+            else:
+                blocked = True
+            if blocked and not self._kin_waiting and not self._trying_waiting:
+                return
+
+    def _hopeless(self, claim: Claim) -> bool:
+        """A trylock that could only be served by waiting for a *user* of the lock (promise 6)."""
+        if self._blocked(claim):
+            return True
+        if self.phase is Phase.ASKING:
+            return self._queued and not self.asked_trying
+        if self.phase is Phase.DROPPING:
+            return False
+        if claim.mode <= self.level:
+            return self._counter < COUNTER_MAX or self.in_conflict(claim)
+        first = next(iter(self.waiters.values()))
+        return first is not claim and not first.trying
+
+    def in_conflict(self, claim: Claim) -> bool:
+        """Whether a local holder stands in the claim's way (only under owner=file)."""
+        if self.owner is Owner.NODE:
+            return False
+        return self.ex > 0 or (claim.mode is Mode.EX and self.pr > 0)
+
+    def _need(self) -> Mode:
+        """The level that the holders, and those who came before the remote wish, still need."""
+        need = Mode.EX if self.ex else Mode.PR if self.pr else Mode.NL
+        barrier = self._barrier
+        if barrier is not None and self._counter < COUNTER_MAX:
+            for claim in self.waiters.values():
+                if claim.seq >= barrier or need is self.level:
+                    break
+                if need < claim.mode <= self.level:
+                    need = claim.mode
+        return need
+
+    def _give_up(self) -> bool:
+        """Start a hand-over if others want what nobody here needs. True: nothing else to do now."""
+        if compatible(self.level, self.strongest):
+            return False
+        if self._kin_waiting and any(c.kin and c.mode > self.level for c in self.waiters.values()):
+            return False
+        need = self._need()
+        if need <= strongest_beside(self.strongest):
+            to = strongest_beside(self.strongest)
+        elif need <= strongest_beside(self.front) < self.level:
+            to = strongest_beside(self.front)
+        else:
+            return True
+        self._start_drop(to)
+        return True
+
+    def _start_drop(self, to: Mode) -> None:
+        then = Mode.NL
+        if to is Mode.NL and self.waiters:
+            then = next(iter(self.waiters.values())).mode
+        self.level = to
+        self.phase = Phase.DROPPING
+        self.asked = then
+        self._barrier = None
+        self._out.append(Drop(to, then))
+
+    def _ask(self) -> None:
+        waiting = self.waiters.values()
+        first = next((c for c in waiting if c.kin), None) if self._kin_waiting else None
+        if first is None or first.mode <= self.level:
+            first = next(iter(waiting), None)
+        if first is None or first.kin is None:
+            return
+        worn_out = self.owner is Owner.FILE and self._counter >= COUNTER_MAX
+        if first.mode <= self.level and not (worn_out and not self.in_conflict(first)):
+            return
+        self.phase = Phase.ASKING
+        self.asked = max(first.mode, self.level)
+        self.asked_trying = first.trying
+        convert = self.pr > 0
+        self.converting = convert and self.asked > self.level
+        if not convert and self.asked > self.level:
+            # An idle PR is given up rather than converted: two nodes doing this would refuse
+            # each other for nothing (protocol-traps 6).
+            self.level = Mode.NL
+        self._out.append(Ask(self.asked, first.trying, self.converting))
+
+    def _answer_try(self) -> None:
+        """Another node's trylock: never kept waiting for a user here."""
+        if compatible(self.level, self.try_mode):
+            return
+        if self.phase is Phase.IDLE and not self.waiters:
+            if self._need() <= strongest_beside(self.try_mode):
+                self._start_drop(strongest_beside(self.try_mode))
+                return
+        self._try_refused = True
+        self._out.append(RefuseTry())
+
+    def _notify(self) -> None:
+        contended = bool(self.holders) and self.contended
+        if contended and not self._notified:
+            for claim in self.holders.values():
+                self._out.append(Notify(claim))
+        self._notified = contended

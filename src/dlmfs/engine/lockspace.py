@@ -1,0 +1,454 @@
+"""One domain at one node: membership, the watch, and the way of transactions to the store.
+
+Rules of this file
+------------------
+* Every transaction carries the guard "m/<me> still has my epoch" (engine rule 2). When an outcome
+  is unknown, m/<me> is put again first: the late transaction can then no longer apply (rule 4).
+* `revision` is how far the watch has told us; all of `members` and `wishes` is true as of then.
+* Peers ignore a put of m/<node> that keeps the create revision: it is only a new epoch.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from dlmfs.core.lockres import Claim
+from dlmfs.engine.lock import ClusterLock, Done
+from dlmfs.engine.records import FORMAT, Keys, Wish, decode_head, decode_mail, decode_wish
+from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
+from dlmfs.model import Mode, Owner
+from dlmfs.store.base import (
+    Delete,
+    Event,
+    Get,
+    KeyValue,
+    Op,
+    Put,
+    Range,
+    Store,
+    Txn,
+    TxnResult,
+    Watch,
+    WatchBatch,
+    WatchGap,
+    created_at,
+    unchanged,
+)
+from dlmfs.timing import Scheduler, Timing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BATCH_MAX: Final = 32
+"""Locks per commit: etcd's default max-txn-ops is 128, and a lock takes up to four."""
+
+RETRY_S: Final = 0.1
+
+
+class Host(Protocol):
+    """What the node does for its locks."""
+
+    def granted(self, claim: Claim) -> None: ...
+
+    def failed(self, claim: Claim, reason: int) -> None: ...
+
+    def notify(self, claim: Claim) -> None: ...
+
+    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+        """Whether the claim's process, or an ancestor of it, is one of the holders' (rule 11)."""
+
+    def domain_lost(self, domain: bytes, reason: str) -> None: ...
+
+
+class Life(enum.Enum):
+    """The life of a domain at this node."""
+
+    JOINING = "joining"
+    JOINED = "joined"
+    LEAVING = "leaving"
+    LEFT = "left"
+    LOST = "lost"
+
+
+class Lockspace:
+    """See the rules at the head of the file.
+
+    `lease` is the session's; `errno_lost` what waiting opens get when the membership ends.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        loop: Scheduler,
+        host: Host,
+        *,
+        domain: bytes,
+        node: str,
+        lease: int,
+        owner: Owner = Owner.NODE,
+        timing: Timing | None = None,
+    ) -> None:
+        self.store = store
+        self.loop = loop
+        self.host = host
+        self.domain = domain
+        self.node = node
+        self.lease = lease
+        self.owner = owner
+        self.timing = timing or Timing()
+        self.keys = Keys(domain, node)
+        self.life = Life.JOINING
+        self.revision = 0
+        self.incarnation = 0
+        self.epoch = 0
+        self.members: dict[str, int] = {}
+        self.wishes: dict[bytes, dict[str, Wish]] = {}
+        self.locks: dict[bytes, ClusterLock] = {}
+        self.commits = 0
+        self._queue: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]] = []
+        self._flushing = False
+        self._watch: Watch | None = None
+        self._unsure = False  # from an unknown outcome until the new epoch is in force
+
+    @property
+    def running(self) -> bool:
+        """Transactions of locks may go out."""
+        return self.live and not self._unsure
+
+    @property
+    def live(self) -> bool:
+        return self.life in (Life.JOINED, Life.LEAVING)
+
+    def is_dead(self, node: str, incarnation: int) -> bool:
+        """Whether that member of a head has ended. Never said of one younger than our view."""
+        return incarnation <= self.revision and self.members.get(node) != incarnation
+
+    def lock(self, name: bytes) -> ClusterLock:
+        """The lock resource `name`, made when first asked for."""
+        lock = self.locks.get(name)
+        if lock is None:
+            lock = self.locks[name] = ClusterLock(self, name)
+        return lock
+
+    # -- joining and leaving -----------------------------------------------------------------
+
+    def join(self, done: Done) -> None:
+        """Become a member. Unavailable if the store is out of reach or our old self still
+        stands there; the caller may try again."""
+        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
+        txn = Txn(
+            (created_at(self.keys.mine, 0),),
+            (
+                Put(self.keys.mine, record, self.lease),
+                Range(self.keys.members),
+                Range(self.keys.wishes),
+            ),
+            (Get(self.keys.mine),),
+        )
+        self._commit(txn, lambda result: self._joined(result, done))
+
+    def _joined(self, result: TxnResult | DlmfsError, done: Done) -> None:
+        if isinstance(result, OutcomeUnknown):
+            # Put with a compare, on our own lease: asking again is safe, and if the first one
+            # was applied after all, the record that stands in the way carries our lease.
+            self.loop.call_later(RETRY_S, self.join, done)
+            return
+        if isinstance(result, DlmfsError):
+            done(result)
+            return
+        if not result.succeeded:
+            old = result.responses[0]
+            assert isinstance(old, KeyValue)
+            if old.lease == self.lease:
+                self._rejoin_own(old, done)
+            else:
+                done(Unavailable(f"node {self.node} is still a member of this domain: try again"))
+            return
+        self.incarnation = self.epoch = result.revision
+        _, members, wishes = result.responses
+        self._start(members, wishes, result.revision)
+        self.life = Life.JOINED
+        done(None)
+
+    def _rejoin_own(self, old: KeyValue, done: Done) -> None:
+        txn = Txn(
+            (created_at(self.keys.mine, old.create_revision),),
+            (Delete(self.keys.mine),),
+        )
+        self._commit(txn, lambda _result: self.join(done))
+
+    def _start(self, members: Any, wishes: Any, revision: int) -> None:
+        self.revision = revision
+        self.members = {
+            kv.key[len(self.keys.members) :].decode(): kv.create_revision for kv in members
+        }
+        for queue in self.wishes.values():
+            queue.clear()
+        for kv in wishes:
+            lock, node = self.keys.split_wish(kv.key)
+            self.wishes.setdefault(lock, {})[node] = self.wish_of(kv)
+        prefixes = (self.keys.members, self.keys.wishes, self.keys.mails)
+        self._watch = self.store.watch(prefixes, revision + 1, self._told)
+
+    def wish_of(self, kv: KeyValue) -> Wish:
+        """The wish in a record. Raises BadState if it is of another format."""
+        return decode_wish(kv, self.keys.split_wish(kv.key)[1])
+
+    def leave(self, done: Done) -> None:
+        """Give everything back, then the membership (rule 15). No local program uses a lock."""
+        self.life = Life.LEAVING
+        waiting = len(self.locks)
+        if not waiting:
+            self._leave_members(done)
+            return
+
+        def one_left(error: DlmfsError | None) -> None:
+            nonlocal waiting
+            waiting -= 1
+            if error is not None:
+                failures.append(error)
+            if waiting == 0:
+                self._leave_members(done)
+
+        failures: list[DlmfsError] = []
+        for lock in list(self.locks.values()):
+            lock.forget(one_left)
+
+    def _leave_members(self, done: Done) -> None:
+        mine = created_at(self.keys.mine, self.incarnation)
+        look = Txn((mine,), (Range(self.keys.members), Range(self.keys.heads)))
+        self._commit(look, lambda result: self._leave_looked(result, done))
+
+    def _leave_looked(self, result: TxnResult | DlmfsError, done: Done) -> None:
+        if isinstance(result, DlmfsError) or not result.succeeded:
+            self._left(result if isinstance(result, DlmfsError) else None, done)
+            return
+        members, heads = result.responses
+        assert isinstance(members, tuple)
+        assert isinstance(heads, tuple)
+        mine = created_at(self.keys.mine, self.incarnation)
+        ops: list[Op] = [Delete(self.keys.mine)]
+        guards = [mine]
+        if len(members) == 1:
+            # The last one out. Heads that name a dead exclusive holder stay: whoever comes next
+            # must learn of it (promise 4).
+            for kv in heads[:BATCH_MAX]:
+                assert isinstance(kv, KeyValue)
+                head = decode_head(kv)
+                dead_ex = any(m.level is Mode.EX for m in head.members.values())
+                if head.abandoned is None and not dead_ex:
+                    guards.append(unchanged(kv.key, kv.mod_revision))
+                    ops.append(Delete(kv.key))
+            if len(ops) > 1 and len(heads) > BATCH_MAX:
+                sweep = Txn(tuple(guards), tuple(ops[1:]))
+                self._commit(sweep, lambda _result: self._leave_members(done))
+                return
+        self._commit(
+            Txn(tuple(guards), tuple(ops)), lambda result: self._left_members(result, done)
+        )
+
+    def _left_members(self, result: TxnResult | DlmfsError, done: Done) -> None:
+        if isinstance(result, TxnResult) and not result.succeeded:
+            self._leave_members(done)  # a head changed under us; or we are out, which it will see
+            return
+        self._left(result if isinstance(result, DlmfsError) else None, done)
+
+    def _left(self, error: DlmfsError | None, done: Done) -> None:
+        self._stop()
+        self.life = Life.LEFT
+        done(error)
+
+    def lose(self, reason: str) -> None:
+        """This incarnation is over (promise 3): nothing is served any more."""
+        if not self.live and self.life is not Life.JOINING:
+            return
+        self._stop()
+        self.life = Life.LOST
+        for lock in list(self.locks.values()):
+            lock.lose(Unavailable.errno)
+        self.host.domain_lost(self.domain, reason)
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        self._queue.clear()
+
+    # -- the watch ---------------------------------------------------------------------------
+
+    def _told(self, batch: WatchBatch | WatchGap) -> None:
+        if not self.live:
+            return
+        if isinstance(batch, WatchGap):
+            self._watch = None
+            self._revive()
+            return
+        try:
+            self._note(batch)
+        except BadState as error:
+            self.lose(str(error))
+
+    def _note(self, batch: WatchBatch) -> None:
+        revision = batch.revision
+        keys = self.keys
+        self.revision = revision
+        touched: list[ClusterLock | None] = []
+        # Mail before wishes: the deletion of a granted wish comes in the same batch as its mail,
+        # and alone would mean "refused".
+        for event in batch.events:
+            if event.kv.key.startswith(keys.mails) and event.kind == "put":
+                lock = self.locks.get(event.kv.key[len(keys.mails) :])
+                if lock is not None:
+                    lock.mail(decode_mail(event.kv), revision)
+                    touched.append(lock)
+        gone = False
+        for event in batch.events:
+            if event.kv.key.startswith(keys.wishes):
+                touched.append(self._wish_event(event, revision))
+            elif event.kv.key.startswith(keys.members):
+                gone |= self._member_event(event)
+        for lock in touched:
+            if lock is not None and self.live:
+                lock.learned()
+        if gone and self.live:
+            for lock in list(self.locks.values()):
+                lock.member_gone()
+
+    def _wish_event(self, event: Event, revision: int) -> ClusterLock | None:
+        """Note a change of the queue; the lock it is about, if this node knows it."""
+        name, node = self.keys.split_wish(event.kv.key)
+        lock = self.locks.get(name)
+        if event.kind == "put":
+            wish = self.wish_of(event.kv)
+            if lock is not None:
+                lock.wish_put(wish, revision)
+            else:
+                self.wishes.setdefault(name, {})[node] = wish
+        elif lock is not None:
+            lock.wish_gone(node, revision)
+        elif name in self.wishes:
+            self.wishes[name].pop(node, None)
+            if not self.wishes[name]:
+                del self.wishes[name]
+        return lock
+
+    def _member_event(self, event: Event) -> bool:
+        """Follow a membership record; True if somebody is gone."""
+        node = event.kv.key[len(self.keys.members) :].decode()
+        if event.kind == "put":
+            known = self.members.get(node)
+            self.members[node] = event.kv.create_revision
+            return known is not None and known != event.kv.create_revision
+        if node == self.node and event.kv.mod_revision > self.incarnation:
+            self.lose("the membership record was removed from the store")
+            return False
+        return self.members.pop(node, None) is not None
+
+    # -- transactions ------------------------------------------------------------------------
+
+    def submit(self, lock: ClusterLock, txn: Txn, done: Callable[[TxnResult], None]) -> None:
+        """Send one lock's transaction; many of one turn share a commit (rule 3)."""
+        self._queue.append((lock, txn, done))
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if not self.running:
+            return  # sent when the new epoch is in force
+        while self._queue:
+            part = self._queue[:BATCH_MAX]
+            del self._queue[:BATCH_MAX]
+            guard = unchanged(self.keys.mine, self.epoch)
+            txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))
+            self._commit(txn, lambda result, part=part: self._answered(result, part))
+
+    def _commit(self, txn: Txn, done: Callable[[TxnResult | DlmfsError], None]) -> None:
+        self.commits += 1
+        self.store.txn(txn, done)
+
+    def _answered(
+        self,
+        result: TxnResult | DlmfsError,
+        part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
+    ) -> None:
+        if not self.live:
+            return
+        for lock, _, _ in part:
+            lock.answered()
+        if isinstance(result, OutcomeUnknown):
+            for lock, _, _ in part:
+                lock.reread()
+            self._revive()
+        elif isinstance(result, LockLost):
+            self.lose(str(result))
+        elif isinstance(result, DlmfsError):
+            for lock, _, _ in part:
+                lock.failed(result)
+        elif not result.succeeded:
+            self._guard_failed(result, part)
+        else:
+            for (_, _, done), response in zip(part, result.responses, strict=True):
+                assert isinstance(response, TxnResult)
+                try:
+                    done(response)
+                except BadState as error:
+                    self.lose(str(error))
+                    return
+
+    def _guard_failed(self, result: TxnResult, part: list[Any]) -> None:
+        mine = result.responses[0]
+        if not isinstance(mine, KeyValue) or mine.create_revision != self.incarnation:
+            self.lose("the membership record was removed from the store")
+            return
+        for lock, _, _ in part:  # sent under the old epoch: surely not applied
+            lock.resume()
+
+    # -- after an unknown outcome or a gap ----------------------------------------------------
+
+    def _revive(self) -> None:
+        """Rule 4: a new epoch first, then everything that is uncertain is read anew."""
+        if self._unsure or not self.live:
+            return
+        self._unsure = True
+        self._renew_epoch()
+
+    def _renew_epoch(self) -> None:
+        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
+        txn = Txn(
+            (created_at(self.keys.mine, self.incarnation),),
+            (
+                Put(self.keys.mine, record, self.lease),
+                Range(self.keys.members),
+                Range(self.keys.wishes),
+            ),
+            (Get(self.keys.mine),),
+        )
+        self._commit(txn, self._revived)
+
+    def _revived(self, result: TxnResult | DlmfsError) -> None:
+        if not self.live:
+            return
+        if isinstance(result, LockLost):
+            self.lose(str(result))
+            return
+        if isinstance(result, DlmfsError):
+            self.loop.call_later(RETRY_S, self._renew_epoch)
+            return
+        if not result.succeeded:
+            self.lose("the membership record was removed from the store")
+            return
+        self.epoch = result.revision
+        if self._watch is None:  # after a gap
+            _, members, wishes = result.responses
+            self._start(members, wishes, result.revision)
+            for lock in self.locks.values():
+                lock.reread()
+        self._unsure = False
+        self._flush()
+        for lock in list(self.locks.values()):
+            lock.resume()

@@ -1,0 +1,53 @@
+"""Who is next: the order of wishes and the grant pass (design, engine rules 6, 9, 10). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from dlmfs.engine.records import Abandoned, Head, Member, Wish
+from dlmfs.model import Mode, compatible
+
+
+def ordered(wishes: Iterable[Wish]) -> list[Wish]:
+    """Conversions first (protocol-traps 4), then by arrival."""
+    return sorted(wishes, key=lambda w: (not w.convert, w.revision))
+
+
+def bury(head: Head, dead: Callable[[str, int], bool]) -> Head:
+    """The head without its dead members; one that died at EX is named as abandoner (promise 4)."""
+    gone = [node for node, m in head.members.items() if dead(node, m.incarnation)]
+    if not gone:
+        return head
+    abandoned = head.abandoned
+    for node in gone:
+        if head.members[node].level is Mode.EX:
+            abandoned = Abandoned(node, head.members[node].revision)
+    members = {node: m for node, m in head.members.items() if node not in gone}
+    return Head(members, head.lvb, abandoned)
+
+
+def fits(members: dict[str, Member], node: str, mode: Mode) -> bool:
+    """Whether `node` may have `mode` beside what the other members have."""
+    return all(compatible(m.level, mode) for other, m in members.items() if other != node)
+
+
+class Pass(NamedTuple):
+    head: Head
+    granted: list[Wish]
+
+
+def grant_pass(head: Head, wishes: Iterable[Wish]) -> Pass:
+    """Grant all leading compatible wishes; stop at the first that must wait.
+
+    A trylock that does not fit is stepped over: it never makes anybody wait.
+    """
+    members = dict(head.members)
+    granted: list[Wish] = []
+    for wish in ordered(wishes):
+        if fits(members, wish.node, wish.mode):
+            members[wish.node] = Member(wish.incarnation, wish.mode, 0)
+            granted.append(wish)
+        elif not wish.trying:
+            break
+    return Pass(head._replace(members=members), granted)
