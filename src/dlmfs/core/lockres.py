@@ -386,6 +386,11 @@ class Lockres:
             and not compatible(claim.mode, self.strongest)
         )
 
+    def _fail_trying(self) -> None:
+        if self._trying_waiting:
+            for claim in [c for c in self.waiters.values() if c.trying and c.kin is not None]:
+                self._fail(claim, errno.ETXTBSY)
+
     def _servable(self, claim: Claim) -> bool:
         if claim.mode > self.level or (self._counter >= COUNTER_MAX and self.owner is Owner.FILE):
             return False
@@ -479,10 +484,10 @@ class Lockres:
         barrier = self._barrier
         if barrier is not None and self._counter < COUNTER_MAX:
             for claim in self.waiters.values():
-                if claim.seq >= barrier or need is self.level:
+                # Behind one that needs more than we have nobody is served before the hand-over.
+                if claim.seq >= barrier or claim.mode > self.level or need is self.level:
                     break
-                if need < claim.mode <= self.level:
-                    need = claim.mode
+                need = max(need, claim.mode)
         return need
 
     def _give_up(self) -> bool:
@@ -497,6 +502,7 @@ class Lockres:
         elif need <= strongest_beside(self.front) < self.level:
             to = strongest_beside(self.front)
         else:
+            self._fail_trying()  # it would have to wait for the users here
             return True
         self._start_drop(to)
         return True
@@ -504,7 +510,9 @@ class Lockres:
     def _start_drop(self, to: Mode) -> None:
         then = Mode.NL
         if to is Mode.NL and self.waiters:
-            then = next(iter(self.waiters.values())).mode
+            self._fail_trying()
+            first = next(iter(self.waiters.values()), None)
+            then = first.mode if first is not None else Mode.NL
         self.level = to
         self.phase = Phase.DROPPING
         self.asked = then

@@ -133,6 +133,12 @@ class Lockspace:
             lock = self.locks[name] = ClusterLock(self, name)
         return lock
 
+    def drop(self, name: bytes) -> None:
+        """Forget a lock that this node has left: its file is unlinked."""
+        self.locks.pop(name, None)
+        if not self.wishes.get(name, True):
+            del self.wishes[name]
+
     # -- joining and leaving -----------------------------------------------------------------
 
     def join(self, done: Done) -> None:

@@ -1,0 +1,144 @@
+"""The tree of one mount: a root, domains in it, lock files in them. Names, modes, owners, times.
+
+Each node has a tree of its own; only the locks are shared (kernel-behaviour, "Name space").
+Rules of the kernel's dlmfs kept here: readdir newest first; a domain counts in the root's links;
+creating changes no times of the directory, removing does; a lock file is always 64 bytes.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from dlmfs.model import LVB_SIZE
+
+ROOT_INO: Final = 1
+
+
+class Inode:
+    """A directory or a lock file. `lookups` counts the kernel's references (FORGET)."""
+
+    __slots__ = (
+        "atime_ns",
+        "ctime_ns",
+        "gid",
+        "ino",
+        "linked",
+        "lookups",
+        "mode",
+        "mtime_ns",
+        "name",
+        "parent",
+        "uid",
+    )
+
+    def __init__(self, ino: int, parent: Directory | None, name: bytes, mode: int) -> None:
+        self.ino = ino
+        self.parent = parent
+        self.name = name
+        self.mode = mode
+        self.uid = 0
+        self.gid = 0
+        now = time.time_ns()
+        self.atime_ns = self.mtime_ns = self.ctime_ns = now
+        self.lookups = 0
+        self.linked = True
+
+    @property
+    def nlink(self) -> int:
+        return 1 if self.linked else 0
+
+    @property
+    def size(self) -> int:
+        return LVB_SIZE
+
+    def path(self) -> bytes:
+        """Below the mount point, for messages."""
+        above = self.parent.path() if self.parent is not None else b""
+        return above + b"/" + self.name if self.name else above
+
+
+class LockFile(Inode):
+    __slots__ = ()
+
+    @property
+    def domain(self) -> Directory:
+        assert self.parent is not None
+        return self.parent
+
+
+class Directory(Inode):
+    """The root or a domain."""
+
+    __slots__ = ("children",)
+
+    def __init__(self, ino: int, parent: Directory | None, name: bytes, mode: int) -> None:
+        super().__init__(ino, parent, name, mode)
+        self.children: dict[bytes, Inode] = {}
+
+    @property
+    def is_root(self) -> bool:
+        return self.parent is None
+
+    @property
+    def nlink(self) -> int:
+        if not self.linked:
+            return 0
+        return 2 + (len(self.children) if self.is_root else 0)
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def newest_first(self) -> Iterator[Inode]:
+        return reversed(self.children.values())
+
+
+class Tree:
+    """All inodes that are linked or that the kernel still knows. Numbers are never used again
+    (fuse-notes 16)."""
+
+    def __init__(self, uid: int = 0, gid: int = 0, root_mode: int = 0o755) -> None:
+        self.root = Directory(ROOT_INO, None, b"", stat.S_IFDIR | root_mode)
+        self.root.uid, self.root.gid = uid, gid
+        self.inodes: dict[int, Inode] = {ROOT_INO: self.root}
+        self._next = ROOT_INO + 1
+
+    def add(self, parent: Directory, name: bytes, mode: int, uid: int, gid: int) -> Inode:
+        """Link a new domain (in the root) or lock file (in a domain)."""
+        assert name not in parent.children
+        kind = Directory if parent.is_root else LockFile
+        assert stat.S_ISDIR(mode) == parent.is_root
+        inode = kind(self._next, parent, name, mode)
+        self._next += 1
+        inode.uid = uid
+        inode.gid = gid
+        if parent.mode & stat.S_ISGID:
+            inode.gid = parent.gid
+            if parent.is_root:
+                inode.mode |= stat.S_ISGID
+        parent.children[name] = inode
+        self.inodes[inode.ino] = inode
+        return inode
+
+    def remove(self, inode: Inode) -> None:
+        """Unlink; the number stays valid until the kernel forgets it."""
+        parent = inode.parent
+        assert parent is not None
+        del parent.children[inode.name]
+        inode.linked = False
+        now = time.time_ns()
+        inode.ctime_ns = parent.mtime_ns = parent.ctime_ns = now
+        if not inode.lookups:
+            del self.inodes[inode.ino]
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel drops `count` references. Unknown numbers and excess counts are ignored."""
+        inode = self.inodes.get(ino)
+        if inode is None:
+            return
+        inode.lookups = max(0, inode.lookups - count)
+        if not inode.lookups and not inode.linked:
+            del self.inodes[ino]

@@ -1,0 +1,126 @@
+"""What a node says of itself: the answers behind `dlmfs status` and `dlmfs info`.
+
+Read-only, and without touching the mount. Layout of both answers: docs/reference.md.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from dlmfs import __version__
+from dlmfs.core.lockres import Claim
+from dlmfs.engine.lock import ClusterLock
+from dlmfs.engine.lockspace import Lockspace
+from dlmfs.engine.queue import ordered
+from dlmfs.engine.records import Head, decode_head
+from dlmfs.errors import UsageError
+from dlmfs.fs.kin import command
+from dlmfs.model import TOKEN_SHIFT
+from dlmfs.store.base import Get, KeyValue, Range, Txn
+
+if TYPE_CHECKING:
+    from dlmfs.node import Node
+
+
+def status(node: Node) -> dict[str, Any]:
+    """The whole node, JSON-ready: lease, store, domains, locks with their holders and waiters."""
+    return {
+        "version": __version__,
+        "node": node.name,
+        "pid": os.getpid(),
+        "source": node.config.source_text,
+        "mountpoint": node.config.mountpoint,
+        "owner": node.config.options.owner.value,
+        "uptime_s": round(time.time() - node.started, 1),
+        "lease": {
+            "state": "FENCED" if node.lost_reason is not None else "HEALTHY",
+            "reason": node.lost_reason,
+            "ttl_s": node.timing.ttl_s,
+            "deadline_s": node.session.deadline,
+        },
+        "store": node.store.describe(),
+        "domains": [_domain(node, space) for space in node.spaces.values()],
+    }
+
+
+def _domain(node: Node, space: Lockspace) -> dict[str, Any]:
+    now = node.loop.time()
+    return {
+        "name": os.fsdecode(space.domain),
+        "state": space.life.value,
+        "members": sorted(space.members),
+        "locks": [_lock(lock, now) for _, lock in sorted(space.locks.items())],
+    }
+
+
+def _lock(lock: ClusterLock, now: float) -> dict[str, Any]:
+    others = [w for w in ordered(lock.wishes.values()) if w.node != lock.space.node]
+    return {
+        "name": os.fsdecode(lock.name),
+        "level": lock.res.level.name,
+        "phase": lock.res.phase.value,
+        "holders": [_claim(c, now) for c in lock.res.holders.values()],
+        "waiters": [_claim(c, now) for c in lock.res.waiters.values()],
+        "wanted_by": [{"node": w.node, "mode": w.mode.name, "try": w.trying} for w in others],
+    }
+
+
+def _claim(claim: Claim, now: float) -> dict[str, Any]:
+    return {
+        "mode": claim.mode.name,
+        "pid": claim.pid,
+        "command": command(claim.pid) if claim.pid else "",
+        "since_s": round(now - claim.since, 3),
+        "token": claim.token or None,
+    }
+
+
+async def info(node: Node, domain: str, name: str) -> dict[str, Any]:
+    """One lock as the store knows it, all nodes included. Raises UsageError for an unknown domain,
+    Unavailable if the store does not answer."""
+    space = node.spaces.get(os.fsencode(domain))
+    if space is None:
+        raise UsageError(f"this node is not in a domain {domain!r}: mkdir it first")
+    key = os.fsencode(name)
+    keys = space.keys
+    result = await node.transact(
+        Txn((), (Get(keys.head(key)), Range(keys.queue(key)), Range(keys.members)))
+    )
+    record, queue, members = result.responses
+    assert record is None or isinstance(record, KeyValue)
+    assert isinstance(queue, tuple)
+    assert isinstance(members, tuple)
+    head = decode_head(record) if record is not None else Head({})
+    alive = {kv.key: kv.create_revision for kv in members if isinstance(kv, KeyValue)}
+    wishes = ordered(space.wish_of(kv) for kv in queue if isinstance(kv, KeyValue))
+    lock = space.locks.get(key)
+    now = node.loop.time()
+    holders = list(lock.res.holders.values()) if lock is not None else []
+    waiters = list(lock.res.waiters.values()) if lock is not None else []
+    return {
+        "domain": domain,
+        "lock": name,
+        "mode": lock.res.level.name if lock is not None else "NL",
+        "token": max((c.token for c in holders), default=None),
+        "lvb_hex": head.lvb.hex(),
+        "abandoned": None
+        if head.abandoned is None
+        else {"node": head.abandoned.node, "token": head.abandoned.revision << TOKEN_SHIFT},
+        "members": [
+            {
+                "node": member,
+                "level": m.level.name,
+                "token": m.revision << TOKEN_SHIFT,
+                "alive": alive.get(keys.member(member)) == m.incarnation,
+            }
+            for member, m in sorted(head.members.items())
+        ],
+        "waiters": [
+            {"node": w.node, "mode": w.mode.name, "try": w.trying, "convert": w.convert}
+            for w in wishes
+        ],
+        "local_holders": [_claim(c, now) for c in holders],
+        "local_waiters": [_claim(c, now) for c in waiters],
+    }
