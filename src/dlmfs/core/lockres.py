@@ -45,6 +45,7 @@ class Event(enum.Enum):
     WANTED = "wanted"
     DROPPED = "dropped"
     LOSE = "lose"
+    SURRENDER = "surrender"
 
 
 _LIVE: Final = frozenset({Phase.IDLE, Phase.ASKING, Phase.DROPPING})
@@ -61,6 +62,7 @@ POSSIBLE: Final[dict[Event, frozenset[Phase]]] = {
     Event.WANTED: _LIVE,
     Event.DROPPED: frozenset({Phase.DROPPING}),
     Event.LOSE: _LIVE,
+    Event.SURRENDER: frozenset({Phase.IDLE}),
 }
 """The phases in which an event may come. A pair that is missing here is impossible."""
 
@@ -335,6 +337,12 @@ class Lockres:
         self.level = Mode.NL
         self.phase = Phase.LOST
         return self._leave()
+
+    def surrender(self) -> None:
+        """The file is being unlinked: the idle level is believed in no longer (rule 5)."""
+        self._enter(Event.SURRENDER)
+        assert not self.in_use
+        self.level = Mode.NL
 
     # -- questions --------------------------------------------------------------------------
 

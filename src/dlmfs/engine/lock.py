@@ -134,16 +134,19 @@ class ClusterLock:
             self.space.host.failed(claim, errno.ETXTBSY if claim.trying else errno.EAGAIN)
             return
         self._run(self.res.open(claim))
+        self._step()
         if claim.trying and claim.stage is Stage.WAITING and self._try_timer is None:
             delay = self.space.timing.try_timeout_s
             self._try_timer = self.space.loop.call_later(delay, self._try_is_over)
 
     def close(self, claim: Claim) -> None:
         self._run(self.res.close(claim))
+        self._step()
 
     def interrupt(self, claim: Claim) -> None:
         """A waiter got a signal; the caller has answered EINTR already (engine rule 8)."""
         self._run(self.res.interrupt(claim))
+        self._step()
 
     def read_lvb(self, done: Callable[[bytes], None]) -> None:
         """The value, for a holder. Waits while a write's outcome is unknown (rule 13)."""
@@ -161,8 +164,9 @@ class ClusterLock:
 
     def forget(self, done: Done) -> None:
         """Leave the lock: this node's file is unlinked, or the domain is left (rule 15)."""
-        assert not self.res.in_use
         self._forgets.append(done)
+        if self.res.phase is Phase.IDLE:
+            self.res.surrender()
         self._step()
 
     def lose(self, reason: int) -> None:
@@ -307,7 +311,6 @@ class ClusterLock:
                 case Withdraw():
                     pass
         self._draining = False
-        self._step()
 
     def _tell_wanted(self) -> None:
         """Tell the core what the others wish for, if that changed."""
@@ -375,6 +378,7 @@ class ClusterLock:
             self._withdraw()
         elif res.phase is Phase.ASKING and res.withdrawing and self._wish is None:
             self._run(res.refused(0))
+            self._step()
         elif self._refuse_try:
             self._refuse_trylocks()
         elif self._surplus_wanted():
@@ -393,6 +397,7 @@ class ClusterLock:
         elif self._wish is None:
             if res.asked_trying and self._ahead_conflict(res.asked):
                 self._run(res.refused(errno.ETXTBSY))
+                self._step()
                 return
             self._take()
         elif self._grantable():
@@ -400,6 +405,7 @@ class ClusterLock:
         elif not self._told:
             self._told = True
             self._run(res.queued())
+            self._step()
 
     def _foreign_ahead(self) -> list[Wish]:
         queue = ordered(self.wishes.values())
@@ -511,7 +517,6 @@ class ClusterLock:
         level: Mode,
         then: Mode = Mode.NL,
         lvb: bytes | None = None,
-        done: Callable[[DlmfsError | None], None] | None = None,
     ) -> None:
         """Commit a new head: ourselves at `level`, perhaps a new value, then the grant pass."""
         head = self._at_level(bury(self._head, self.space.is_dead), level)
@@ -524,7 +529,7 @@ class ClusterLock:
             ops.append(self._wish_op(then, trying=False, convert=False))
         self._send(
             Txn(self._guards(granted), tuple(ops), self._reading()),
-            lambda result: self._changed(result, head, granted, then, done),
+            lambda result: self._changed(result, head, granted, then, writing=lvb is not None),
         )
 
     def _changed(
@@ -533,7 +538,8 @@ class ClusterLock:
         head: Head,
         granted: list[Wish],
         then: Mode,
-        done: Callable[[DlmfsError | None], None] | None,
+        *,
+        writing: bool,
     ) -> None:
         if not result.succeeded:
             self._adopt_answer(result)
@@ -544,9 +550,9 @@ class ClusterLock:
             # Otherwise the watch has told us already of this wish, and perhaps of its end.
             wish = self._own_wish(then, trying=False, convert=False, revision=result.revision)
             self.wishes[wish.node] = wish
+        if writing:
+            self._writes.popleft().done(None)
         self.learned()
-        if done is not None:
-            done(None)
 
     def _committed(self, head: Head, granted: list[Wish], revision: int) -> None:
         """Our head change was applied at `revision`; the compares say what else was true then."""
@@ -655,6 +661,7 @@ class ClusterLock:
         for claim in [c for c in self.res.waiters.values() if c.trying]:
             self.space.host.failed(claim, errno.ETXTBSY)
             self._run(self.res.interrupt(claim))
+        self._step()
 
     def _cancel_try(self) -> None:
         if self._try_timer is not None:
@@ -696,7 +703,7 @@ class ClusterLock:
         if new == old and self._head.abandoned is None and self._head_revision:
             self._finish_write(None)
         else:
-            self._change(level=Mode.EX, lvb=new, done=self._finish_write)
+            self._change(level=Mode.EX, lvb=new)
 
     def _finish_write(self, error: DlmfsError | None) -> None:
         self._writes.popleft().done(error)
@@ -712,6 +719,7 @@ class ClusterLock:
         """Leave the head, or remove it with the last member (rule 15)."""
         if self.res.phase is not Phase.IDLE:
             return  # a withdrawal or a hand-over is under way; its end brings us back
+        self.res.surrender()
         if self._mine() is None:
             self._forgotten(None)
             return
@@ -762,5 +770,6 @@ class ClusterLock:
             self._forgotten(error)
         elif self.res.phase is Phase.ASKING and self._wish is None:
             self._run(self.res.refused(error.errno))
+            self._step()
         else:
             self.space.loop.call_later(RETRY_S, self._step)

@@ -225,36 +225,44 @@ class Lockspace:
 
     def _leave_members(self, done: Done) -> None:
         mine = created_at(self.keys.mine, self.incarnation)
-        look = Txn((mine,), (Range(self.keys.members), Range(self.keys.heads)))
+        look = Txn(
+            (mine,),
+            (Range(self.keys.members), Range(self.keys.heads), Range(self.keys.mails)),
+        )
         self._commit(look, lambda result: self._leave_looked(result, done))
 
     def _leave_looked(self, result: TxnResult | DlmfsError, done: Done) -> None:
         if isinstance(result, DlmfsError) or not result.succeeded:
             self._left(result if isinstance(result, DlmfsError) else None, done)
             return
-        members, heads = result.responses
+        members, heads, mails = result.responses
         assert isinstance(members, tuple)
         assert isinstance(heads, tuple)
-        mine = created_at(self.keys.mine, self.incarnation)
-        ops: list[Op] = [Delete(self.keys.mine)]
-        guards = [mine]
-        if len(members) == 1:
-            # The last one out. Heads that name a dead exclusive holder stay: whoever comes next
-            # must learn of it (promise 4).
-            for kv in heads[:BATCH_MAX]:
-                assert isinstance(kv, KeyValue)
-                head = decode_head(kv)
-                dead_ex = any(m.level is Mode.EX for m in head.members.values())
-                if head.abandoned is None and not dead_ex:
-                    guards.append(unchanged(kv.key, kv.mod_revision))
-                    ops.append(Delete(kv.key))
-            if len(ops) > 1 and len(heads) > BATCH_MAX:
-                sweep = Txn(tuple(guards), tuple(ops[1:]))
-                self._commit(sweep, lambda _result: self._leave_members(done))
-                return
+        assert isinstance(mails, tuple)
+        # The last one out takes the heads along, but not those that name a dead exclusive
+        # holder: whoever comes next must learn of it (promise 4).
+        useless = [kv for kv in heads if len(members) == 1 and self._forgettable(kv)]
+        litter = [*useless, *(kv for kv in mails if isinstance(kv, KeyValue))]
+        guards = [created_at(self.keys.mine, self.incarnation)]
+        ops: list[Op] = []
+        for kv in litter[:BATCH_MAX]:
+            assert isinstance(kv, KeyValue)
+            guards.append(unchanged(kv.key, kv.mod_revision))
+            ops.append(Delete(kv.key))
+        if len(litter) > BATCH_MAX:
+            self._commit(Txn(tuple(guards), tuple(ops)), lambda _result: self._leave_members(done))
+            return
+        ops.append(Delete(self.keys.mine))
         self._commit(
             Txn(tuple(guards), tuple(ops)), lambda result: self._left_members(result, done)
         )
+
+    @staticmethod
+    def _forgettable(kv: object) -> bool:
+        assert isinstance(kv, KeyValue)
+        head = decode_head(kv)
+        dead_exclusive = any(m.level is Mode.EX for m in head.members.values())
+        return head.abandoned is None and not dead_exclusive
 
     def _left_members(self, result: TxnResult | DlmfsError, done: Done) -> None:
         if isinstance(result, TxnResult) and not result.succeeded:
@@ -349,7 +357,8 @@ class Lockspace:
             self.members[node] = event.kv.create_revision
             return known is not None and known != event.kv.create_revision
         if node == self.node and event.kv.mod_revision > self.incarnation:
-            self.lose("the membership record was removed from the store")
+            if self.life is not Life.LEAVING:  # else it may be our own doing
+                self.lose("the membership record was removed from the store")
             return False
         return self.members.pop(node, None) is not None
 
@@ -424,9 +433,11 @@ class Lockspace:
         self._renew_epoch()
 
     def _renew_epoch(self) -> None:
+        # Compared with the old epoch, or an earlier attempt of unknown outcome, applied late,
+        # would change the epoch behind our back.
         record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
         txn = Txn(
-            (created_at(self.keys.mine, self.incarnation),),
+            (unchanged(self.keys.mine, self.epoch),),
             (
                 Put(self.keys.mine, record, self.lease),
                 Range(self.keys.members),
@@ -446,7 +457,12 @@ class Lockspace:
             self.loop.call_later(RETRY_S, self._renew_epoch)
             return
         if not result.succeeded:
-            self.lose("the membership record was removed from the store")
+            mine = result.responses[0]
+            if isinstance(mine, KeyValue) and mine.create_revision == self.incarnation:
+                self.epoch = mine.mod_revision
+                self._renew_epoch()
+            else:
+                self.lose("the membership record was removed from the store")
             return
         self.epoch = result.revision
         if self._watch is None:  # after a gap

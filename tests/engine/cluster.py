@@ -1,0 +1,380 @@
+"""Whole clusters of one domain over the memory store, from a seed, with everything checked.
+
+Real core, real engine; simulated clock, network, leases and programs. The checkers stand at the
+instant of every grant, read and write:
+
+* exclusion between the nodes that serve (promise 1),
+* tokens larger than those of all earlier conflicting grants (promise 2),
+* the LVB as a register whose unacknowledged writes may or may not show (promise 4),
+* the abandonment mark after a death at EX (promise 4),
+* trylocks answered in bounded time (promise 6), and after the faults every waiter served (5).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from dlmfs.core.lockres import Claim, Phase, Stage
+from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.errors import DlmfsError
+from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
+from dlmfs.sim.loop import SimLoop
+from dlmfs.store.base import Session
+from dlmfs.store.memory import Faults, MemoryServer, MemorySession, MemoryStore
+from dlmfs.timing import Timing
+
+TTL_S = 15.0
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass
+class LockHistory:
+    """What the checkers remember of one lock."""
+
+    max_ex_token: int = 0
+    max_token: int = 0
+    value: bytes = EMPTY_LVB
+    maybe: set[bytes] = field(default_factory=set)
+    abandoned: bool = False
+
+
+@dataclass
+class Program:
+    """One simulated open file."""
+
+    claim: Claim
+    lock: bytes
+    node: SimNode
+    asked_at: float
+
+
+class SimNode:
+    """A node: store handle, session, lockspace, and the programs on it."""
+
+    def __init__(self, cluster: SimCluster, name: str, owner: Owner) -> None:
+        self.cluster = cluster
+        self.name = name
+        self.owner = owner
+        self.alive = True
+        self.buried: set[int] = set()
+        """Programs that died with a former self; its timers may still name them."""
+        self.space: Lockspace | None = None
+        self.programs: dict[int, Program] = {}
+        self.session: MemorySession | None = None
+        self.start()
+
+    def start(self) -> None:
+        cluster = self.cluster
+        self.alive = True
+        self.programs = {}
+        self.store = MemoryStore(cluster.server, cluster.rng, cluster.faults)
+        self.store.open_session(self.name, TTL_S, self.session_lost, self._open)
+
+    def _open(self, session: Session | DlmfsError) -> None:
+        assert isinstance(session, MemorySession)
+        self.session = session
+        space = Lockspace(
+            self.store,
+            self.cluster.loop,
+            self,
+            domain=b"dom",
+            node=self.name,
+            lease=session.lease,
+            owner=self.owner,
+            timing=Timing(TTL_S),
+        )
+
+        def joined(error: DlmfsError | None) -> None:
+            if error is not None and self.alive:
+                self.cluster.loop.call_later(1.0, space.join, joined)
+            elif error is None:
+                self.space = space
+
+        space.join(joined)
+        self._guard()
+
+    def _guard(self) -> None:
+        """The fence: stop serving before the lease can have run out."""
+        if not self.alive or self.session is None:
+            return
+        assert self.session.deadline is not None
+        fence_at = self.session.deadline - TTL_S + Timing(TTL_S).fence_after_s
+        now = self.cluster.loop.time()
+        if now >= fence_at:
+            self.session_lost("no renewal")
+            return
+        self.cluster.loop.call_later(fence_at - now, self._guard)
+
+    def session_lost(self, reason: str) -> None:
+        if self.alive:
+            if self.space is not None:
+                self.space.lose(reason)
+            self.restart()
+
+    def restart(self) -> None:
+        self.crash()
+        self.cluster.loop.call_later(0.1, self.start_again)
+
+    def start_again(self) -> None:
+        if not self.alive:
+            self.start()
+
+    def crash(self) -> None:
+        self.alive = False
+        space, self.space = self.space, None
+        if space is not None and space.life is not Life.LOST:
+            for name, lock in space.locks.items():
+                mine = lock.known_head.members.get(self.name)
+                surely = lock.res.phase is Phase.IDLE and lock.res.level is Mode.EX
+                if mine is not None and surely and mine.level is Mode.EX:
+                    self.cluster.locks[name].abandoned = True
+        self.buried |= set(self.programs)
+        self.programs = {}
+        self.store.crash()
+
+    @property
+    def serving(self) -> Lockspace | None:
+        return self.space if self.alive and self.space is not None and self.space.live else None
+
+    # -- Host -----------------------------------------------------------------------------------
+
+    def granted(self, claim: Claim) -> None:
+        if claim.fh in self.buried:
+            return
+        program = self.programs[claim.fh]
+        self.cluster.check_grant(program)
+
+    def failed(self, claim: Claim, reason: int) -> None:
+        if claim.fh in self.buried:
+            return
+        program = self.programs.pop(claim.fh)
+        if self.serving is not None and not claim.trying and reason not in (errno.EDEADLK, errno.EAGAIN):
+            raise Violation(f"{program} failed with {errno.errorcode[reason]}")
+
+    def notify(self, claim: Claim) -> None:
+        self.cluster.notices += 1
+
+    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+        return any(h.pid == claim.pid for h in holders)
+
+    def domain_lost(self, domain: bytes, reason: str) -> None:
+        if self.alive:
+            self.cluster.loop.call_soon(self.restart)
+
+
+class SimCluster:
+    """Nodes, programs and checkers of one run."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        nodes: int = 3,
+        locks: int = 2,
+        faults: Faults | None = None,
+        owners: tuple[Owner, ...] = (Owner.NODE, Owner.FILE),
+    ) -> None:
+        self.rng = Random(seed)
+        self.loop = SimLoop(self.rng)
+        self.faults = faults or Faults()
+        self.server = MemoryServer(self.loop, start_revision=1000)
+        self.locks = {b"lock%d" % i: LockHistory() for i in range(locks)}
+        self.notices = 0
+        self.grants = 0
+        self.fh = 0
+        self.writes = 0
+        self.nodes = [SimNode(self, f"n{i}", self.rng.choice(owners)) for i in range(nodes)]
+        self.loop.run_until(lambda: all(n.space is not None for n in self.nodes), 120)
+
+    # -- checkers -------------------------------------------------------------------------------
+
+    def check_grant(self, program: Program) -> None:
+        claim, history = program.claim, self.locks[program.lock]
+        self.grants += 1
+        for node in self.nodes:
+            space = node.serving
+            if node is program.node or space is None:
+                continue
+            lock = space.locks.get(program.lock)
+            if lock is not None and not compatible(lock.res.level, claim.mode):
+                raise Violation(
+                    f"{program.node.name} serves {claim} while {node.name} is at {lock.res.level!r}"
+                )
+        floor = history.max_token if claim.mode is Mode.EX else history.max_ex_token
+        same_node_owner = program.node.owner is Owner.NODE
+        if claim.token < floor or (claim.token == floor and not same_node_owner):
+            raise Violation(f"token of {claim} went back: {claim.token} after {floor}")
+        history.max_token = max(history.max_token, claim.token)
+        if claim.mode is Mode.EX:
+            history.max_ex_token = max(history.max_ex_token, claim.token)
+        space = program.node.serving
+        assert space is not None
+        head = space.locks[program.lock].known_head
+        if history.abandoned and head.abandoned is None:
+            raise Violation(f"{program.lock!r}: the holder before {claim} died and nobody says so")
+
+    def read(self, program: Program) -> None:
+        space = program.node.serving
+        assert space is not None
+
+        def value(lvb: bytes) -> None:
+            if program.claim.stage is not Stage.HELD or program.node.serving is not space:
+                return
+            history = self.locks[program.lock]
+            if lvb != history.value and lvb not in history.maybe:
+                raise Violation(f"{program.lock!r}: read {lvb[:8]!r}, want {history.value[:8]!r}")
+            if lvb != history.value:
+                history.value = lvb
+                history.maybe.clear()
+
+        space.locks[program.lock].read_lvb(value)
+
+    def write(self, program: Program) -> None:
+        space = program.node.serving
+        assert space is not None
+        self.writes += 1
+        new = b"%08d" % self.writes * (LVB_SIZE // 8)
+        history = self.locks[program.lock]
+        history.maybe.add(new)
+
+        def done(error: DlmfsError | None) -> None:
+            if error is None and program.node.alive:
+                if new not in history.maybe and history.value != new:
+                    return  # a later write of this node has overtaken it in the record
+                history.value = new
+                history.maybe.discard(new)
+                history.abandoned = False
+
+        space.locks[program.lock].write_lvb(0, new, done)
+
+    # -- programs -------------------------------------------------------------------------------
+
+    def act(self) -> None:
+        """One random step of a random program."""
+        rng = self.rng
+        node = rng.choice(self.nodes)
+        space = node.serving
+        if space is None:
+            return
+        if node.programs and rng.random() < 0.55:
+            program = rng.choice(list(node.programs.values()))
+            if program.claim.stage is Stage.WAITING:
+                if rng.random() < 0.2:
+                    del node.programs[program.claim.fh]
+                    space.locks[program.lock].interrupt(program.claim)
+            elif rng.random() < 0.3:
+                self.read(program)
+            elif program.claim.mode is Mode.EX and rng.random() < 0.4:
+                self.write(program)
+            else:
+                self.close(program)
+            return
+        name = rng.choice(list(self.locks))
+        if rng.random() < 0.05:
+            self.unlink(node, name)
+            return
+        self.fh += 1
+        claim = Claim(
+            self.fh,
+            rng.choice([Mode.PR, Mode.EX]),
+            trying=rng.random() < 0.3,
+            pid=rng.randrange(1, 4),
+        )
+        program = Program(claim, name, node, self.loop.time())
+        node.programs[claim.fh] = program
+        space.lock(name).open(claim)
+        if claim.trying:
+            self.loop.call_later(TTL_S, self.check_try, program)
+
+    def check_try(self, program: Program) -> None:
+        if program.node.serving and program.claim.stage is Stage.WAITING:
+            if program.claim.fh in program.node.programs:
+                raise Violation(f"trylock {program} still waits")
+
+    def close(self, program: Program) -> None:
+        space = program.node.serving
+        node = program.node
+        if node.programs.pop(program.claim.fh, None) is not None and space is not None:
+            space.locks[program.lock].close(program.claim)
+
+    def unlink(self, node: SimNode, name: bytes) -> None:
+        space = node.serving
+        assert space is not None
+        lock = space.locks.get(name)
+        if lock is None or lock.res.in_use:
+            return
+        history = self.locks[name]
+
+        def gone(error: DlmfsError | None) -> None:
+            if error is None:
+                # If it was the last member, the value and its mark are forgotten.
+                if not any(kv.startswith(b"d/dom/h/" + name) for kv in self.server.data):
+                    history.value, history.abandoned = EMPTY_LVB, False
+                    history.maybe.clear()
+                space.drop(name)
+
+        lock.forget(gone)
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    def run(self, steps: int, *, crashes: float = 0.0, cuts: float = 0.0, gaps: float = 0.0) -> None:
+        """The fault phase, then healing; every waiter must then be served."""
+        rng = self.rng
+        for _ in range(steps):
+            self.act()
+            self.loop.run_for(rng.choice([0.0, 0.0005, 0.002, 0.02]))
+            draw = rng.random()
+            node = rng.choice(self.nodes)
+            if draw < crashes and node.alive:
+                node.restart()
+            elif draw < crashes + cuts:
+                if node.store.connected:
+                    node.store.cut()
+                    self.loop.call_later(rng.uniform(0, 2 * TTL_S), node.store.heal)
+                self.loop.run_for(rng.uniform(0, 5))
+            elif draw < crashes + cuts + gaps:
+                self.server.compact(self.server.revision)
+        self.settle()
+
+    def settle(self) -> None:
+        """Everything heals; holders close one by one; nobody may be forgotten."""
+        calm = Faults()
+        self.faults.__dict__.update(calm.__dict__)
+        for node in self.nodes:
+            node.store.heal()
+        self.loop.run_for(4 * TTL_S)
+        for _ in range(10_000):
+            programs = [p for n in self.nodes for p in n.programs.values()]
+            if not programs:
+                break
+            held = [p for p in programs if p.claim.stage is Stage.HELD]
+            if not held:
+                raise Violation(f"nobody holds, yet {len(programs)} wait for ever")
+            self.close(self.rng.choice(held))
+            self.loop.run_for(1.0)
+        for node in self.nodes:
+            if node.serving is None:
+                raise Violation(f"{node.name} did not come back")
+            for lock in node.serving.locks.values():
+                if not lock.idle:
+                    raise Violation(f"{node.name}: {lock.name!r} is not at rest")
+
+    def leave_all(self) -> None:
+        """Clean leaves leave nothing behind but heads that name a dead exclusive holder."""
+        left: list[str] = []
+        for node in self.nodes:
+            space = node.serving
+            assert space is not None
+            space.leave(lambda _error, name=node.name: left.append(name))
+            self.loop.run_until(lambda name=node.name: name in left, 60)
+        if len(left) != len(self.nodes):
+            raise Violation(f"only {left} could leave")
+        rest = [key for key in self.server.data if not key.startswith(b"d/dom/h/")]
+        if rest:
+            raise Violation(f"left behind: {rest}")
