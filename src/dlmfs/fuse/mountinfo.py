@@ -1,0 +1,154 @@
+"""Which file systems are mounted where, from /proc/self/mountinfo, without touching any of them.
+
+A path below a mount whose daemon is stopped or dead must not be looked at: a stat there hangs, or
+fails with ENOTCONN. So paths are resolved here by hand, and never further than to the mount.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+FSTYPE: Final = "fuse.dlmfs"
+
+STALE_AFTER_S: Final = 2.0
+"""A mount that does not answer for so long is taken for alive: its daemon is stopped or busy."""
+
+SYMLINKS_MAX: Final = 40
+"""As in the kernel (path_resolution(7))."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of mountinfo (proc_pid_mountinfo(5)). `dev` is "major:minor"."""
+
+    id: int
+    parent: int
+    mountpoint: str
+    source: str
+    fstype: str
+    dev: str
+    options: tuple[str, ...]
+    super_options: tuple[str, ...]
+
+    @property
+    def is_dlmfs(self) -> bool:
+        return self.fstype == FSTYPE
+
+
+def _unescape(field: bytes) -> str:
+    """Undo the octal escapes of space, tab, newline, backslash and '#'."""
+    plain = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)
+    return os.fsdecode(plain)
+
+
+def parse(text: bytes) -> list[MountEntry]:
+    """The entries of a mountinfo file; lines that are none are left out."""
+    entries = []
+    for line in text.split(b"\n"):
+        left, dash, right = line.partition(b" - ")
+        head, tail = left.split(b" "), right.split(b" ")
+        if not dash or len(head) < 6 or len(tail) < 3:
+            continue
+        entry = MountEntry(
+            id=int(head[0]),
+            parent=int(head[1]),
+            mountpoint=_unescape(head[4]),
+            source=_unescape(tail[1]),
+            fstype=_unescape(tail[0]),
+            dev=head[2].decode(),
+            options=tuple(_unescape(head[5]).split(",")),
+            super_options=tuple(_unescape(tail[2]).split(",")),
+        )
+        entries.append(entry)
+    return entries
+
+
+def mounts() -> list[MountEntry]:
+    """Everything mounted in this process's mount namespace, below its root."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return parse(file.read())
+
+
+class _Walk:
+    """Path resolution that knows at each step which mount it is on."""
+
+    def __init__(self, table: Iterable[MountEntry]) -> None:
+        entries = list(table)
+        known = {e.id for e in entries}
+        # Parents outside of this namespace or chroot count as one "mount 0" around it all.
+        inside = {e.id: e.parent if e.parent in known - {e.id} else 0 for e in entries}
+        self._on = {(inside[e.id], e.mountpoint): e for e in entries}
+
+    def _top(self, mount: MountEntry | None, path: str) -> MountEntry | None:
+        """The mount that one is on at `path`, coming from `mount`: mounts stack."""
+        while above := self._on.get((mount.id if mount else 0, path)):
+            mount = above
+        return mount
+
+    def resolve(self, path: str) -> tuple[str, MountEntry | None]:
+        """The real path and the mount it is on. Below a dlmfs mount nothing is looked at (there
+        are no symbolic links on one, so the text of the path tells all)."""
+        stack = [("/", self._top(None, "/"))]
+        todo = os.path.join(os.getcwd(), path).split("/")[::-1]
+        links = 0
+        while todo:
+            name = todo.pop()
+            if name == "..":
+                del stack[max(1, len(stack) - 1) :]
+                continue
+            if name in ("", "."):
+                continue
+            base, mount = stack[-1]
+            here = os.path.join(base, name)
+            top = self._top(mount, here)
+            if top is mount and not (mount and mount.is_dlmfs) and links < SYMLINKS_MAX:
+                try:
+                    target = os.readlink(here)
+                except OSError:
+                    pass  # no link, or nothing there: the caller will find out
+                else:
+                    links += 1
+                    todo += target.split("/")[::-1]
+                    if target.startswith("/"):
+                        del stack[1:]
+                    continue
+            stack.append((here, top))
+        return stack[-1]
+
+
+def resolve(path: str) -> tuple[str, MountEntry | None]:
+    """The real path of `path` and the mount that it lies on, without touching a dlmfs mount."""
+    return _Walk(mounts()).resolve(path)
+
+
+def find(path: str) -> MountEntry | None:
+    """The dlmfs mount that `path` lies on, or None if that is no dlmfs."""
+    entry = resolve(path)[1]
+    return entry if entry is not None and entry.is_dlmfs else None
+
+
+def is_stale(entry: MountEntry) -> bool:
+    """Whether the daemon of a dlmfs mount is dead. `entry` must be the topmost at its place.
+
+    statfs(2) is asked since FUSE never caches it (attributes are, and outlive the daemon), by a
+    child process since it sleeps, at times unkillably, while the daemon is stopped.
+    """
+    code = "import errno, os, sys\ntry: os.statvfs(sys.argv[1])\n"
+    code += "except OSError as error: sys.exit(3 if error.errno == errno.ENOTCONN else 0)"
+    command = [sys.executable, "-I", "-S", "-c", code, entry.mountpoint]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/")
+    try:
+        return child.wait(STALE_AFTER_S) == 3
+    except subprocess.TimeoutExpired:
+        child.kill()
+        try:
+            child.wait(0.1)
+        except subprocess.TimeoutExpired:
+            child.returncode = 0  # it dies when the daemon goes on; do not warn about it
+        return False
