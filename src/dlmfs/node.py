@@ -66,8 +66,8 @@ class Node:
         self.loop = asyncio.get_running_loop()
         self._ended = self.loop.create_future()
         self.loop.set_exception_handler(self._crashed)
-        path = self.config.state_path or default_path(self.config.state_name or "default")
-        self.store = SqliteStore(path, self.loop)
+        path = self.config.state_path or default_path(self.config.state_name)
+        self.store = SqliteStore(path, self.loop, default=self.config.state_path is None)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(self.store.close)
             await self._join_store()

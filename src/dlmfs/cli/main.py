@@ -1,0 +1,86 @@
+"""The one program: `dlmfs VERB ...`, and what mount(8) calls as a mount helper."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Final
+
+from dlmfs.errors import Bug, DlmfsError
+
+VERBS: Final = {
+    "mount": "join a lock service: mount it on a folder",
+    "umount": "leave it",
+    "status": "who holds what, who waits for whom, on this host's mounts",
+    "info": "one lock, as the whole cluster knows it",
+}
+HELPERS: Final = ("mount.dlmfs", "mount.fuse.dlmfs", "mount.fuse3.dlmfs")
+MOUNTING: Final = ("mount", "umount")
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
+    return f"usage: dlmfs VERB ...   (`dlmfs VERB --help` for each)\n\n{verbs}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code (mount and umount: as mount(8), else docs/reference.md)."""
+    program = os.path.basename(sys.argv[0])
+    args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    helper = program in HELPERS
+    if helper or _as_mount_calls_us(args):
+        args.insert(0, "mount")
+        if helper:
+            args.insert(1, "--helper")
+    if not args or args[0] in ("help", "-h", "--help"):
+        print(usage(), end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        from dlmfs import __version__
+
+        print(f"dlmfs {__version__}")
+        return 0
+    verb = args.pop(0)
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        print(f"dlmfs: unknown verb '{verb}'{hint} (`dlmfs help` lists them)", file=sys.stderr)
+        return 2
+    return _run(verb, args)
+
+
+def _as_mount_calls_us(args: list[str]) -> bool:
+    """mount(8) runs the program of a `fuse.dlmfs` entry as `dlmfs SOURCE DIR -o ...`, no verb."""
+    return (
+        len(args) >= 2
+        and args[0] not in VERBS
+        and not args[0].startswith("-")
+        and args[1].startswith("/")
+    )
+
+
+def _run(verb: str, args: list[str]) -> int:
+    mounting = verb in MOUNTING
+    try:
+        return int(importlib.import_module(f"dlmfs.cli.{verb}").run(args))
+    except DlmfsError as error:
+        print(f"dlmfs: {error}", file=sys.stderr)
+        return error.mount_exit if mounting else error.exit
+    except KeyboardInterrupt:
+        return 8 if mounting else 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout at exit
+        return 141
+    except Exception as error:
+        if os.environ.get("DLMFS_DEBUG"):
+            traceback.print_exc()
+        print(
+            f"dlmfs: internal error: {type(error).__name__}: {error} (DLMFS_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
+        return Bug.mount_exit if mounting else Bug.exit

@@ -1,0 +1,101 @@
+"""`dlmfs mount SOURCE MOUNTPOINT [-o ...] [-f]`, and the same as a helper of mount(8)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import stat
+import sys
+from typing import Final
+
+from dlmfs.cli.daemonize import run_in_background
+from dlmfs.cli.parser import Parser
+from dlmfs.config import MountConfig, parse_options, parse_source
+from dlmfs.errors import MountFailed, NotPermitted, UsageError
+from dlmfs.fuse import mount as fuse_mount
+
+DESCRIPTION: Final = """\
+SOURCE   local             the embedded engine: all mounts of this user on this host that say
+                           `local` share one lock space; nothing to set up
+         local:NAME        another lock space of that kind
+         local:/path/x.db  the state in a file of your choice (several users, or to keep it)
+"""
+OPTIONS: Final = """\
+-o       node=NAME         this node's name (default: the host name, then HOST-2, ...)
+         owner=node|file   who holds a lock: the whole node (default, as the kernel's dlmfs), or
+                           each open file, so that processes here exclude each other too
+         ttl=SECONDS       lease time, 5 to 3600 (default 15)
+         allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
+         and what mount(8) and fstab pass without meaning for dlmfs; anything else is refused
+"""
+
+
+def run(args: list[str]) -> int:
+    """Mount; return when the mount answers (with -f: when it ends)."""
+    helper = "--helper" in args
+    if helper:
+        args.remove("--helper")
+    parsed = _parser(helper=helper).parse_args(args)
+    path, name = parse_source(parsed.source)
+    options = parse_options(parsed.o)
+    mountpoint = os.path.realpath(parsed.mountpoint)
+    fuse_mount.clear_stale(mountpoint)
+    _check(mountpoint)
+    config = MountConfig(parsed.source, path, name, mountpoint, options)
+    if helper and parsed.fake:
+        return 0
+    logging.basicConfig(
+        level=logging.INFO if parsed.verbose else logging.WARNING,
+        format="dlmfs: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+    )
+    from dlmfs.node import serve
+
+    if parsed.foreground:
+        return serve(config, lambda: None)
+    return run_in_background(lambda ready: serve(config, ready), mountpoint)
+
+
+def _parser(*, helper: bool) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dlmfs mount",
+        description=DESCRIPTION,
+        epilog=OPTIONS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument("-o", action="append", default=[], metavar="OPT[,OPT...]")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens to stderr")
+    if helper:  # the calling convention of mount(8), where -f means "fake"
+        parser.add_argument("-s", action="store_true", help=argparse.SUPPRESS)
+        parser.add_argument("-n", action="store_true", help=argparse.SUPPRESS)
+        parser.add_argument("-N", metavar="NS", help=argparse.SUPPRESS)
+        parser.add_argument("-t", metavar="TYPE", help=argparse.SUPPRESS)
+        parser.add_argument("-f", dest="fake", action="store_true", help=argparse.SUPPRESS)
+        parser.set_defaults(foreground=False)
+    else:
+        parser.add_argument(
+            "-f", dest="foreground", action="store_true", help="stay in the foreground"
+        )
+    return parser
+
+
+def _check(mountpoint: str) -> None:
+    """Refuse early, with the reason, what the kernel would refuse late without one."""
+    entry = fuse_mount.find(mountpoint)
+    if entry is not None and entry.mountpoint == mountpoint and entry.is_dlmfs:
+        raise MountFailed(
+            f"a dlmfs is already mounted on {mountpoint}: use it, or `dlmfs umount {mountpoint}`"
+        )
+    try:
+        info = os.stat(mountpoint)
+    except FileNotFoundError:
+        raise UsageError(f"the mount point {mountpoint} does not exist: mkdir it first") from None
+    except PermissionError:
+        raise NotPermitted(f"no permission to look at the mount point {mountpoint}") from None
+    except OSError as error:
+        raise MountFailed(f"the mount point {mountpoint}: {error.strerror}") from None
+    if not stat.S_ISDIR(info.st_mode):
+        raise UsageError(f"the mount point {mountpoint} is not a folder")

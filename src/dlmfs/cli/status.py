@@ -1,0 +1,99 @@
+"""`dlmfs status [--json] [-a] [MOUNTPOINT]`: this host's mounts, their locks, who waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from dlmfs.cli.parser import Parser
+from dlmfs.control import ask
+from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.fuse import mount as fuse_mount
+
+
+def run(args: list[str]) -> int:
+    """Exit 0: all mounts answered; 1: no mount; 69: one of them is dead or silent."""
+    parser = Parser(prog="dlmfs status", description="Who holds what, and who waits for whom.")
+    parser.add_argument("--json", action="store_true", help="for programs: a list, one per mount")
+    parser.add_argument("-a", "--all", action="store_true", help="idle locks too")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?")
+    parsed = parser.parse_args(args)
+    entries = [entry for entry in fuse_mount.mounts() if entry.is_dlmfs]
+    if parsed.mountpoint is not None:
+        wanted = os.path.realpath(parsed.mountpoint)
+        entries = [entry for entry in entries if entry.mountpoint == wanted]
+        if not entries:
+            raise UsageError(f"{wanted} is not a dlmfs mount: `dlmfs status` lists them")
+    reports: list[dict[str, Any]] = []
+    code = 0 if entries else 1
+    for entry in entries:
+        try:
+            reports.append(ask(entry, {"cmd": "status"}))
+        except DlmfsError as error:
+            reports.append({"mountpoint": entry.mountpoint, "error": str(error)})
+            code = error.exit
+    if parsed.json:
+        print(json.dumps(reports))
+    elif not reports:
+        print("no dlmfs is mounted on this host; `dlmfs mount local DIR` mounts one")
+    else:
+        print("\n\n".join(render(report, everything=parsed.all) for report in reports))
+    sys.stdout.flush()
+    return code
+
+
+def age(seconds: float) -> str:
+    """3.2s, 2m10s, 5h03m: short, and enough."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
+    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02}m"
+
+
+def render(report: dict[str, Any], *, everything: bool = False) -> str:
+    """One mount for people."""
+    if "error" in report:
+        return f"{report['mountpoint']}  DEAD or silent: {report['error']}"
+    lease = report["lease"]
+    lines = [
+        f"{report['mountpoint']}  node {report['node']}  {lease['state']}  source "
+        f"{report['source']}  owner={report['owner']}  pid {report['pid']}  up "
+        f"{age(report['uptime_s'])}"
+    ]
+    if lease["reason"]:
+        lines.append(f"  {lease['reason']}")
+    lines += [
+        f"  the node {session['node']} is stopped (pid {session['pid']}): it keeps its locks"
+        for session in report["store"].get("sessions", [])
+        if session["stopped"]
+    ]
+    if report["store"].get("waiting_for_pid"):
+        lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
+    for domain in report["domains"]:
+        lines += _domain(domain, everything=everything)
+    return "\n".join(lines)
+
+
+def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
+    busy = [k for k in domain["locks"] if k["holders"] or k["waiters"] or k["wanted_by"]]
+    shown = domain["locks"] if everything else busy
+    idle = len(domain["locks"]) - len(shown)
+    rest = f", {idle} idle" if idle else ""
+    lines = [f"  {domain['name']}/  members: {', '.join(domain['members'])}{rest}"]
+    for lock in shown:
+        lines.append(f"    {lock['name']:24} {lock['level']}")
+        lines += [_claim("held by", holder) for holder in lock["holders"]]
+        lines += [_claim("awaited by", waiter) for waiter in lock["waiters"]]
+        for wish in lock["wanted_by"]:
+            trying = " (try)" if wish["try"] else ""
+            lines.append(f"      {'wanted by':10} {wish['mode']}  node {wish['node']}{trying}")
+    return lines
+
+
+def _claim(what: str, claim: dict[str, Any]) -> str:
+    who = f"pid {claim['pid']} {claim['command']}".rstrip() if claim["pid"] else "pid unknown"
+    token = f"  token {claim['token']}" if claim["token"] else ""
+    return f"      {what:10} {claim['mode']}  {who}  for {age(claim['since_s'])}{token}"

@@ -1,0 +1,42 @@
+"""`dlmfs umount MOUNTPOINT`: unmount, and wait until the node has left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+
+from dlmfs.cli.parser import Parser
+from dlmfs.control import daemon_pid
+from dlmfs.errors import Unavailable, UsageError
+from dlmfs.fuse import mount as fuse_mount
+
+WAIT_S = 30.0
+
+
+def run(args: list[str]) -> int:
+    """Unmount a live or a dead dlmfs. Returns when its daemon has left every domain."""
+    parser = Parser(prog="dlmfs umount", description="Leave: unmount and give every lock back.")
+    parser.add_argument("-l", "--lazy", action="store_true", help="also while files are open")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parsed = parser.parse_args(args)
+    mountpoint = os.path.abspath(parsed.mountpoint)
+    entry = fuse_mount.find(mountpoint)
+    if entry is None or not entry.is_dlmfs:
+        raise UsageError(f"{mountpoint} is not a dlmfs mount")
+    if entry.mountpoint != os.path.realpath(os.path.dirname(mountpoint)).rstrip(
+        "/"
+    ) + "/" + os.path.basename(mountpoint):
+        raise UsageError(f"{mountpoint} is inside the mount {entry.mountpoint}: unmount that")
+    pid = daemon_pid(entry)
+    if pid is None:
+        fuse_mount.unmount(entry.mountpoint, lazy=True)
+        print(f"dlmfs: {entry.mountpoint} was dead, now cleared", file=sys.stderr)
+        return 0
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        fuse_mount.unmount(entry.mountpoint, lazy=parsed.lazy)
+        if not parsed.lazy and not select.select([handle], [], [], WAIT_S)[0]:
+            raise Unavailable(f"unmounted, but the daemon (pid {pid}) has not ended yet")
+    return 0

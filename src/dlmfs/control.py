@@ -1,0 +1,157 @@
+"""The daemon's control socket: one JSON line asks, one JSON line answers. Both ends of it.
+
+The socket's place follows from the mount table alone (user and device number), so a question
+never touches the mount, and a dead daemon is told from a stopped one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
+from dlmfs.fuse.mount import MountEntry
+
+LINE_MAX: Final = 64 * 1024
+Handler = Callable[[dict[str, object]], object]
+
+
+def owner_of(entry: MountEntry) -> int:
+    """The user that mounted it, from the mount table."""
+    for option in entry.super_options:
+        if option.startswith("user_id="):
+            return int(option.removeprefix("user_id="))
+    return 0
+
+
+def control_path(entry: MountEntry) -> Path:
+    """Where the daemon of this mount listens."""
+    uid = owner_of(entry)
+    shm = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
+    folder = Path("/run/dlmfs/ctl") if uid == 0 else Path(f"{shm}/dlmfs-{uid}/ctl")
+    return folder / f"{entry.dev.replace(':', '-')}.sock"
+
+
+class ControlServer:
+    """Answers questions about one daemon. `allow_other`: to every local user."""
+
+    def __init__(self, path: Path, handlers: Mapping[str, Handler], *, allow_other: bool) -> None:
+        self.path = path
+        self.handlers = handlers
+        self.allow_other = allow_other
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        for folder in (self.path.parent.parent, self.path.parent):
+            folder.mkdir(mode=0o755 if os.getuid() == 0 else 0o700, exist_ok=True)
+        if self.path.parent.stat().st_uid != os.getuid():
+            raise NotPermitted(f"{self.path.parent} belongs to another user: remove it")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()  # of a dead daemon whose device number we got
+        self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
+        self.path.chmod(0o666)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ValueError, TimeoutError):
+            async with asyncio.timeout(10):
+                answer = await self._answer(reader, writer)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> dict[str, object]:
+        try:
+            credentials = writer.get_extra_info("socket").getsockopt(
+                socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+            )
+            _, uid, _ = struct.unpack("3i", credentials)
+            if uid not in (0, os.getuid()) and not self.allow_other:
+                raise NotPermitted("this mount belongs to another user")
+            request = json.loads(await reader.readline())
+            handler = self.handlers.get(request["cmd"]) if isinstance(request, dict) else None
+            if handler is None:
+                raise UsageError("the daemon does not know this question: is it of another version?")
+            answer = handler(request)
+            return {"ok": await answer if inspect.isawaitable(answer) else answer}
+        except DlmfsError as error:
+            return {"error": {"class": type(error).__name__, "message": str(error)}}
+        except (ValueError, KeyError, TypeError) as error:
+            return {"error": {"class": "UsageError", "message": f"malformed question: {error}"}}
+
+
+def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -> Any:
+    """Ask the daemon of a mount. Raises Unavailable if it is dead or does not answer, or the
+    DlmfsError that it answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(str(control_path(entry)))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise Unavailable(
+                f"the daemon of {entry.mountpoint} is gone: `dlmfs umount {entry.mountpoint}` "
+                "clears the dead mount"
+            ) from None
+        except PermissionError:
+            raise NotPermitted(f"the daemon of {entry.mountpoint} is another user's") from None
+        pid = peer_pid(sock)
+        try:
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            sock.shutdown(socket.SHUT_WR)
+            with sock.makefile("rb") as file:
+                line = file.readline()
+            answer = json.loads(line)
+        except (OSError, ValueError):
+            raise Unavailable(
+                f"the daemon of {entry.mountpoint} (pid {pid}{_state(pid)}) does not answer"
+            ) from None
+    if "error" in answer:
+        raise _error(answer["error"])
+    return answer["ok"]
+
+
+def daemon_pid(entry: MountEntry) -> int | None:
+    """The daemon's process, or None if it is gone. Does not need it to answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(5.0)
+        try:
+            sock.connect(str(control_path(entry)))
+        except OSError:
+            return None
+        return peer_pid(sock)
+
+
+def peer_pid(sock: socket.socket) -> int:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def _state(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+    return ", stopped" if state in "Tt" else ""
+
+
+def _error(facts: dict[str, str]) -> DlmfsError:
+    for kind in (NotPermitted, UsageError):
+        if facts["class"] == kind.__name__:
+            return kind(facts["message"])
+    return Unavailable(facts["message"])

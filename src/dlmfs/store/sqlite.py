@@ -1,0 +1,525 @@
+"""The embedded engine's store: one SQLite file in WAL mode, shared by the daemons of one host.
+
+Rules of this file
+------------------
+* The event loop never waits. On a tmpfs a transaction runs in it, at once, with no busy time-out;
+  if another daemon is inside a write (and perhaps stopped there) it goes to the worker thread.
+  On a disk, where a commit waits for the medium, everything goes to the worker.
+* Before each transaction the path must still be the file that was opened: deleted or replaced
+  under us, we are fenced (design, section 3, "sqlite").
+* Nobody here opens the database file by hand: closing it would drop SQLite's own locks
+  (protocol-traps 17).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from dlmfs.errors import (
+    BadState,
+    Bug,
+    DlmfsError,
+    LockLost,
+    NotPermitted,
+    OutcomeUnknown,
+    StoreFull,
+    Unavailable,
+)
+from dlmfs.store import bells, schema, statefile
+from dlmfs.store.base import Session, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
+from dlmfs.store.memory import check, writes
+
+if TYPE_CHECKING:
+    import asyncio
+
+T = TypeVar("T")
+
+OPEN_TIMEOUT_S: Final = 5.0
+RECHECKS_S: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
+"""When to look again after a peer hung up: the kernel may close its sockets before its locks."""
+SWEEP_S: Final = 1.0
+TRIM_EVERY: Final = 1000
+KEEP_REVISIONS: Final = 10_000
+WAL_WRITE_LOCK: Final = 120
+"""The byte of the -shm file that a writer locks (SQLite's WAL-index format)."""
+
+
+class SqliteStore:
+    """One daemon's handle on the state file; opens or creates it.
+
+    `loop` is asyncio's. Raises BadState, UsageError, NotPermitted, StoreFull or Unavailable.
+    """
+
+    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, *, default: bool = False) -> None:
+        self.path = path
+        self.loop = loop
+        self.kind = statefile.prepare(path, default=default)
+        self.volatile = self.kind in ("tmpfs", "ramfs")
+        self.dead: str | None = None
+        self._lost: Callable[[str], None] | None = None
+        self.session: SqliteSession | None = None
+        self._fast = self._connect()
+        info = os.stat(path)
+        self._identity = (info.st_dev, info.st_ino)
+        self._watches: list[SqliteWatch] = []
+        self._seen = 0
+        self._pumping = False
+        self._pending = 0
+        self._closing = False
+        self._generation = -1
+        self._peer_prefixes: dict[int, tuple[bytes, ...]] = {}
+        self._commits = 0
+        self._shm: int | None = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._slow: sqlite3.Connection | None = None
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            return schema.connect(self.path, volatile=self.volatile, timeout_s=OPEN_TIMEOUT_S)
+        except sqlite3.OperationalError as error:
+            code = error.sqlite_errorcode & 0xFF
+            if code == sqlite3.SQLITE_BUSY:
+                raise Unavailable(
+                    f"the state file {self.path} is held by another daemon (is one stopped?): "
+                    "continue or end that process"
+                ) from None
+            if code == sqlite3.SQLITE_FULL:
+                raise StoreFull(f"no space left for the state file {self.path}") from None
+            if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+                raise NotPermitted(f"cannot open the state file {self.path}: {error}") from None
+            raise BadState(f"the state file {self.path} cannot be used: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise BadState(
+                f"{self.path} is not a sound state file of dlmfs ({error}): move it away or "
+                "name another"
+            ) from None
+
+    # -- transactions ---------------------------------------------------------------------------
+
+    def txn(self, txn: Txn, done: TxnDone) -> None:
+        check(txn)
+        if writes(txn):
+            self._write(partial(schema.evaluate, txn=txn), done)
+        else:
+            self._submit(partial(_reading, txn=txn), done)
+
+    def _write(
+        self,
+        work: Callable[[sqlite3.Connection], tuple[T, list[schema.Row]]],
+        done: Callable[[T | DlmfsError], None],
+    ) -> None:
+        """Run `work` in a write transaction, then ring for the events it made."""
+
+        def finished(outcome: tuple[T, list[schema.Row], int] | DlmfsError) -> None:
+            if isinstance(outcome, DlmfsError):
+                done(outcome)
+                return
+            result, events, generation = outcome
+            if events:
+                self._announce(events, generation)
+            done(result)
+
+        self._submit(partial(_writing, work=work), finished)
+
+    def _submit(
+        self,
+        work: Callable[[sqlite3.Connection], T | None],
+        done: Callable[[T | DlmfsError], None],
+    ) -> None:
+        """Run `work` now, or on the worker if it would have to wait. None means "busy"."""
+        if not self._still_ours():
+            self.loop.call_soon(done, LockLost(self.dead))
+            return
+        if self.volatile and not self._pending:
+            outcome = _guarded(work, self._fast)
+            if outcome is not None:
+                self.loop.call_soon(done, outcome)
+                return
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "dlmfs-sqlite")
+        self._pending += 1
+        self._worker.submit(self._work_slowly, work, done)
+
+    def _work_slowly(self, work: Any, done: Any) -> None:
+        """In the worker thread: the same work, as often as it takes."""
+        if self._slow is None:
+            self._slow = schema.connect(self.path, volatile=self.volatile, timeout_s=OPEN_TIMEOUT_S)
+        wait = 0.001
+        outcome = None
+        while outcome is None and not self._closing:
+            outcome = _guarded(work, self._slow)
+            if outcome is None:
+                time.sleep(wait)
+                wait = min(wait * 2, 0.05)
+        if self._closing:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop closed in between
+            self.loop.call_soon_threadsafe(self._slowly_done, done, outcome)
+
+    def _slowly_done(self, done: Any, outcome: Any) -> None:
+        self._pending -= 1
+        if not self._closing:
+            done(outcome)
+
+    def _still_ours(self) -> bool:
+        if self.dead is not None:
+            return False
+        try:
+            info = os.stat(self.path)
+            same = (info.st_dev, info.st_ino) == self._identity
+        except OSError:
+            same = False
+        if not same:
+            self.fence(f"the state file {self.path} was deleted or replaced while in use")
+        return same
+
+    def fence(self, reason: str) -> None:
+        """The state is gone: tell the session's owner, once."""
+        self.dead = reason
+        if self._lost is not None:
+            self.loop.call_soon(self._lost, reason)
+            self._lost = None
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def _announce(self, events: list[schema.Row], generation: int) -> None:
+        """Tell who watches any of these keys; uncontended traffic wakes nobody."""
+        keys = [event.key for event in events]
+        if generation != self._generation:
+            self._peer_prefixes = schema.prefixes(self._fast)
+            self._generation = generation
+        mine = self.session.lease if self.session is not None else 0
+        for lease, prefixes in self._peer_prefixes.items():
+            if lease != mine and any(key.startswith(prefixes) for key in keys):
+                assert self.session is not None
+                self.session.bells.ring(lease)
+        if any(key.startswith(w.prefixes) for w in self._watches for key in keys):
+            self.pump_soon()
+        self._commits += 1
+        if self._commits % TRIM_EVERY == 0:
+            self._submit(partial(_writing, work=_trim), lambda _outcome: None)
+
+    def pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self.loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Deliver the log to the watches, from where each stands."""
+        self._pumping = False
+        for watch in list(self._watches):
+            watch.deliver(self._fast)
+
+    def watch(
+        self,
+        prefixes: Sequence[bytes],
+        from_revision: int,
+        sink: Callable[[WatchBatch | WatchGap], None],
+    ) -> SqliteWatch:
+        watch = SqliteWatch(self, tuple(prefixes), from_revision, sink)
+        self._watches.append(watch)
+        self._register()
+        return watch
+
+    def _register(self) -> None:
+        """Let the others know which prefixes we watch, then catch up with what came meanwhile."""
+        assert self.session is not None, "a watch needs a session"
+        lease = self.session.lease
+        wanted = sorted({p for w in self._watches for p in w.prefixes})
+        work = partial(schema.register, lease=lease, prefixes=wanted)
+        self._write(work, lambda _result: self.pump_soon())
+
+    def drop_watch(self, watch: SqliteWatch) -> None:
+        if watch in self._watches:
+            self._watches.remove(watch)
+            if self.session is not None and self.dead is None:
+                self._register()
+
+    # -- sessions -------------------------------------------------------------------------------
+
+    def open_session(
+        self,
+        node: str,
+        ttl_s: float,  # noqa: ARG002 - there is no lease to run out on one host
+        lost: Callable[[str], None],
+        done: Callable[[Session | DlmfsError], None],
+    ) -> None:
+        assert self.session is None
+        self._lost = lost
+        session = SqliteSession(self, random.getrandbits(48) | 1)
+        self.session = session
+        row = (session.lease, node, os.getpid(), time.time())
+
+        def opened(result: None | DlmfsError) -> None:
+            if result is not None:
+                self.session = None
+                session.abandon()
+                done(result)
+                return
+            session.sweep()
+            done(session)
+
+        try:
+            session.begin()
+        except OSError as error:
+            self.session = None
+            done(_of_os(error, f"cannot set up {session.folder}"))
+            return
+        self._write(partial(schema.add_session, row=row), opened)
+
+    def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
+        """All keys of a lease vanish in one revision; nothing if that happened already."""
+
+        def ended(result: bool | DlmfsError) -> None:
+            done(result if isinstance(result, DlmfsError) else None)
+
+        self._write(partial(schema.end_session, lease=lease), ended)
+
+    def sessions(self) -> list[tuple[int, str, int]]:
+        """Lease, node and pid of every session on record."""
+        return schema.sessions(self._fast)
+
+    def describe(self) -> dict[str, object]:
+        facts: dict[str, object] = {
+            "engine": "embedded",
+            "path": str(self.path),
+            "filesystem": self.kind,
+            "durable": not self.volatile,
+        }
+        if self.dead is not None:
+            return facts | {"lost": self.dead}
+        try:
+            rows = self.sessions()
+        except sqlite3.Error as error:
+            return facts | {"error": str(error)}
+        mine = self.session.lease if self.session is not None else 0
+        facts["sessions"] = [
+            {"node": node, "pid": pid, "own": lease == mine, "stopped": _stopped(pid)}
+            for lease, node, pid in rows
+        ]
+        if self._pending:
+            facts["waiting_for_pid"] = self._writer()
+        return facts
+
+    def _writer(self) -> int:
+        """Who holds the write lock that we wait for."""
+        if self._shm is None:
+            # Never closed: closing it by hand would drop SQLite's locks on it.
+            self._shm = os.open(f"{self.path}-shm", os.O_RDWR | os.O_CLOEXEC)
+        return bells.holder(self._shm, WAL_WRITE_LOCK)
+
+    def close(self) -> None:
+        self._closing = True
+        self._lost = None
+        for watch in self._watches:
+            watch.cancelled = True
+        self._watches.clear()
+        if self.session is not None:
+            self.session.abandon()
+            self.session = None
+        if self._worker is not None:
+            self._worker.shutdown(wait=True)
+        if self._slow is not None:
+            self._slow.close()
+        self._fast.close()
+
+
+class SqliteWatch:
+    """One watch: a place in the log, and where to deliver what comes after it."""
+
+    def __init__(
+        self,
+        store: SqliteStore,
+        prefixes: tuple[bytes, ...],
+        from_revision: int,
+        sink: Callable[[WatchBatch | WatchGap], None],
+    ) -> None:
+        self.store = store
+        self.prefixes = prefixes
+        self.next = from_revision
+        self.sink = sink
+        self.cancelled = False
+
+    def deliver(self, conn: sqlite3.Connection) -> None:
+        try:
+            revision, trimmed, batches = schema.events_since(conn, self.next, self.prefixes)
+        except sqlite3.Error as error:
+            self.store.fence(f"the state file cannot be read any more: {error}")
+            return
+        if self.next <= trimmed:
+            self.cancel()
+            self.sink(WatchGap(trimmed + 1))
+            return
+        self.next = revision + 1
+        for batch in batches:
+            if not self.cancelled:
+                self.sink(batch)
+
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self.store.drop_watch(self)
+
+
+class SqliteSession:
+    """A daemon's life on this host: its lock file, its bell, and its eye on the others."""
+
+    deadline: float | None = None
+
+    def __init__(self, store: SqliteStore, lease: int) -> None:
+        self.store = store
+        self.lease = lease
+        self.folder = Path(f"{store.path}.d")
+        self._life: bells.Life | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._rechecks: list[asyncio.TimerHandle] = []
+        self._ended = False
+        self.bells: bells.Bells
+
+    def begin(self) -> None:
+        """Take the lock and listen before the row says that we exist. Raises OSError."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self._life = bells.Life(self._lock_file(self.lease))
+        self.bells = bells.Bells(
+            self.store.loop,
+            self.folder,
+            rung=self.store.pump_soon,
+            joined=self.look,
+            hung_up=self._hung_up,
+        )
+        self.bells.listen(self.lease)
+
+    def _lock_file(self, lease: int) -> Path:
+        return self.folder / f"{lease:x}.lock"
+
+    def sweep(self) -> None:
+        """Look at everybody now, and again every second."""
+        if self._ended:
+            return
+        self.look()
+        self._timer = self.store.loop.call_later(SWEEP_S, self.sweep)
+
+    def look(self) -> None:
+        """Bury the dead, connect to the new."""
+        if self._ended or not self.store._still_ours():  # noqa: SLF001 - one module
+            return
+        for lease, _, _ in self.store.sessions():
+            if lease == self.lease:
+                continue
+            if bells.alive(self._lock_file(lease)):
+                self.bells.connect(lease)
+            else:
+                self.store.end_session(lease, partial(self._buried, lease))
+
+    def _buried(self, lease: int, _error: DlmfsError | None) -> None:
+        if self._ended:
+            return
+        self.bells.forget(lease)
+        for suffix in ("lock", "sock"):
+            with contextlib.suppress(OSError):
+                (self.folder / f"{lease:x}.{suffix}").unlink()
+
+    def _hung_up(self) -> None:
+        if self._ended:
+            return
+        for timer in self._rechecks:
+            timer.cancel()
+        self.look()
+        self._rechecks = [self.store.loop.call_later(d, self.look) for d in RECHECKS_S]
+
+    def abandon(self) -> None:
+        """Stop, and let the others find out."""
+        if self._ended:
+            return
+        self._ended = True
+        for timer in (self._timer, *self._rechecks):
+            if timer is not None:
+                timer.cancel()
+        if hasattr(self, "bells"):
+            self.bells.close(self.lease)
+        if self._life is not None:
+            self._life.end()
+
+    def close(self, done: Callable[[DlmfsError | None], None]) -> None:
+        def ended(error: DlmfsError | None) -> None:
+            self.abandon()
+            done(error)
+
+        self.store._lost = None  # noqa: SLF001 - one module
+        self.store.end_session(self.lease, ended)
+
+
+# -- one attempt at a piece of work, in whatever thread --------------------------------------------
+
+
+def _guarded(work: Callable[[sqlite3.Connection], T | None], conn: sqlite3.Connection) -> Any:
+    """The work's result, or the DlmfsError it means, or None if the file is busy."""
+    try:
+        return work(conn)
+    except (DlmfsError, Bug) as error:
+        return error
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return None
+        if code == sqlite3.SQLITE_FULL:
+            return StoreFull("no space left for the state file")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return LockLost(f"the state file is damaged: {error}")
+        return OutcomeUnknown(f"the state file failed: {error}")
+
+
+def _writing(
+    conn: sqlite3.Connection, *, work: Callable[[sqlite3.Connection], tuple[T, list[schema.Row]]]
+) -> tuple[T, list[schema.Row], int]:
+    conn.execute("BEGIN IMMEDIATE")
+    try:
+        result, events = work(conn)
+        generation = schema.generation(conn) if events else 0
+        conn.execute("COMMIT")
+    except BaseException:
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
+        raise
+    return result, events, generation
+
+
+def _reading(conn: sqlite3.Connection, *, txn: Txn) -> TxnResult:
+    conn.execute("BEGIN")
+    try:
+        result, events = schema.evaluate(conn, txn=txn)
+        assert not events
+    finally:
+        conn.execute("COMMIT")
+    return result
+
+
+def _trim(conn: sqlite3.Connection) -> tuple[None, list[schema.Row]]:
+    schema.trim(conn, KEEP_REVISIONS)
+    return None, []
+
+
+def _of_os(error: OSError, what: str) -> DlmfsError:
+    if error.errno == errno.ENOSPC:
+        return StoreFull(f"{what}: no space left")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return NotPermitted(f"{what}: permission denied (it belongs to another user?)")
+    return BadState(f"{what}: {error.strerror}")
+
+
+def _stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
