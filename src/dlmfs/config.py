@@ -81,7 +81,9 @@ def parse_options(texts: list[str]) -> MountOptions:
             options = _valued(options, name, value)
         elif not equals and name in _FLAGS:
             options = replace(options, **_FLAGS[name])  # type: ignore[arg-type]
-        elif (not equals and name in _IGNORED) or name.startswith(("x-", "X-")) or name == "comment":
+        elif (
+            (not equals and name in _IGNORED) or name.startswith(("x-", "X-")) or name == "comment"
+        ):
             continue
         else:
             raise UsageError(_unknown(option, name))
@@ -144,6 +146,4 @@ def parse_source(text: str) -> tuple[Path | None, str]:
         if "@" in text:
             raise UsageError("SOURCE: a password in the URL is refused; it would be seen in ps")
         raise UsageError("SOURCE etcd://: this version has the embedded engine only; use local")
-    raise UsageError(
-        f"SOURCE '{text}' is not known: use local, local:NAME or local:/path/state.db"
-    )
+    raise UsageError(f"SOURCE '{text}' is not known: use local, local:NAME or local:/path/state.db")

@@ -86,7 +86,9 @@ class ControlServer:
             request = json.loads(await reader.readline())
             handler = self.handlers.get(request["cmd"]) if isinstance(request, dict) else None
             if handler is None:
-                raise UsageError("the daemon does not know this question: is it of another version?")
+                raise UsageError(
+                    "the daemon does not know this question: is it of another version?"
+                )
             answer = handler(request)
             return {"ok": await answer if inspect.isawaitable(answer) else answer}
         except DlmfsError as error:

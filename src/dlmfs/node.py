@@ -161,11 +161,11 @@ class Node:
         with contextlib.suppress(TimeoutError, DlmfsError):
             async with asyncio.timeout(LEAVE_MAX_S):
                 for space in list(self.spaces.values()):
-                    left: asyncio.Future[None] = self.loop.create_future()
-                    self.leave(space, lambda _error, left=left: left.set_result(None))
+                    left: asyncio.Future[DlmfsError | None] = self.loop.create_future()
+                    self.leave(space, left.set_result)
                     await left
-                closed: asyncio.Future[None] = self.loop.create_future()
-                self.session.close(lambda _error: closed.set_result(None))
+                closed: asyncio.Future[DlmfsError | None] = self.loop.create_future()
+                self.session.close(closed.set_result)
                 await closed
 
     # -- mounting ---------------------------------------------------------------------------------

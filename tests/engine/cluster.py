@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from dlmfs.core.lockres import Claim, Phase, Stage
@@ -154,7 +155,11 @@ class SimNode:
         if claim.fh in self.buried:
             return
         program = self.programs.pop(claim.fh)
-        if self.serving is not None and not claim.trying and reason not in (errno.EDEADLK, errno.EAGAIN):
+        if (
+            self.serving is not None
+            and not claim.trying
+            and reason not in (errno.EDEADLK, errno.EAGAIN)
+        ):
             raise Violation(f"{program} failed with {errno.errorcode[reason]}")
 
     def notify(self, claim: Claim) -> None:
@@ -323,7 +328,9 @@ class SimCluster:
 
     # -- runs -----------------------------------------------------------------------------------
 
-    def run(self, steps: int, *, crashes: float = 0.0, cuts: float = 0.0, gaps: float = 0.0) -> None:
+    def run(
+        self, steps: int, *, crashes: float = 0.0, cuts: float = 0.0, gaps: float = 0.0
+    ) -> None:
         """The fault phase, then healing; every waiter must then be served."""
         rng = self.rng
         for _ in range(steps):
@@ -365,14 +372,22 @@ class SimCluster:
                 if not lock.idle:
                     raise Violation(f"{node.name}: {lock.name!r} is not at rest")
 
+    @staticmethod
+    def _has_left(left: list[str], node: SimNode, _error: DlmfsError | None) -> None:
+        left.append(node.name)
+
+    @staticmethod
+    def _is_in(left: list[str], node: SimNode) -> bool:
+        return node.name in left
+
     def leave_all(self) -> None:
         """Clean leaves leave nothing behind but heads that name a dead exclusive holder."""
         left: list[str] = []
         for node in self.nodes:
             space = node.serving
             assert space is not None
-            space.leave(lambda _error, name=node.name: left.append(name))
-            self.loop.run_until(lambda name=node.name: name in left, 60)
+            space.leave(partial(self._has_left, left, node))
+            self.loop.run_until(partial(self._is_in, left, node), 60)
         if len(left) != len(self.nodes):
             raise Violation(f"only {left} could leave")
         rest = [key for key in self.server.data if not key.startswith(b"d/dom/h/")]

@@ -56,7 +56,9 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"abandoned  by node {mark['node']}, which died with token {mark['token']}")
     for member in report["members"]:
         dead = "" if member["alive"] else "  DEAD"
-        lines.append(f"member     {member['node']}  {member['level']}  token {member['token']}{dead}")
+        lines.append(
+            f"member     {member['node']}  {member['level']}  token {member['token']}{dead}"
+        )
     for wish in report["waiters"]:
         flags = "".join(f" ({f})" for f in ("try", "convert") if wish[f])
         lines.append(f"waiting    node {wish['node']}  {wish['mode']}{flags}")

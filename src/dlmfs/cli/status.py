@@ -58,11 +58,11 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
     if "error" in report:
         return f"{report['mountpoint']}  DEAD or silent: {report['error']}"
     lease = report["lease"]
-    lines = [
+    head = (
         f"{report['mountpoint']}  node {report['node']}  {lease['state']}  source "
         f"{report['source']}  owner={report['owner']}  pid {report['pid']}  up "
-        f"{age(report['uptime_s'])}"
-    ]
+    )
+    lines = [head + age(report["uptime_s"])]
     if lease["reason"]:
         lines.append(f"  {lease['reason']}")
     lines += [

@@ -84,8 +84,8 @@ class ClusterLock:
         "_mailed",
         "_must_look",
         "_refuse_try",
-        "_told",
         "_todo",
+        "_told",
         "_try_timer",
         "_unresolved",
         "_vanished",
@@ -265,7 +265,9 @@ class ClusterLock:
     @property
     def idle(self) -> bool:
         """Nothing is under way and nobody waits here: only the cached level is left."""
-        return not (self.res.in_use or self._busy or self._writes or self._forgets or self._unresolved)
+        return not (
+            self.res.in_use or self._busy or self._writes or self._forgets or self._unresolved
+        )
 
     @property
     def known_head(self) -> Head:
@@ -361,7 +363,9 @@ class ClusterLock:
     def _got_it(self) -> bool:
         """Whether the head shows a grant that the core has not been told of."""
         mine = self._mine()
-        return mine is not None and mine.revision > self.res.revision and mine.level >= self.res.asked
+        return (
+            mine is not None and mine.revision > self.res.revision and mine.level >= self.res.asked
+        )
 
     # -- inner workings: deciding -----------------------------------------------------------
 
@@ -424,7 +428,9 @@ class ClusterLock:
     def _grantable(self) -> bool:
         head = bury(self._head, self.space.is_dead)
         head = self._at_level(head, self.res.level)
-        return any(w.node == self.space.node for w in grant_pass(head, self.wishes.values()).granted)
+        return any(
+            w.node == self.space.node for w in grant_pass(head, self.wishes.values()).granted
+        )
 
     def _should_withdraw(self) -> bool:
         wish = self._wish
@@ -645,11 +651,8 @@ class ClusterLock:
         if self.wishes.get(wish.node) == wish:
             del self.wishes[wish.node]
         if self.res.phase is Phase.ASKING:
-            if self.res.withdrawing:
-                reason = 0
-            else:
-                reason = errno.ETXTBSY if wish.trying else errno.EDEADLK
-            self._run(self.res.refused(reason))
+            refusal = errno.ETXTBSY if wish.trying else errno.EDEADLK
+            self._run(self.res.refused(0 if self.res.withdrawing else refusal))
         self.learned()
 
     def _try_is_over(self) -> None:

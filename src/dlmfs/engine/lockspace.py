@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.lockres import Claim
@@ -380,7 +381,7 @@ class Lockspace:
             del self._queue[:BATCH_MAX]
             guard = unchanged(self.keys.mine, self.epoch)
             txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))
-            self._commit(txn, lambda result, part=part: self._answered(result, part))
+            self._commit(txn, partial(self._answered, part))
 
     def _commit(self, txn: Txn, done: Callable[[TxnResult | DlmfsError], None]) -> None:
         self.commits += 1
@@ -388,8 +389,8 @@ class Lockspace:
 
     def _answered(
         self,
-        result: TxnResult | DlmfsError,
         part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
+        result: TxnResult | DlmfsError,
     ) -> None:
         if not self.live:
             return

@@ -241,9 +241,7 @@ class FileSystem:
     def link(self, _h: wire.Header, _old: int, _name: bytes) -> Reply:
         return errno.EPERM
 
-    def rename(
-        self, _h: wire.Header, _old: bytes, _parent: int, _new: bytes, _flags: int
-    ) -> Reply:
+    def rename(self, _h: wire.Header, _old: bytes, _parent: int, _new: bytes, _flags: int) -> Reply:
         return errno.EPERM
 
     # -- directories --------------------------------------------------------------------------
@@ -466,9 +464,7 @@ class FileSystem:
     def _bounded(self, unique: int) -> Answer:
         """An answer that becomes ENOLCK when the store does not come back in time."""
         answer = self._later(unique)
-        answer.timer = self.loop.call_later(
-            self.timing.answer_timeout_s, answer, Unavailable.errno
-        )
+        answer.timer = self.loop.call_later(self.timing.answer_timeout_s, answer, Unavailable.errno)
         return answer
 
     def close_all(self) -> None:

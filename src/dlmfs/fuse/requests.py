@@ -119,7 +119,7 @@ def _names(message: bytes, offset: int, count: int) -> list[bytes]:
     return names
 
 
-def _nothing(message: bytes, offset: int) -> tuple[()]:
+def _nothing(_message: bytes, _offset: int) -> tuple[()]:
     return ()
 
 

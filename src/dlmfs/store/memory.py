@@ -234,9 +234,7 @@ class MemoryServer:
         if keys:
             self.data = {k: kv for k, kv in self.data.items() if k not in record.keys}
             revision = self.revision + 1
-            self._commit(
-                revision, [Event("delete", KeyValue(k, b"", 0, revision)) for k in keys]
-            )
+            self._commit(revision, [Event("delete", KeyValue(k, b"", 0, revision)) for k in keys])
 
 
 def _stamp(result: TxnResult, revision: int) -> TxnResult:
@@ -278,7 +276,7 @@ class MemoryStore:
         self.dead = True
         self.close()
 
-    def _back(self, callback: Callable[..., None], *args: object) -> None:
+    def call_back(self, callback: Callable[..., None], *args: object) -> None:
         if not self.dead:
             callback(*args)
 
@@ -292,11 +290,11 @@ class MemoryStore:
         faults, draw = self.faults, self.rng.random()
         unknown = OutcomeUnknown("no answer from the store")
         if not self.connected or draw < faults.lose_request:
-            self.loop.call_later(faults.timeout_s, self._back, done, unknown)
+            self.loop.call_later(faults.timeout_s, self.call_back, done, unknown)
             return
         draw -= faults.lose_request
         if draw < faults.apply_late:
-            self.loop.call_later(faults.timeout_s, self._back, done, unknown)
+            self.loop.call_later(faults.timeout_s, self.call_back, done, unknown)
             late = faults.timeout_s + self.rng.uniform(0, faults.late_s)
             self.loop.call_later(late, self._apply, txn)
             return
@@ -317,9 +315,9 @@ class MemoryStore:
         result = self._apply(txn)
         if lose_answer or not self.connected:
             unknown = OutcomeUnknown("no answer from the store")
-            self.loop.call_later(self.faults.timeout_s, self._back, done, unknown)
+            self.loop.call_later(self.faults.timeout_s, self.call_back, done, unknown)
         else:
-            self.loop.call_later(self._delay(), self._back, done, result)
+            self.loop.call_later(self._delay(), self.call_back, done, result)
 
     def watch(
         self,
@@ -342,10 +340,10 @@ class MemoryStore:
     ) -> None:
         if not self.connected:
             error = Unavailable("the store cannot be reached")
-            self.loop.call_later(self.faults.timeout_s, self._back, done, error)
+            self.loop.call_later(self.faults.timeout_s, self.call_back, done, error)
             return
         self.session = MemorySession(self, node, ttl_s, lost)
-        self.loop.call_later(self._delay(), self._back, done, self.session)
+        self.loop.call_later(self._delay(), self.call_back, done, self.session)
 
     def describe(self) -> dict[str, object]:
         return {"store": "memory", "connected": self.connected}
@@ -434,7 +432,7 @@ class MemorySession:
             self.deadline = sent + self.ttl_s
         else:
             self.ended = True
-            self.store.loop.call_soon(self.store._back, self.lost, "the lease has ended")
+            self.store.loop.call_soon(self.store.call_back, self.lost, "the lease has ended")
 
     def abandon(self) -> None:
         self.ended = True
@@ -444,4 +442,4 @@ class MemorySession:
         self.abandon()
         if self.store.connected:
             self.store.server.expire(self.lease)
-        self.store.loop.call_soon(self.store._back, done, None)
+        self.store.loop.call_soon(self.store.call_back, done, None)

@@ -64,7 +64,11 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
     sqlite3.Error for what SQLite finds wrong.
     """
     conn = sqlite3.connect(
-        path, timeout=timeout_s, isolation_level=None, check_same_thread=False, cached_statements=256
+        path,
+        timeout=timeout_s,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=256,
     )
     try:
         _check(conn, path)
@@ -172,9 +176,7 @@ def _commit(conn: sqlite3.Connection, events: list[Row]) -> None:
     conn.execute("UPDATE meta SET revision = ?", (events[0].rev,))
 
 
-def _run(
-    conn: sqlite3.Connection, plan: _Plan, revision: int, events: list[Row]
-) -> list[object]:
+def _run(conn: sqlite3.Connection, plan: _Plan, revision: int, events: list[Row]) -> list[object]:
     responses: list[object] = []
     for op in plan.ops:
         response: object = None

@@ -60,7 +60,9 @@ class SqliteStore:
     `loop` is asyncio's. Raises BadState, UsageError, NotPermitted, StoreFull or Unavailable.
     """
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, *, default: bool = False) -> None:
+    def __init__(
+        self, path: Path, loop: asyncio.AbstractEventLoop, *, default: bool = False
+    ) -> None:
         self.path = path
         self.loop = loop
         self.kind = statefile.prepare(path, default=default)
@@ -260,7 +262,7 @@ class SqliteStore:
         self.session = session
         row = (session.lease, node, os.getpid(), time.time())
 
-        def opened(result: None | DlmfsError) -> None:
+        def opened(result: DlmfsError | None) -> None:
             if result is not None:
                 self.session = None
                 session.abandon()

@@ -1,0 +1,47 @@
+"""What every test needs: skips that say why, and no log warning that nobody declared."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+def _lacking() -> dict[str, str]:
+    """Markers whose need is not met here, and what is missing."""
+    lacking = {}
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        lacking["fuse"] = (
+            f"/dev/fuse: {error.strerror} (modprobe fuse; in a container: --device /dev/fuse "
+            "--cap-add SYS_ADMIN)"
+        )
+    if os.getuid() != 0:
+        lacking["root"] = "needs root"
+    return lacking
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here; where DLMFS_NO_SKIP is set that is a failure of the place."""
+    lacking = _lacking()
+    for marker, why in lacking.items():
+        if os.environ.get("DLMFS_NO_SKIP") and any(i.get_closest_marker(marker) for i in items):
+            pytest.exit(f"no skips are allowed here, but tests cannot run: {why}", returncode=3)
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(autouse=True)
+def _no_undeclared_warnings(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
+    yield
+    if request.node.get_closest_marker("allow_warnings"):
+        return
+    records = [r for when in ("setup", "call") for r in caplog.get_records(when)]
+    loud = [r for r in records if r.name.startswith("dlmfs") and r.levelno >= logging.WARNING]
+    assert not loud, f"undeclared log: {[r.getMessage() for r in loud]}"
