@@ -434,9 +434,12 @@ class Lockres:
         if self.phase is Phase.IDLE:
             if not self._give_up():
                 self._ask()
-        elif self.phase is Phase.ASKING and not self.waiters and not self.withdrawing:
-            self.withdrawing = True
-            self._out.append(Withdraw())
+        elif self.phase is Phase.ASKING and not self.withdrawing:
+            # A trylock's request has no place in the queue: who waits behind it asks anew.
+            useless = self.asked_trying and not self._trying_waiting
+            if useless or not self.waiters:
+                self.withdrawing = True
+                self._out.append(Withdraw())
         if self.try_mode is not Mode.NL and not self._try_refused:
             self._answer_try()
         self._notify()

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 Done = Callable[[DlmfsError | None], None]
 
 _EMPTY: Final = Head({})
+NOTHING: Final[tuple[tuple[Mode, Mode, Mode], list[int]]] = ((Mode.NL, Mode.NL, Mode.NL), [])
+"""What a core that was just made has been told of the others' wishes."""
 RETRY_S: Final = 0.2
 """Wait before a give-up is tried again on a store that is full."""
 
@@ -77,6 +79,7 @@ class ClusterLock:
         "_busy",
         "_draining",
         "_forgets",
+        "_given_up",
         "_head",
         "_head_at",
         "_head_revision",
@@ -107,6 +110,7 @@ class ClusterLock:
         self.wishes_at = space.revision
         self._head = _EMPTY
         self._head_revision = 0  # 0: none, or not known: the first take guesses "none"
+        self._given_up = 0
         self._head_at = -1  # the store revision at which `_head` was true
         self._wish: Wish | None = None
         self._vanished: Wish | None = None
@@ -116,7 +120,7 @@ class ClusterLock:
         self._must_look = False
         self._refuse_try = False
         self._told = False
-        self._wanted = (Mode.NL, Mode.NL, Mode.NL)
+        self._wanted = NOTHING
         self._writes: deque[Write] = deque()
         self._lvb_reads: list[Callable[[bytes], None]] = []
         self._forgets: list[Done] = []
@@ -206,7 +210,11 @@ class ClusterLock:
         if self._wish is None:
             return
         if node == self.space.node and self._wish.revision == wish.revision:
-            self._vanished, self._wish = self._wish, None
+            if self._busy:
+                # Our own commit may have granted or withdrawn it, with its answer still to come.
+                self._must_look = True
+            else:
+                self._vanished, self._wish = self._wish, None
         elif not was_front and self._is_front():
             # The wish ahead of ours vanished. If it was withdrawn, no head changed and nobody
             # else will act (protocol-traps 2).
@@ -324,8 +332,10 @@ class ClusterLock:
             max(waiting, default=Mode.NL),
             max(trying, default=Mode.NL),
         )
-        if wanted != self._wanted:
-            self._wanted = wanted
+        # Each trylock needs an answer of its own, also where the modes stay the same.
+        told = (wanted, [w.revision for w in others if w.trying])
+        if told != self._wanted:
+            self._wanted = told
             self._refuse_try = False
             self._run(self.res.wanted(*wanted))
 
@@ -363,9 +373,8 @@ class ClusterLock:
     def _got_it(self) -> bool:
         """Whether the head shows a grant that the core has not been told of."""
         mine = self._mine()
-        return (
-            mine is not None and mine.revision > self.res.revision and mine.level >= self.res.asked
-        )
+        known = max(self.res.revision, self._given_up)
+        return mine is not None and mine.revision > known and mine.level >= self.res.asked
 
     # -- inner workings: deciding -----------------------------------------------------------
 
@@ -440,7 +449,7 @@ class ClusterLock:
         if wish.trying:
             return self._ahead_conflict(wish.mode)
         return wish.convert and any(
-            w.convert and w.revision < wish.revision for w in self._foreign_ahead()
+            w.convert and not w.trying and w.revision < wish.revision for w in self._foreign_ahead()
         )
 
     def _surplus_wanted(self) -> bool:
@@ -480,6 +489,9 @@ class ClusterLock:
         self._adopt(head, queue, result.revision)  # type: ignore[arg-type]
 
     def _looked(self, result: TxnResult) -> None:
+        if self._unresolved:
+            # A refusal of trylocks may be what got lost: have the core decide anew.
+            self._wanted = NOTHING
         self._unresolved = self._must_look = False
         self._adopt_answer(result)
         self.learned()
@@ -525,6 +537,10 @@ class ClusterLock:
         lvb: bytes | None = None,
     ) -> None:
         """Commit a new head: ourselves at `level`, perhaps a new value, then the grant pass."""
+        mine = self._mine()
+        if mine is not None and mine.level > level:
+            # From the sending on, what this grant gave us is no longer ours (rule 5).
+            self._given_up = mine.revision
         head = self._at_level(bury(self._head, self.space.is_dead), level)
         if lvb is not None:
             head = head._replace(lvb=lvb, abandoned=None)
@@ -662,8 +678,9 @@ class ClusterLock:
         """
         self._try_timer = None
         for claim in [c for c in self.res.waiters.values() if c.trying]:
-            self.space.host.failed(claim, errno.ETXTBSY)
-            self._run(self.res.interrupt(claim))
+            if claim.stage is Stage.WAITING:  # else the one before it made room
+                self.space.host.failed(claim, errno.ETXTBSY)
+                self._run(self.res.interrupt(claim))
         self._step()
 
     def _cancel_try(self) -> None:
@@ -692,7 +709,7 @@ class ClusterLock:
     def _refused_trylocks(self, result: TxnResult) -> None:
         if not result.succeeded:
             self._adopt_answer(result)
-            self._wanted = (Mode.NL, Mode.NL, Mode.NL)  # ask the core again about who is left
+            self._wanted = NOTHING  # ask the core again about who is left
         self.learned()
 
     def _write(self) -> None:
@@ -759,7 +776,7 @@ class ClusterLock:
         if error is None:
             # The core's cached level went with the place in the head.
             self.res = Lockres(self.space.owner)
-            self._wanted = (Mode.NL, Mode.NL, Mode.NL)
+            self._wanted = NOTHING
         for done in forgets:
             done(error)
 
