@@ -59,7 +59,7 @@ class OracleNode:
     level: Mode = NL
     """What the cluster believes; never less than what the core serves."""
     inbox: list[tuple[str, int]] = field(default_factory=list)
-    told: tuple[Mode, Mode, Mode] = (NL, NL, NL)
+    told: object = ((NL, NL, NL), ())
     dropping: Drop | None = None
 
 
@@ -144,6 +144,17 @@ class Cluster(RuleBasedStateMachine):
                 node.inbox = [m for m in node.inbox if m[0] != "queued"]
             elif not wish.trying:
                 break
+        self.refuse_hopeless_tries(order)
+
+    def refuse_hopeless_tries(self, order: list[OracleWish]) -> None:
+        """A trylock refuses itself behind an incompatible wish (design, engine rule 10)."""
+        ahead: list[Mode] = []
+        for wish in order:
+            if not wish.trying:
+                ahead.append(wish.mode)
+            elif wish in self.queue and not all(compatible(m, wish.mode) for m in ahead):
+                self.queue.remove(wish)
+                self.nodes[wish.node].inbox.append(("refused", errno.ETXTBSY))
 
     def check_grant(self, index: int, claim: Claim) -> None:
         """Promises 1 and 2, at the instant of every grant."""
@@ -170,10 +181,11 @@ class Cluster(RuleBasedStateMachine):
         others = [w for w in order if w.node != index]
         plain = [w.mode for w in others if not w.trying]
         trying = [w.mode for w in others if w.trying]
-        told = (plain[0] if plain else NL, max(plain, default=NL), max(trying, default=NL))
+        wanted = (plain[0] if plain else NL, max(plain, default=NL), max(trying, default=NL))
+        told = (wanted, tuple(id(w) for w in others if w.trying))
         if told != node.told:
             node.told = told
-            self.carry_out(index, node.res.wanted(*told))
+            self.carry_out(index, node.res.wanted(*wanted))
 
     def deliver(self, index: int) -> bool:
         node = self.nodes[index]
