@@ -58,7 +58,7 @@ def test_promise_exclusion_a_counter_in_the_value_loses_nothing(nodes: Nodes, ow
         for where in mounts
         for _ in range(each)
     ]
-    nodes.children += children 
+    nodes.children += children
     for child in children:
         assert child.wait(90) == 0
     with open(mounts[0] / "dom/n", "rb") as file:

@@ -354,8 +354,10 @@ def test_without_fusermount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("text", "kind", "says"),
     [
         (
-            "fusermount3: option allow_other only allowed if 'user_allow_other' is set in "
-            "/etc/fuse.conf",
+            (
+                "fusermount3: option allow_other only allowed if 'user_allow_other' is set in "
+                "/etc/fuse.conf"
+            ),
             NotPermitted,
             "the line 'user_allow_other'",
         ),
@@ -385,8 +387,10 @@ def test_without_fusermount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "set-user-ID root",
         ),
         (
-            "fusermount3: too many FUSE filesystems mounted; mount_max=N can be set in "
-            "/etc/fuse.conf",
+            (
+                "fusermount3: too many FUSE filesystems mounted; mount_max=N can be set in "
+                "/etc/fuse.conf"
+            ),
             MountFailed,
             "raise mount_max",
         ),
