@@ -191,6 +191,7 @@ class Node:
         started: asyncio.Future[None] = self.loop.create_future()
         self.device.on_ready = lambda: started.set_result(None)
         self.device.on_end = self._device_ended
+        self.device.on_bug = lambda error: self._lose(f"internal error: {error!r}")
         self.device.start()
         async with asyncio.timeout(10):
             await started

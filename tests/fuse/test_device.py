@@ -20,6 +20,9 @@ from dlmfs.fuse.device import DRAIN, Device, Reply
 from tests.fuse import messages
 from tests.fuse.tiny import Tiny
 
+# What this module provokes is logged, by design.
+pytestmark = pytest.mark.allow_warnings
+
 
 class Scripted(Tiny):
     """Operations whose `open` does what the test says, and which note what else happens."""

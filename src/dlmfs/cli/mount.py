@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import stat
-import sys
 from typing import Final
 
 from dlmfs.cli.daemonize import run_in_background
@@ -45,11 +45,7 @@ def run(args: list[str]) -> int:
     config = MountConfig(parsed.source, path, name, mountpoint, options)
     if helper and parsed.fake:
         return 0
-    logging.basicConfig(
-        level=logging.INFO if parsed.verbose else logging.WARNING,
-        format="dlmfs: %(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
+    _log(verbose=parsed.verbose, foreground=not helper and parsed.foreground)
     from dlmfs.node import serve
 
     if parsed.foreground:
@@ -80,6 +76,21 @@ def _parser(*, helper: bool) -> argparse.ArgumentParser:
             "-f", dest="foreground", action="store_true", help="stay in the foreground"
         )
     return parser
+
+
+def _log(*, verbose: bool, foreground: bool) -> None:
+    """To standard error; a daemon's goes to the system's log as well, which outlives its start."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if not foreground and os.path.exists("/dev/log"):
+        from logging.handlers import SysLogHandler
+
+        with contextlib.suppress(OSError):
+            handlers.append(SysLogHandler("/dev/log"))
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="dlmfs[%(process)d]: %(levelname)s: %(message)s",
+        handlers=handlers,
+    )
 
 
 def _check(mountpoint: str) -> None:

@@ -115,13 +115,15 @@ class Loop(Scheduler, Protocol):
 class Device:
     """One mounted /dev/fuse descriptor. It owns the descriptor: `close` closes it.
 
-    `on_ready` is called once, when the mount answers; `on_end` with the reason, in words, when the
+    `on_ready` is called once, when the mount answers; `on_bug` when a handler raised what is
+    no decision of its own; `on_end` with the reason, in words, when the
     kernel has ended it (unmounted, aborted), not after `close`. Set both before `start`.
     """
 
     def __init__(self, fd: int, operations: Operations, loop: Loop) -> None:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_end: Callable[[str], None] = lambda _reason: None
+        self.on_bug: Callable[[Exception], None] = lambda _error: None
         self._fd = fd
         self._operations = operations
         self._loop = loop
@@ -195,7 +197,7 @@ class Device:
         try:
             result = handler(header, *arguments)
         except Exception as error:
-            result = _errno_of(header.opcode, error)
+            result = _errno_of(header.opcode, error, self.on_bug)
         if result is None:
             self._pending[unique] = False
         elif not self._send(unique, result) and isinstance(result, bytes):
@@ -219,7 +221,7 @@ class Device:
             try:
                 self._serve_unanswered(header, arguments)
             except Exception as error:
-                _errno_of(opcode, error)
+                _errno_of(opcode, error, self.on_bug)
         elif header.unique not in self._pending:
             self._send(header.unique, REFUSED.get(opcode, errno.ENOSYS))
 
@@ -252,7 +254,7 @@ class Device:
         try:
             self._operations.undelivered(header, payload)
         except Exception as error:
-            _errno_of(header.opcode, error)
+            _errno_of(header.opcode, error, self.on_bug)
 
     # -- replies ------------------------------------------------------------------------------
 
@@ -397,13 +399,14 @@ def _table(operations: Operations) -> dict[int, tuple[Parser, Callable[..., Repl
     return {opcode: (PARSERS[opcode], handler) for opcode, handler in handlers.items()}
 
 
-def _errno_of(opcode: int, error: Exception) -> int:
-    """What to answer for an exception; logs those that are no decision of the handler."""
+def _errno_of(opcode: int, error: Exception, on_bug: Callable[[Exception], None]) -> int:
+    """What to answer for an exception; reports those that are no decision of the handler."""
     if isinstance(error, DlmfsError) and not isinstance(error, Bug):
         return error.errno
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     log.error("the handler of opcode %d failed", opcode, exc_info=error)
+    on_bug(error)
     return errno.EIO
 
 
