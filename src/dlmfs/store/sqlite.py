@@ -95,7 +95,7 @@ class SqliteStore:
                     f"the state file {self.path} is held by another daemon (is one stopped?): "
                     "continue or end that process"
                 ) from None
-            if code == sqlite3.SQLITE_FULL:
+            if code == sqlite3.SQLITE_FULL or not os.statvfs(self.path.parent).f_bavail:
                 raise StoreFull(f"no space left for the state file {self.path}") from None
             if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
                 raise NotPermitted(f"cannot open the state file {self.path}: {error}") from None
