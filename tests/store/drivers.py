@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 from dlmfs.errors import DlmfsError
 from dlmfs.sim.loop import SimLoop
+from dlmfs.store import statefile
 from dlmfs.store.base import Session, Store, Txn, TxnResult
 from dlmfs.store.memory import MemoryServer, MemoryStore
 from dlmfs.store.sqlite import SqliteStore
@@ -38,19 +40,28 @@ class MemoryDriver:
 
 
 class SqliteDriver:
+    """On whatever file system the folder is."""
+
+    kind: str | None = None
+    patience_s = 30.0
+
     def __init__(self, folder: Path) -> None:
         self.path = folder / "state.db"
         self.loop = asyncio.new_event_loop()
         self.stores: list[SqliteStore] = []
 
     def open(self) -> SqliteStore:
-        store = SqliteStore(self.path, self.loop)
+        if self.kind is None:
+            store = SqliteStore(self.path, self.loop)
+        else:
+            with mock.patch.object(statefile, "fs_type", return_value=self.kind):
+                store = SqliteStore(self.path, self.loop)
         self.stores.append(store)
         return store
 
     def run_until(self, condition: Callable[[], bool]) -> None:
         async def wait() -> None:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(self.patience_s):
                 while not condition():  # noqa: ASYNC110 - any condition of the test's
                     await asyncio.sleep(0.001)
 
@@ -60,6 +71,18 @@ class SqliteDriver:
         for store in self.stores:
             store.close()
         self.loop.close()
+
+
+class VolatileDriver(SqliteDriver):
+    """Transactions run in the event loop, as on a tmpfs."""
+
+    kind = "tmpfs"
+
+
+class DurableDriver(SqliteDriver):
+    """Every transaction goes to the worker thread, as on a disk."""
+
+    kind = "ext4"
 
 
 class Client:
@@ -75,13 +98,8 @@ class Client:
     def get(self, start: Callable[[Callable[[Any], None]], None]) -> Any:
         """Start something and wait for its one answer, which must not come from inside."""
         answers: list[Any] = []
-        starting = [True]
-
-        def done(answer: Any) -> None:
-            answers.append(answer)
-
-        start(done)
-        starting.clear()
+        start(answers.append)
+        assert not answers, "answered from inside the call"
         self.driver.run_until(lambda: bool(answers))
         assert len(answers) == 1
         return answers[0]
