@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The figures, in one run on one CPU, as ratios: see README.md.
 
-    bench/run.py [--quick]
+bench/run.py [--quick]
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Bench:
         client, nullfs = self.folder / "openclose", self.folder / "nullfs"
         subprocess.run(["cc", "-O2", "-o", client, HERE / "openclose.c"], check=True)
         flags = subprocess.run(
-            ["pkg-config", "--cflags", "--libs", "fuse3"], capture_output=True, text=True
+            ["pkg-config", "--cflags", "--libs", "fuse3"],
+            check=False,
+            capture_output=True,
+            text=True,
         )
         if flags.returncode:
             return client, None
@@ -126,7 +129,9 @@ class Bench:
                 flags = os.O_RDWR | os.O_CREAT
                 os.close(os.open(f"m{number}", flags, 0o600, dir_fd=directory))
             made = goal
-            print(f"memory      {goal:7} cached locks      {(resident(pid) - base) / goal:8.0f} bytes each")
+            print(
+                f"memory      {goal:7} cached locks      {(resident(pid) - base) / goal:8.0f} bytes each"
+            )
         os.close(directory)
 
 

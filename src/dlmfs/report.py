@@ -60,7 +60,7 @@ def _lock(lock: ClusterLock, now: float) -> dict[str, Any]:
     return {
         "name": os.fsdecode(lock.name),
         "level": lock.res.level.name,
-        "phase": lock.res.phase.value,
+        "phase": lock.res.phase.name.lower(),
         "holders": [_claim(c, now) for c in lock.res.holders.values()],
         "waiters": [_claim(c, now) for c in lock.res.waiters.values()],
         "wanted_by": [{"node": w.node, "mode": w.mode.name, "try": w.trying} for w in others],

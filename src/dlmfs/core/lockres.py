@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections import OrderedDict
 from typing import Final, NamedTuple
 
 from dlmfs.model import TOKEN_SHIFT, Mode, Owner, compatible, strongest_beside
@@ -25,27 +24,27 @@ from dlmfs.model import TOKEN_SHIFT, Mode, Owner, compatible, strongest_beside
 COUNTER_MAX: Final = (1 << TOKEN_SHIFT) - 1
 
 
-class Phase(enum.Enum):
+class Phase(enum.IntEnum):
     """What is under way between this node and the cluster for this lock."""
 
-    IDLE = "idle"
-    ASKING = "asking"
-    DROPPING = "dropping"
-    LOST = "lost"
+    IDLE = 0
+    ASKING = 1
+    DROPPING = 2
+    LOST = 3
 
 
-class Event(enum.Enum):
-    OPEN = "open"
-    IDENTIFIED = "identified"
-    CLOSE = "close"
-    INTERRUPT = "interrupt"
-    GRANTED = "granted"
-    QUEUED = "queued"
-    REFUSED = "refused"
-    WANTED = "wanted"
-    DROPPED = "dropped"
-    LOSE = "lose"
-    SURRENDER = "surrender"
+class Event(enum.IntEnum):
+    OPEN = 0
+    IDENTIFIED = 1
+    CLOSE = 2
+    INTERRUPT = 3
+    GRANTED = 4
+    QUEUED = 5
+    REFUSED = 6
+    WANTED = 7
+    DROPPED = 8
+    LOSE = 9
+    SURRENDER = 10
 
 
 _LIVE: Final = frozenset({Phase.IDLE, Phase.ASKING, Phase.DROPPING})
@@ -199,7 +198,7 @@ class Lockres:
         self.holders: dict[int, Claim] = {}
         self.ex = 0
         self.pr = 0
-        self.waiters: OrderedDict[int, Claim] = OrderedDict()
+        self.waiters: dict[int, Claim] = {}
         self.front = Mode.NL
         self.strongest = Mode.NL
         self.try_mode = Mode.NL

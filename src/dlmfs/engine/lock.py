@@ -14,7 +14,6 @@ Rules of this file
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -121,10 +120,10 @@ class ClusterLock:
         self._refuse_try = False
         self._told = False
         self._wanted = NOTHING
-        self._writes: deque[Write] = deque()
+        self._writes: list[Write] = []
         self._lvb_reads: list[Callable[[bytes], None]] = []
         self._forgets: list[Done] = []
-        self._todo: deque[Action] = deque()
+        self._todo: list[Action] = []
         self._draining = False
         self._asked_since = 0.0
         self._try_timer: Timer | None = None
@@ -179,7 +178,7 @@ class ClusterLock:
         self._cancel_try()
         if self.res.phase is not Phase.LOST:
             self._run(self.res.lose(reason))
-        writes, self._writes = self._writes, deque()
+        writes, self._writes = self._writes, []
         for write in writes:
             write.done(lost)
         self._answer_reads()
@@ -294,13 +293,15 @@ class ClusterLock:
     def _run(self, actions: list[Action]) -> None:
         """Carry out the core's actions in order. A grant that cannot be delivered is closed from
         inside the loop; its actions queue up behind, or a Withdraw would pass its Ask."""
+        if not actions:
+            return
         self._todo.extend(actions)
         if self._draining:
             return
         self._draining = True
         host = self.space.host
         while self._todo:
-            action = self._todo.popleft()
+            action = self._todo.pop(0)
             match action:
                 case Grant(claim):
                     host.granted(claim)
@@ -381,7 +382,7 @@ class ClusterLock:
     def _step(self) -> None:
         """Start the transaction that is due, if any. See the rules at the head of the file."""
         res = self.res
-        if self._busy or self._draining or not self.space.running or res.phase is Phase.LOST:
+        if self._at_rest() or not self.space.running:
             return
         if self._unresolved or self._must_look:
             self._send(self._look(), self._looked)
@@ -402,6 +403,14 @@ class ClusterLock:
             self._forget()
         elif res.phase is Phase.ASKING:
             self._ask()
+
+    def _at_rest(self) -> bool:
+        """Whether nothing can be due: first of all on the way of every open of a cached lock."""
+        if self._busy or self._draining or self.res.phase is Phase.LOST:
+            return True
+        if self.res.phase is not Phase.IDLE or self.wishes or self._writes or self._forgets:
+            return False
+        return not (self._unresolved or self._must_look)
 
     def _ask(self) -> None:
         res = self.res
@@ -573,7 +582,7 @@ class ClusterLock:
             wish = self._own_wish(then, trying=False, convert=False, revision=result.revision)
             self.wishes[wish.node] = wish
         if writing:
-            self._writes.popleft().done(None)
+            self._writes.pop(0).done(None)
         self.learned()
 
     def _committed(self, head: Head, granted: list[Wish], revision: int) -> None:
@@ -726,7 +735,7 @@ class ClusterLock:
             self._change(level=Mode.EX, lvb=new)
 
     def _finish_write(self, error: DlmfsError | None) -> None:
-        self._writes.popleft().done(error)
+        self._writes.pop(0).done(error)
         self._answer_reads()
         self._step()
 
