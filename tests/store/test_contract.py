@@ -9,6 +9,7 @@ import pytest
 
 from dlmfs.errors import Bug, LockLost
 from dlmfs.store.base import (
+    Compare,
     Delete,
     Get,
     KeyValue,
@@ -22,10 +23,20 @@ from dlmfs.store.base import (
     none_newer,
     unchanged,
 )
-from tests.store.drivers import Client, Driver, MemoryDriver, SqliteDriver
+from tests.store.drivers import (
+    Client,
+    Driver,
+    DurableDriver,
+    MemoryDriver,
+    SqliteDriver,
+    VolatileDriver,
+)
 
 
-@pytest.fixture(params=[MemoryDriver, SqliteDriver], ids=["memory", "sqlite"])
+@pytest.fixture(
+    params=[MemoryDriver, VolatileDriver, DurableDriver],
+    ids=["memory", "sqlite-volatile", "sqlite-durable"],
+)
 def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driver]:
     made: Driver = request.param(tmp_path)
     yield made
@@ -194,3 +205,288 @@ def test_two_handles_lose_no_increment(driver: Driver) -> None:
     kv = read(clients[0], b"n")
     assert kv is not None
     assert kv.value == b"30"
+
+
+def watch(client: Client, *prefixes: bytes, start: int) -> list[WatchBatch | WatchGap]:
+    seen: list[WatchBatch | WatchGap] = []
+    client.store.watch(prefixes, start, seen.append)
+    return seen
+
+
+def flush(driver: Driver, client: Client) -> None:
+    """Wait until the client's handle has been told all that was committed so far."""
+    revision = client.txn(put((b"~flush", b""))).revision
+    seen = watch(client, b"~flush", start=revision)
+    driver.run_until(lambda: bool(seen))
+
+
+def test_a_failed_compare_changes_nothing(client: Client) -> None:
+    """The transaction is atomic: one compare that does not hold stops all of `then`."""
+    start = client.txn(put((b"a", b"1"))).revision
+    compares = (unchanged(b"a", start), unchanged(b"b", start))
+    result = client.txn(Txn(compares, (Put(b"a", b"2"), Put(b"c", b""))))
+    assert not result.succeeded
+    assert result.revision == start
+    assert result.responses == ()
+    assert read(client, b"a") == KeyValue(b"a", b"1", start, start)
+    assert read(client, b"c") is None
+
+
+def test_the_branch_that_ran_answers(client: Client) -> None:
+    made = client.txn(put((b"a", b"1"))).revision
+    both = ((Get(b"a"), Range(b"a")), (Get(b"x"),))
+    held = client.txn(Txn((unchanged(b"a", made),), *both))
+    kv = KeyValue(b"a", b"1", made, made)
+    assert (held.succeeded, held.responses) == (True, (kv, (kv,)))
+    failed = client.txn(Txn((unchanged(b"a", 0),), *both))
+    assert (failed.succeeded, failed.responses) == (False, (None,))
+
+
+def test_less_than_compares(client: Client) -> None:
+    made = client.txn(put((b"a", b"1"))).revision
+    changed = client.txn(put((b"a", b"2"))).revision
+    client.txn(put((b"a/b", b"")))
+    probes = [
+        (Compare(b"a", "create", "<", made), False),
+        (Compare(b"a", "create", "<", made + 1), True),
+        (Compare(b"a", "mod", "<", changed), False),
+        (Compare(b"a", "mod", "<", changed + 1), True),
+        (Compare(b"none", "mod", "<", 1), True),
+        (Compare(b"none", "mod", "<", 0), False),
+        (Compare(b"none", "mod", "=", 0, prefix=True), True),
+        (Compare(b"a", "create", "=", made, prefix=True), False),
+        (Compare(b"a/", "create", "=", changed + 1, prefix=True), True),
+        (Compare(b"a", "mod", "=", changed + 1, prefix=True), False),
+    ]
+    for compare, holds in probes:
+        assert client.txn(Txn((compare,), ())).succeeded is holds, compare
+
+
+def test_none_newer_does_not_count_deletions_or_neighbours(client: Client) -> None:
+    start = client.txn(put((b"p/a", b""), (b"p/b", b""))).revision
+    client.txn(put((b"p", b""), (b"p0", b""), (b"o", b"")))
+    client.txn(Txn((), (Delete(b"p/a"),)))
+    assert client.txn(Txn((none_newer(b"p/", start),), ())).succeeded
+    client.txn(put((b"p/\xff\xff", b"")))
+    assert not client.txn(Txn((none_newer(b"p/", start),), ())).succeeded
+
+
+@pytest.mark.parametrize("prefix", [b"", b"\xff"])
+def test_prefixes_without_an_upper_end(
+    client: Client, request: pytest.FixtureRequest, prefix: bytes
+) -> None:
+    """The empty prefix is every key."""
+    if isinstance(client.driver, SqliteDriver):
+        client.driver.patience_s = 3.0
+    start = client.txn(put((prefix + b"a", b""))).revision
+    assert client.txn(Txn((none_newer(prefix, start),), ())).succeeded
+    assert not client.txn(Txn((none_newer(prefix, start - 1),), ())).succeeded
+    (found,) = client.txn(Txn((), (Range(prefix),))).responses
+    assert found == (KeyValue(prefix + b"a", b"", start, start),)
+    seen = watch(client, prefix, start=start)
+    client.driver.run_until(lambda: bool(seen))
+
+
+def test_nested_transactions_three_deep(client: Client) -> None:
+    """In place, each with its own `succeeded`, all against the state before the whole."""
+    deepest = Txn((unchanged(b"a", 0),), (Put(b"c", b"then"),), (Put(b"c", b"else"),))
+    middle = Txn((created_at(b"b", 7),), (), (Put(b"b", b""), deepest, Get(b"c")))
+    result = client.txn(Txn((unchanged(b"a", 0),), (Put(b"a", b""), middle, Get(b"b"))))
+    inner = result.responses[1]
+    assert isinstance(inner, TxnResult)
+    innermost = inner.responses[1]
+    assert isinstance(innermost, TxnResult)
+    assert (result.succeeded, inner.succeeded, innermost.succeeded) == (True, False, True)
+    assert {result.revision, inner.revision, innermost.revision} == {result.revision}
+    assert inner.responses[2] == KeyValue(b"c", b"then", result.revision, result.revision)
+    assert result.responses[2] == KeyValue(b"b", b"", result.revision, result.revision)
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        (Put(b"a", b""), Put(b"a", b"")),
+        (Put(b"a", b""), Delete(b"a")),
+        (Delete(b"a"), Delete(b"a")),
+        (Delete(b"a"), Txn((created_at(b"b", 0),), (), (Put(b"a", b""),))),
+        (Txn((), (Put(b"a", b""),)), Txn((), (Put(b"a", b""),))),
+    ],
+)
+def test_duplicate_keys_are_refused(client: Client, operations: tuple[Put, ...]) -> None:
+    answers: list[object] = []
+    for refused in (Txn((), operations), Txn((), (), operations)):
+        with pytest.raises(Bug, match="twice"):
+            client.store.txn(refused, answers.append)
+    assert read(client, b"a") is None
+    assert answers == []
+
+
+def test_every_call_is_answered_once_in_a_burst(client: Client) -> None:
+    """Reads and writes mixed: each gets its answer, and only one."""
+    answers: list[list[object]] = [[] for _ in range(50)]
+    for number, sink in enumerate(answers):
+        work = put((b"k%d" % number, b"")) if number % 2 else Txn((), (Range(b"k"),))
+        client.store.txn(work, sink.append)
+        assert sink == []
+    client.driver.run_until(lambda: all(answers))
+    flush(client.driver, client)
+    assert [len(sink) for sink in answers] == [1] * 50
+    results = [result for (result,) in answers]
+    assert all(isinstance(result, TxnResult) for result in results)
+    revisions = [r.revision for r in results[1::2] if isinstance(r, TxnResult)]
+    assert len(set(revisions)) == 25
+    assert max(revisions) - min(revisions) == 24
+
+
+def test_a_transaction_sent_from_an_answer(client: Client) -> None:
+    """The engine sends the next one from `done` of the last."""
+    answers: list[object] = []
+    inside: list[bool] = []
+
+    def next_one(_result: object) -> None:
+        client.store.txn(Txn((), (Get(b"a"),)), answers.append)
+        inside.append(bool(answers))
+
+    client.store.txn(put((b"a", b"1")), next_one)
+    client.driver.run_until(lambda: bool(answers))
+    assert inside == [False]
+
+
+def test_watch_starts_in_the_past_and_goes_on(driver: Driver) -> None:
+    """From the first revision asked for, with values and revisions as they were then."""
+    writer, watcher = Client(driver, "writer"), Client(driver, "watcher")
+    first = writer.txn(put((b"w/a", b"0"))).revision
+    second = writer.txn(put((b"w/a", b"1"))).revision
+    writer.txn(Txn((), (Delete(b"w/a"),)))
+    seen = watch(watcher, b"w/", start=second)
+    driver.run_until(lambda: len(seen) == 2)
+    fourth = writer.txn(put((b"w/a", b"3"))).revision
+    driver.run_until(lambda: len(seen) == 3)
+    flush(driver, watcher)
+    assert [b.revision for b in seen if isinstance(b, WatchBatch)] == [second, second + 1, fourth]
+    events = [e for b in seen if isinstance(b, WatchBatch) for e in b.events]
+    assert [(e.kind, e.kv) for e in events] == [
+        ("put", KeyValue(b"w/a", b"1", first, second)),
+        ("delete", KeyValue(b"w/a", b"", 0, second + 1)),
+        ("put", KeyValue(b"w/a", b"3", fourth, fourth)),
+    ]
+
+
+def test_watch_from_a_future_revision(driver: Driver, request: pytest.FixtureRequest) -> None:
+    if isinstance(driver, SqliteDriver):
+        pass
+    client = Client(driver)
+    start = client.txn(put((b"w/a", b""))).revision
+    seen = watch(client, b"w/", start=start + 3)
+    flush(driver, client)  # start + 1
+    for _ in range(3):
+        client.txn(put((b"w/a", b"")))
+    flush(driver, client)
+    assert [b.revision for b in seen if isinstance(b, WatchBatch)] == [start + 3, start + 4]
+
+
+def test_watch_tells_of_the_watched_prefixes_only(driver: Driver) -> None:
+    client = Client(driver)
+    start = client.txn(put((b"w/a", b""), (b"w", b""), (b"w0", b""), (b"v/a", b""))).revision
+    client.txn(put((b"x/a", b"")))
+    seen = watch(client, b"w/", b"v/", b"w/a", start=start)
+    flush(driver, client)
+    (batch,) = seen
+    assert isinstance(batch, WatchBatch)
+    assert batch.revision == start
+    assert [event.kv.key for event in batch.events] == [b"w/a", b"v/a"]
+
+
+def test_cancel_from_the_sink_stops_the_rest(driver: Driver) -> None:
+    """Even what had been fetched together with the batch that made the sink cancel."""
+    writer, watcher = Client(driver, "writer"), Client(driver, "watcher")
+    start = writer.txn(put((b"w/a", b""))).revision
+    for _ in range(5):
+        writer.txn(put((b"w/a", b"")))
+    seen: list[WatchBatch | WatchGap] = []
+
+    def sink(batch: WatchBatch | WatchGap) -> None:
+        seen.append(batch)
+        if len(seen) == 2:
+            held.cancel()
+
+    held = watcher.store.watch([b"w/"], start, sink)
+    driver.run_until(lambda: len(seen) == 2)
+    writer.txn(put((b"w/a", b"")))
+    flush(driver, watcher)
+    assert len(seen) == 2
+
+
+def test_cancelled_before_anything_came(driver: Driver) -> None:
+    client = Client(driver)
+    start = client.txn(put((b"w/a", b""))).revision
+    seen: list[WatchBatch | WatchGap] = []
+    client.store.watch([b"w/"], start, seen.append).cancel()
+    client.txn(put((b"w/a", b"")))
+    flush(driver, client)
+    assert seen == []
+
+
+def test_nothing_of_a_refused_put_is_applied(driver: Driver) -> None:
+    """Neither what stood before it nor what was nested, and no revision is used up."""
+    dead, other = Client(driver, "dead"), Client(driver, "other")
+    dead.get(dead.session.close)
+    start = other.txn(put((b"keep", b"1"))).revision
+    seen = watch(other, b"a", b"b", b"keep", start=start + 1)
+    late = Txn((), (Put(b"b", b"", dead.session.lease),))
+    change = Txn((), (Put(b"a", b""), Delete(b"keep"), late))
+    assert isinstance(other.fails(change), LockLost)
+    assert other.txn(Txn((), (Get(b"keep"),))).revision == start
+    assert read(other, b"a") is None
+    assert read(other, b"b") is None
+    assert read(other, b"keep") is not None
+    flush(driver, other)
+    assert seen == []
+    spared = Txn((created_at(b"keep", 0),), (late,), (Put(b"a", b""),))
+    assert other.txn(spared).revision == start + 2
+
+
+def test_a_session_ends_with_one_revision(driver: Driver) -> None:
+    """All keys at once, wherever they lie, and nobody else's."""
+    dying, watcher = Client(driver, "dying"), Client(driver, "watcher")
+    lease = dying.session.lease
+    keys = [b"w/%d" % number for number in range(20)]
+    for key in keys:
+        start = dying.txn(put((key, b""), lease=lease)).revision
+    watcher.txn(put((b"w/other", b""), lease=watcher.session.lease))
+    seen = watch(watcher, b"w/", start=start + 2)
+    assert dying.get(dying.session.close) is None
+    driver.run_until(lambda: bool(seen))
+    (batch,) = seen
+    assert isinstance(batch, WatchBatch)
+    assert batch.revision == start + 2
+    assert [event.kv.key for event in batch.events] == sorted(keys)
+    assert {event.kind for event in batch.events} == {"delete"}
+    assert {event.kv.mod_revision for event in batch.events} == {start + 2}
+    assert read(watcher, b"w/other") is not None
+    assert dying.lost == []
+    assert watcher.lost == []
+
+
+def test_a_session_without_keys_uses_no_revision(driver: Driver) -> None:
+    idle, other = Client(driver, "idle"), Client(driver, "other")
+    start = other.txn(put((b"a", b""))).revision
+    assert idle.get(idle.session.close) is None
+    assert other.txn(Txn((), (Get(b"a"),))).revision == start
+
+
+def test_handles_see_each_others_commits_at_once(driver: Driver) -> None:
+    """Linearizable: what one was told is done, the other reads, without waiting."""
+    one, two = Client(driver, "one"), Client(driver, "two")
+    for number in range(10):
+        result = one.txn(put((b"a", b"%d" % number)))
+        kv = read(two, b"a")
+        assert kv is not None
+        assert (kv.value, kv.mod_revision) == (b"%d" % number, result.revision)
+        one, two = two, one
+
+
+def test_leases_differ(driver: Driver) -> None:
+    clients = [Client(driver, str(number)) for number in range(3)]
+    assert len({client.session.lease for client in clients}) == 3
+    assert all(client.session.lease > 0 for client in clients)

@@ -45,6 +45,10 @@ CREATE TABLE watch (lease INTEGER NOT NULL, prefix BLOB NOT NULL, PRIMARY KEY (l
 """
 
 
+KEY_MAX: Final = 1024
+"""More than any key has: domain, lock and node names are short."""
+
+
 class Row(NamedTuple):
     """A row of the log."""
 
@@ -120,6 +124,8 @@ def _create(conn: sqlite3.Connection) -> None:
 def _after(prefix: bytes) -> bytes:
     """The smallest key above all that start with `prefix`."""
     stem = prefix.rstrip(b"\xff")
+    if not stem:
+        return b"\xff" * KEY_MAX
     return stem[:-1] + bytes([stem[-1] + 1])
 
 

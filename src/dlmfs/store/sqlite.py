@@ -154,12 +154,10 @@ class SqliteStore:
 
     def _work_slowly(self, work: Any, done: Any) -> None:
         """In the worker thread: the same work, as often as it takes."""
-        if self._slow is None:
-            self._slow = schema.connect(self.path, volatile=self.volatile, timeout_s=OPEN_TIMEOUT_S)
         wait = 0.001
         outcome = None
         while outcome is None and not self._closing:
-            outcome = _guarded(work, self._slow)
+            outcome = _guarded(partial(self._on_slow, work), self._fast)
             if outcome is None:
                 time.sleep(wait)
                 wait = min(wait * 2, 0.05)
@@ -167,6 +165,12 @@ class SqliteStore:
             return
         with contextlib.suppress(RuntimeError):  # the loop closed in between
             self.loop.call_soon_threadsafe(self._slowly_done, done, outcome)
+
+    def _on_slow(self, work: Any, _fast: sqlite3.Connection) -> Any:
+        """The work on the worker's own connection; to open that one may have to wait as well."""
+        if self._slow is None:
+            self._slow = schema.connect(self.path, volatile=self.volatile, timeout_s=0.1)
+        return work(self._slow)
 
     def _slowly_done(self, done: Any, outcome: Any) -> None:
         self._pending -= 1
@@ -275,7 +279,8 @@ class SqliteStore:
             session.begin()
         except OSError as error:
             self.session = None
-            done(_of_os(error, f"cannot set up {session.folder}"))
+            session.abandon()
+            self.loop.call_soon(done, _of_os(error, f"cannot set up {session.folder}"))
             return
         self._write(partial(schema.add_session, row=row), opened)
 
@@ -353,6 +358,8 @@ class SqliteWatch:
         self.cancelled = False
 
     def deliver(self, conn: sqlite3.Connection) -> None:
+        if self.cancelled:
+            return
         try:
             revision, trimmed, batches = schema.events_since(conn, self.next, self.prefixes)
         except sqlite3.Error as error:
@@ -362,7 +369,7 @@ class SqliteWatch:
             self.cancel()
             self.sink(WatchGap(trimmed + 1))
             return
-        self.next = revision + 1
+        self.next = max(self.next, revision + 1)
         for batch in batches:
             if not self.cancelled:
                 self.sink(batch)

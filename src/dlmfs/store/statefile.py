@@ -70,6 +70,8 @@ def prepare(path: Path, *, default: bool) -> str:
         ) from None
     except PermissionError:
         raise NotPermitted(f"no permission to look into the state folder {folder}") from None
+    except OSError as error:
+        raise UsageError(f"the state folder {folder}: {error.strerror}") from None
     if not stat.S_ISDIR(info.st_mode):
         raise UsageError(f"the state folder {folder} is not a folder")
     if path.is_dir():
