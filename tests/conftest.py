@@ -7,6 +7,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# The examples are the same in every run, so that a change alone can turn a run red; DLMFS_RANDOM=1
+# draws new ones (a failure then prints how to repeat it).
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("random", print_blob=True)
+settings.load_profile("random" if os.environ.get("DLMFS_RANDOM") else "fixed")
 
 
 def _lacking() -> dict[str, str]:

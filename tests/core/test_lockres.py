@@ -51,6 +51,7 @@ class OracleWish:
     mode: Mode
     trying: bool
     convert: bool
+    serial: int
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Cluster(RuleBasedStateMachine):
         self.last_ex_token = 0
         self.last_token = 0
         self.fh = 0
+        self.wishes = 0
 
     @initialize(count=st.integers(1, 3))
     def start(self, count: int) -> None:
@@ -106,7 +108,7 @@ class Cluster(RuleBasedStateMachine):
                 case Ask(mode, trying, convert):
                     if not convert and mode > node.level:
                         node.level = NL
-                    self.queue.append(OracleWish(index, mode, trying, convert))
+                    self.wish(index, mode, trying=trying, convert=convert)
                     self.refuse_second_converter()
                     self.grant_pass()
                     if any(w.node == index for w in self.queue):
@@ -124,6 +126,10 @@ class Cluster(RuleBasedStateMachine):
                         if not compatible(wish.mode, node.level):
                             self.queue.remove(wish)
                             self.nodes[wish.node].inbox.append(("refused", errno.ETXTBSY))
+
+    def wish(self, index: int, mode: Mode, *, trying: bool, convert: bool) -> None:
+        self.wishes += 1
+        self.queue.append(OracleWish(index, mode, trying, convert, self.wishes))
 
     def refuse_second_converter(self) -> None:
         converts = [w for w in self.queue if w.convert]
@@ -182,7 +188,7 @@ class Cluster(RuleBasedStateMachine):
         plain = [w.mode for w in others if not w.trying]
         trying = [w.mode for w in others if w.trying]
         wanted = (plain[0] if plain else NL, max(plain, default=NL), max(trying, default=NL))
-        told = (wanted, tuple(id(w) for w in others if w.trying))
+        told = (wanted, tuple(w.serial for w in others if w.trying))
         if told != node.told:
             node.told = told
             self.carry_out(index, node.res.wanted(*wanted))
@@ -207,7 +213,7 @@ class Cluster(RuleBasedStateMachine):
             node.dropping = None
             node.level = drop.to
             if drop.then is not NL:
-                self.queue.append(OracleWish(index, drop.then, trying=False, convert=False))
+                self.wish(index, drop.then, trying=False, convert=False)
             self.grant_pass()
             if any(w.node == index for w in self.queue):
                 node.inbox.insert(0, ("queued", 0))

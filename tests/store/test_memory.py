@@ -98,6 +98,8 @@ def test_cut_and_heal_leave_no_gap(world: World) -> None:
     assert isinstance(world.answers[0], OutcomeUnknown)
     assert world.server.revision == 110
     world.store.heal()
+    world.loop.run_for(60)
+    assert world.revisions() == list(range(101, 111))
     world.server.apply(WRITE)
     world.loop.run_for(60)
     assert world.revisions() == list(range(101, 112))

@@ -198,6 +198,7 @@ def test_uncontended_traffic_wakes_nobody(
     seen: list[WatchBatch | WatchGap] = []
     revision = client.txn(Txn((), (Put(b"h/x", b""),))).revision
     peer.store.watch([b"w/"], revision, seen.append)
+    peer.txn(Txn((), (Put(b"h/x", b""),)))  # the watch is on record before this is answered
     client.txn(Txn((), (Put(b"h/x", b""),)))
     monkeypatch.setattr(Bells, "ring", counted)
     for _ in range(10):
@@ -355,6 +356,7 @@ def test_the_loop_runs_and_others_read_while_a_writer_is_stopped(
         ticks.append(1)
         driver.loop.call_later(0.01, tick)
 
+    client.store.txn(Txn((), (Get(b"a"),)), answers.append)
     tick()
     driver.run_until(lambda: len(ticks) >= 20)
     assert answers == []
@@ -363,9 +365,10 @@ def test_the_loop_runs_and_others_read_while_a_writer_is_stopped(
     assert kv == KeyValue(b"a", b"0", before, before)
     os.kill(child.pid, signal.SIGCONT)
     assert child.wait(PATIENCE_S) == 0
-    driver.run_until(lambda: len(answers) == 5)
+    driver.run_until(lambda: len(answers) == 6)
     results = [answer for answer in answers if isinstance(answer, TxnResult)]
-    assert [result.revision for result in results] == list(range(before + 1, before + 6))
+    assert [result.revision for result in results[:5]] == list(range(before + 1, before + 6))
+    assert results[5].responses == (KeyValue(b"a", b"4", before, before + 5),)
     assert "waiting_for_pid" not in client.store.describe()
     assert client.lost == []
 
@@ -474,6 +477,8 @@ def test_a_peer_is_rung_only_for_what_it_watches(
     client.store.watch([b"w/"], revision + 1, lambda _batch: None)
     seen: list[WatchBatch | WatchGap] = []
     watch = peer.store.watch([b"w/", b"v/"], revision + 1, seen.append)
+    peer.txn(put(b"other"))  # the watch is on record before this is answered
+    rings.clear()
     client.txn(put(b"w"))
     client.txn(put(b"w0"))
     client.txn(Txn((), (Get(b"w/x"), Delete(b"w/absent"))))
