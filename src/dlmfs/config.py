@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Final
 
 from dlmfs.errors import UsageError
-from dlmfs.model import Owner
+from dlmfs.model import Limits, Owner
 from dlmfs.timing import TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
+LIMIT_MAX: Final = 1_000_000_000
 NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+DEFAULT_LIMITS: Final = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class MountOptions:
     nosuid: bool = True
     noexec: bool = False
     noatime: bool = False
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ _IGNORED: Final = frozenset(
 """Accepted from mount(8) and fstab without effect; `dev` and `suid` are what it passes for
 `defaults`, and a lock's file is never a device or a program."""
 _VALUED: Final = ("node", "owner", "ttl", "fsname", "subtype")
-KNOWN: Final = tuple(sorted({*_FLAGS, *_IGNORED, *_VALUED}))
+_LIMITS: Final = tuple(Limits.__dataclass_fields__)
+KNOWN: Final = tuple(sorted({*_FLAGS, *_IGNORED, *_VALUED, *_LIMITS}))
 
 
 def split(text: str) -> list[str]:
@@ -77,7 +83,9 @@ def parse_options(texts: list[str]) -> MountOptions:
     options = MountOptions()
     for option in (o for text in texts for o in split(text)):
         name, equals, value = option.partition("=")
-        if equals and name in _VALUED:
+        if equals and name in _LIMITS:
+            options = replace(options, limits=_limited(options.limits, name, value))
+        elif equals and name in _VALUED:
             options = _valued(options, name, value)
         elif not equals and name in _FLAGS:
             options = replace(options, **_FLAGS[name])  # type: ignore[arg-type]
@@ -93,7 +101,8 @@ def parse_options(texts: list[str]) -> MountOptions:
 def _unknown(option: str, name: str) -> str:
     close = difflib.get_close_matches(name, KNOWN, 1)
     if name in KNOWN:
-        return f"mount option '{option}': '{name}' takes {'a' if name in _VALUED else 'no'} value"
+        takes = "no" if name in _FLAGS or name in _IGNORED else "a"
+        return f"mount option '{option}': '{name}' takes {takes} value"
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"unknown mount option '{option}'{hint} (`dlmfs mount --help` lists them)"
 
@@ -124,6 +133,13 @@ def _valued(options: MountOptions, name: str, value: str) -> MountOptions:
     if value != "dlmfs":
         raise UsageError(f"subtype={value}: this is dlmfs")
     return options
+
+
+def _limited(limits: Limits, name: str, value: str) -> Limits:
+    most = 100 if name == "user_share" else LIMIT_MAX
+    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= most):
+        raise UsageError(f"{name}={value}: give a whole number from 1 to {most}")
+    return replace(limits, **{name: int(value)})
 
 
 def parse_source(text: str) -> tuple[Path | None, str]:

@@ -6,6 +6,7 @@ Terms are those of docs/glossary.md: domain, lock resource, LVB, BAST, PR/EX, in
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Final
 
 LVB_SIZE: Final = 64
@@ -50,3 +51,19 @@ def strongest_beside(mode: Mode) -> Mode:
 def compatible(a: Mode, b: Mode) -> bool:
     """Whether two nodes may hold modes `a` and `b` of one lock at the same time."""
     return b <= _STRONGEST_BESIDE[a]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one mount. `user_share` is the percentage of each that one user may take."""
+
+    max_domains: int = 1_000
+    max_locks: int = 1_000_000
+    """Lock files in all domains of this mount."""
+    max_holders: int = 1_000_000
+    """Open lock files; the system's own bound on open files is usually smaller."""
+    max_waiters: int = 50_000
+    """Opens that wait."""
+    max_state_mb: int = 4096
+    """Size of the state above which no new domain or lock file is made."""
+    user_share: int = 50

@@ -173,7 +173,9 @@ class Node:
     def _mount(self) -> None:
         options = self.config.options
         tree = Tree(os.getuid(), os.getgid())
-        self.fs = FileSystem(tree, self, self.loop, self.timing)
+        self.fs = FileSystem(
+            tree, self, self.loop, self.timing, limits=options.limits, readers=self.loop
+        )
         fd = fuse_mount.mount(
             options.fsname or self.config.source_text,
             self.config.mountpoint,
@@ -250,6 +252,14 @@ class Node:
             space.leave(left)
         else:
             left(None)
+
+    def state_mb(self) -> float:
+        """`Domains`: size of the state, in megabytes."""
+        return self.store.size_mb()
+
+    def lease_state(self) -> str:
+        """`Domains`: for people and scripts, by one attribute of the root."""
+        return "HEALTHY" if self.lost_reason is None else f"FENCED: {self.lost_reason}"
 
     # -- control socket -----------------------------------------------------------------------------
 

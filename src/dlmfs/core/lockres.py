@@ -77,11 +77,11 @@ class Stage(enum.IntEnum):
 class Claim:
     """One open(2): it waits, then holds, then ends. Made by the caller, filled in here.
 
-    `pid` is the opener's thread id (0: unknown), `since` seconds on the caller's clock, `tag`
-    whatever the caller wants to find again when an action names the claim.
+    `pid` is the opener's thread id (0: unknown), `since` seconds on the caller's clock. Callers
+    that keep more of an open file derive from it: actions name the very object.
     """
 
-    __slots__ = ("fh", "kin", "mode", "pid", "seq", "since", "stage", "tag", "token", "trying")
+    __slots__ = ("fh", "kin", "mode", "pid", "seq", "since", "stage", "token", "trying")
 
     def __init__(
         self,
@@ -91,7 +91,6 @@ class Claim:
         trying: bool = False,
         pid: int = 0,
         since: float = 0.0,
-        tag: object = None,
     ) -> None:
         assert mode is not Mode.NL
         self.fh = fh
@@ -99,7 +98,6 @@ class Claim:
         self.trying = trying
         self.pid = pid
         self.since = since
-        self.tag = tag
         self.seq = 0
         self.kin: bool | None = None
         self.token = 0

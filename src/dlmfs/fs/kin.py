@@ -8,21 +8,30 @@ show (other pid namespaces, other users' processes) counts as "no", which is the
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 ANCESTORS_MAX: Final = 32
+_FATAL: Final = 1 << (signal.SIGKILL - 1)
 
 
-def _status(pid: int) -> tuple[int, int] | None:
-    """The thread group and the parent of a thread, or None if /proc does not tell."""
+def _fields(pid: int) -> dict[bytes, bytes] | None:
+    """What /proc says of a thread, or None if it says nothing."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             text = file.read()
     except OSError:
         return None
-    fields = dict(line.split(b":", 1) for line in text.splitlines() if b":" in line)
+    return dict(line.split(b":", 1) for line in text.splitlines() if b":" in line)
+
+
+def _status(pid: int) -> tuple[int, int] | None:
+    """The thread group and the parent of a thread, or None if /proc does not tell."""
+    fields = _fields(pid)
     try:
+        if fields is None:
+            return None
         return int(fields[b"Tgid"]), int(fields[b"PPid"])
     except (KeyError, ValueError):
         return None
@@ -39,6 +48,21 @@ def _lineage(pid: int) -> Iterator[int]:
         if parent <= 1:
             return
         pid = parent
+
+
+def fate(pid: int) -> int | None:
+    """The thread group of a thread that will go on living; None if it is unknown or about to die.
+
+    A signal that ends a process shows as a pending SIGKILL in each of its threads.
+    """
+    fields = _fields(pid) if pid else None
+    if fields is None:
+        return None
+    try:
+        pending = int(fields[b"SigPnd"], 16) | int(fields[b"ShdPnd"], 16)
+        return None if pending & _FATAL else int(fields[b"Tgid"])
+    except (KeyError, ValueError):
+        return None
 
 
 def _has_open(group: int, ino: int, tail: str) -> bool:

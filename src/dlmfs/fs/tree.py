@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import stat
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Final
 
@@ -18,7 +19,8 @@ ROOT_INO: Final = 1
 
 
 class Inode:
-    """A directory or a lock file. `lookups` counts the kernel's references (FORGET)."""
+    """A directory or a lock file. `lookups` counts the kernel's references (FORGET), `maker` is the
+    user who made it, whoever owns it now."""
 
     __slots__ = (
         "atime_ns",
@@ -27,6 +29,7 @@ class Inode:
         "ino",
         "linked",
         "lookups",
+        "maker",
         "mode",
         "mtime_ns",
         "name",
@@ -39,7 +42,7 @@ class Inode:
         self.parent = parent
         self.name = name
         self.mode = mode
-        self.uid = 0
+        self.uid = self.maker = 0
         self.gid = 0
         now = time.time_ns()
         self.atime_ns = self.mtime_ns = self.ctime_ns = now
@@ -61,7 +64,13 @@ class Inode:
 
 
 class LockFile(Inode):
-    __slots__ = ()
+    """`lost`: its locks were lost, and another inode has its name now."""
+
+    __slots__ = ("lost",)
+
+    def __init__(self, ino: int, parent: Directory | None, name: bytes, mode: int) -> None:
+        super().__init__(ino, parent, name, mode)
+        self.lost = False
 
     @property
     def domain(self) -> Directory:
@@ -72,11 +81,12 @@ class LockFile(Inode):
 class Directory(Inode):
     """The root or a domain."""
 
-    __slots__ = ("children",)
+    __slots__ = ("_numbers", "children")
 
     def __init__(self, ino: int, parent: Directory | None, name: bytes, mode: int) -> None:
         super().__init__(ino, parent, name, mode)
         self.children: dict[bytes, Inode] = {}
+        self._numbers: list[int] = []  # of the children, growing; some may be gone
 
     @property
     def is_root(self) -> bool:
@@ -92,8 +102,21 @@ class Directory(Inode):
     def size(self) -> int:
         return 0
 
-    def newest_first(self) -> Iterator[Inode]:
-        return reversed(self.children.values())
+    def link(self, inode: Inode) -> None:
+        """Give the newest inode of all its name here."""
+        self.children[inode.name] = inode
+        self._numbers.append(inode.ino)
+        if len(self._numbers) > 2 * len(self.children) + 64:
+            self._numbers = sorted(child.ino for child in self.children.values())
+
+    def numbers_below(self, ino: int) -> Iterator[int]:
+        """The children's numbers from the newest to the oldest, below `ino`. Some may be gone.
+
+        A place in this order stays right whatever comes and goes, so a directory that is being
+        read needs no copy of its names.
+        """
+        for place in range(bisect_left(self._numbers, ino) - 1, -1, -1):
+            yield self._numbers[place]
 
 
 class Tree:
@@ -113,15 +136,30 @@ class Tree:
         assert stat.S_ISDIR(mode) == parent.is_root
         inode = kind(self._next, parent, name, mode)
         self._next += 1
-        inode.uid = uid
+        inode.uid = inode.maker = uid
         inode.gid = gid
         if parent.mode & stat.S_ISGID:
             inode.gid = parent.gid
             if parent.is_root:
                 inode.mode |= stat.S_ISGID
-        parent.children[name] = inode
+        parent.link(inode)
         self.inodes[inode.ino] = inode
         return inode
+
+    def replace(self, file: LockFile) -> LockFile:
+        """Give a lost file's name, mode, owner and times to a new inode."""
+        assert file.linked
+        new = LockFile(self._next, file.parent, file.name, file.mode)
+        self._next += 1
+        for field in ("uid", "gid", "maker", "atime_ns", "mtime_ns", "ctime_ns"):
+            setattr(new, field, getattr(file, field))
+        file.domain.link(new)
+        self.inodes[new.ino] = new
+        file.linked = False
+        file.lost = True
+        if not file.lookups:
+            del self.inodes[file.ino]
+        return new
 
     def remove(self, inode: Inode) -> None:
         """Unlink; the number stays valid until the kernel forgets it."""

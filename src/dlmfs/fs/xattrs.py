@@ -1,11 +1,19 @@
-"""The state of a lock as extended attributes, read without taking it (design, section 2)."""
+"""The state of a lock as extended attributes, read without taking it (design, section 2).
+
+Claims are this node's own, and the wishes of other nodes as the watch tells them; who holds the
+lock on other nodes is in the store, where `dlmfs info` asks.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.core.lockres import Claim
+from dlmfs.engine.queue import ordered
 from dlmfs.fs.kin import command
 from dlmfs.fs.tree import Inode, LockFile
 from dlmfs.model import TOKEN_SHIFT
@@ -16,55 +24,78 @@ if TYPE_CHECKING:
 
 PREFIX: Final = b"user.dlmfs."
 CAPABILITIES: Final = b"bast lvb token trylock"
+ROWS_MAX: Final = 200
+"""Claims told of; the kernel passes no value above 64 KiB."""
 
 
-def _claims(claims: list[Claim]) -> bytes:
-    rows = [{"mode": c.mode.name, "pid": c.pid, "command": command(c.pid)} for c in claims]
+def _rows(claims: Iterable[Claim], node: str) -> list[dict[str, Any]]:
+    return [
+        {"node": node, "mode": c.mode.name, "pid": c.pid, "command": command(c.pid)} for c in claims
+    ]
+
+
+def _told(rows: list[dict[str, Any]], total: int) -> bytes:
+    if total > len(rows):
+        rows.append({"more": total - len(rows)})
     return json.dumps(rows).encode()
 
 
-def _mode(lock: ClusterLock | None) -> bytes:
-    return lock.res.level.name.encode() if lock is not None else b"NL"
+def _mode(lock: ClusterLock) -> bytes:
+    return lock.res.level.name.encode()
 
 
-def _token(lock: ClusterLock | None) -> bytes:
+def _token(lock: ClusterLock) -> bytes:
     """The largest token that a local holder has; empty if nobody here holds the lock."""
-    tokens = [c.token for c in lock.res.holders.values()] if lock is not None else []
+    tokens = [c.token for c in lock.res.holders.values()]
     return str(max(tokens)).encode() if tokens else b""
 
 
-def _holders(lock: ClusterLock | None) -> bytes:
-    return _claims(list(lock.res.holders.values()) if lock is not None else [])
+def _holders(lock: ClusterLock) -> bytes:
+    holders = lock.res.holders
+    return _told(_rows(islice(holders.values(), ROWS_MAX), lock.space.node), len(holders))
 
 
-def _waiters(lock: ClusterLock | None) -> bytes:
-    return _claims(list(lock.res.waiters.values()) if lock is not None else [])
+def _waiters(lock: ClusterLock) -> bytes:
+    waiters = lock.res.waiters
+    own = lock.space.node
+    others = [w for w in ordered(lock.wishes.values()) if w.node != own]
+    rows = _rows(islice(waiters.values(), ROWS_MAX), own)
+    rows += [{"node": w.node, "mode": w.mode.name} for w in islice(others, ROWS_MAX - len(rows))]
+    return _told(rows, len(waiters) + len(others))
 
 
-def _abandoned(lock: ClusterLock | None) -> bytes:
-    mark = lock.known_head.abandoned if lock is not None else None
+def _abandoned(lock: ClusterLock) -> bytes:
+    mark = lock.known_head.abandoned
     if mark is None:
         return b""
     return json.dumps({"node": mark.node, "token": mark.revision << TOKEN_SHIFT}).encode()
 
 
 _LOCK: Final = {
-    PREFIX + b"mode": _mode,
-    PREFIX + b"token": _token,
-    PREFIX + b"holders": _holders,
-    PREFIX + b"waiters": _waiters,
-    PREFIX + b"abandoned": _abandoned,
+    PREFIX + b"mode": (_mode, b"NL"),
+    PREFIX + b"token": (_token, b""),
+    PREFIX + b"holders": (_holders, b"[]"),
+    PREFIX + b"waiters": (_waiters, b"[]"),
+    PREFIX + b"abandoned": (_abandoned, b""),
 }
+"""How to tell, and what to say of a lock that this node knows nothing of."""
 
 
-def get(fs: FileSystem, inode: Inode, name: bytes) -> bytes | None:
-    """The attribute's value, or None where the kernel's dlmfs would say EOPNOTSUPP."""
+def get(fs: FileSystem, inode: Inode, name: bytes) -> bytes | int:
+    """The attribute's value; or EOPNOTSUPP, as the kernel's dlmfs says of every attribute; or EIO
+    for a file whose locks were lost (promise 3)."""
     if isinstance(inode, LockFile) and name in _LOCK:
+        if inode.lost:
+            return errno.EIO
+        tell, nothing = _LOCK[name]
         space = fs.spaces.get(inode.domain.ino)
-        return _LOCK[name](space.locks.get(inode.name) if space is not None else None)
+        lock = space.locks.get(inode.name) if space is not None and inode.linked else None
+        return nothing if lock is None else tell(lock)
     if inode.parent is None and name == PREFIX + b"capabilities":
         return CAPABILITIES
-    return None
+    if inode.parent is None and name == PREFIX + b"state":
+        return fs.domains.lease_state().encode()
+    return errno.EOPNOTSUPP
 
 
 def names(_inode: Inode) -> bytes:

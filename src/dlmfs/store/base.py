@@ -171,5 +171,8 @@ class Store(Protocol):
     def describe(self) -> dict[str, object]:
         """Facts for `dlmfs status`: where the state is, its health, who holds it up."""
 
+    def size_mb(self) -> float:
+        """What the state takes up, in megabytes; may be a second old."""
+
     def close(self) -> None:
         """Let go of everything. Sessions still open end as if the node had died."""

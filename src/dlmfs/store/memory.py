@@ -348,6 +348,9 @@ class MemoryStore:
     def describe(self) -> dict[str, object]:
         return {"store": "memory", "connected": self.connected}
 
+    def size_mb(self) -> float:
+        return 0.0
+
     def close(self) -> None:
         for watch in list(self.watches):
             watch.cancel()

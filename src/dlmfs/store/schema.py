@@ -92,11 +92,20 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
     return conn
 
 
+def size(conn: sqlite3.Connection) -> int:
+    """Bytes of the state file in use."""
+    pages, free, page_size = (
+        conn.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * page_size)
+
+
 def _check(conn: sqlite3.Connection, path: Path) -> None:
     application = conn.execute("PRAGMA application_id").fetchone()[0]
     version = conn.execute("PRAGMA user_version").fetchone()[0]
     empty = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-    if application == 0 and empty:
+    if application == version == 0 and empty:
         return
     if application != APPLICATION_ID:
         raise BadState(f"{path} is another program's database, not touched: name another file")

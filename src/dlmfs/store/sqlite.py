@@ -48,6 +48,7 @@ OPEN_TIMEOUT_S: Final = 5.0
 RECHECKS_S: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
 """When to look again after a peer hung up: the kernel may close its sockets before its locks."""
 SWEEP_S: Final = 1.0
+SIZE_VALID_S: Final = 1.0
 TRIM_EVERY: Final = 1000
 KEEP_REVISIONS: Final = 10_000
 WAL_WRITE_LOCK: Final = 120
@@ -81,6 +82,8 @@ class SqliteStore:
         self._generation = -1
         self._peer_prefixes: dict[int, tuple[bytes, ...]] = {}
         self._commits = 0
+        self._size_mb = 0.0
+        self._size_until = 0.0
         self._shm: int | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._slow: sqlite3.Connection | None = None
@@ -317,6 +320,14 @@ class SqliteStore:
         if self._pending:
             facts["waiting_for_pid"] = self._writer()
         return facts
+
+    def size_mb(self) -> float:
+        now = self.loop.time()
+        if now >= self._size_until and self.dead is None:
+            with contextlib.suppress(sqlite3.Error):
+                self._size_mb = schema.size(self._fast) / 1e6
+            self._size_until = now + SIZE_VALID_S
+        return self._size_mb
 
     def _writer(self) -> int:
         """Who holds the write lock that we wait for."""

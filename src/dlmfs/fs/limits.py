@@ -1,0 +1,81 @@
+"""How much a mount takes on before it says no, so that no program exhausts the daemon.
+
+Two kinds of bound: one for all, and a share of it for each user but root and the daemon's own. Each
+refusal is told to the program that asked (docs/reference.md, "Limits") and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from dlmfs.model import Limits
+
+UNBOUNDED: Final = 1 << 62
+
+
+class User:
+    """What one user has in use, and may have."""
+
+    __slots__ = (
+        "domains",
+        "holders",
+        "locks",
+        "max_domains",
+        "max_holders",
+        "max_locks",
+        "max_waiters",
+        "waiters",
+    )
+
+    def __init__(self, limits: Limits, *, exempt: bool) -> None:
+        self.domains = self.locks = self.holders = self.waiters = 0
+
+        def share(limit: int) -> int:
+            return UNBOUNDED if exempt else max(1, limit * limits.user_share // 100)
+
+        self.max_domains = share(limits.max_domains)
+        self.max_locks = share(limits.max_locks)
+        self.max_holders = share(limits.max_holders)
+        self.max_waiters = share(limits.max_waiters)
+
+
+class Usage:
+    """The sums, and every user that ever came. `own` is the daemon's user id."""
+
+    def __init__(self, limits: Limits, own: int) -> None:
+        self.limits = limits
+        self.own = own
+        self.users: dict[int, User] = {}
+        self.domains = self.locks = 0
+
+    def user(self, uid: int) -> User:
+        """The account of a user, made when first asked for."""
+        user = self.users.get(uid)
+        if user is None:
+            user = self.users[uid] = User(self.limits, exempt=uid in (0, self.own))
+        return user
+
+    def refuse_domain(self, uid: int) -> int:
+        """0, or the errno for a mkdir: ENOSPC for all, EDQUOT for this user."""
+        if self.domains >= self.limits.max_domains:
+            return errno.ENOSPC
+        user = self.user(uid)
+        return errno.EDQUOT if user.domains >= user.max_domains else 0
+
+    def refuse_lock(self, uid: int) -> int:
+        """0, or the errno for making a lock's file: ENOSPC for all, EDQUOT for this user."""
+        if self.locks >= self.limits.max_locks:
+            return errno.ENOSPC
+        user = self.user(uid)
+        return errno.EDQUOT if user.locks >= user.max_locks else 0
+
+    def count_domain(self, uid: int, change: int) -> None:
+        self.domains += change
+        self.user(uid).domains += change
+        assert self.domains >= 0
+
+    def count_lock(self, uid: int, change: int) -> None:
+        self.locks += change
+        self.user(uid).locks += change
+        assert self.locks >= 0

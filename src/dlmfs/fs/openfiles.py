@@ -1,0 +1,357 @@
+"""The open lock files of one mount: what OPEN, READ, WRITE, POLL and RELEASE do.
+
+Rules of this file
+------------------
+* A waiting open is a claim in the lock core and nothing else; only OPEN may wait for ever.
+* Whoever is answered EINTR is answered first and withdrawn after (design, engine rule 8).
+* RELEASE of a lost descriptor changes no count: its claim has ended ("Lease and fencing").
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, cast
+
+from dlmfs.core.lockres import Claim, Stage
+from dlmfs.errors import DlmfsError, Unavailable
+from dlmfs.fs.kin import is_kin
+from dlmfs.fs.limits import Usage, User
+from dlmfs.fs.places import Places, Readers
+from dlmfs.fs.tree import LockFile, Tree
+from dlmfs.fuse import wire
+from dlmfs.model import LVB_SIZE, Limits, Mode
+from dlmfs.timing import Scheduler, Timer, Timing
+
+if TYPE_CHECKING:
+    from dlmfs.engine.lock import ClusterLock
+    from dlmfs.engine.lockspace import Lockspace
+    from dlmfs.fuse.device import Device
+
+POLLIN: Final = 0x001 | 0x040  # POLLIN | POLLRDNORM
+POLLGONE: Final = 0x008 | 0x010  # POLLERR | POLLHUP
+
+Reply = bytes | int | None
+"""A payload, an errno, or None: answered later."""
+
+
+class Handle(Claim):
+    """An open lock file. `unique` is the request that waits for it (0: none does), `poll` the
+    kernel's handle once poll(2) has slept on it."""
+
+    __slots__ = ("append", "file", "lock", "poll", "unique", "user")
+
+    def __init__(
+        self, fh: int, pid: int, flags: int, file: LockFile, *, lock: ClusterLock, user: User
+    ) -> None:
+        self.fh = fh
+        self.mode = Mode.EX if flags & os.O_ACCMODE else Mode.PR
+        self.trying = bool(flags & os.O_NONBLOCK)
+        self.pid = pid
+        self.seq = 0
+        self.kin = None
+        self.token = 0
+        self.stage = Stage.WAITING
+        self.append = bool(flags & os.O_APPEND)
+        self.file = file
+        self.lock = lock
+        self.user = user
+        self.unique = 0
+        self.poll: int | None = None
+
+
+class OpenFiles:
+    """The open files, and the `Host` of the lockspaces. `FileSystem` adds names and attributes."""
+
+    device: Device
+
+    def __init__(
+        self,
+        tree: Tree,
+        loop: Scheduler,
+        timing: Timing,
+        *,
+        limits: Limits | None = None,
+        readers: Readers | None = None,
+    ) -> None:
+        self.tree = tree
+        self.loop = loop
+        self.timing = timing
+        self.limits = limits or Limits()
+        self.usage = Usage(self.limits, tree.root.uid)
+        self.spaces: dict[int, Lockspace] = {}
+        self.handles: dict[int, Handle] = {}
+        """Granted, and not yet released."""
+        self.waiting: dict[int, Handle] = {}
+        """By the request that waits."""
+        self.places = Places(loop, readers, self._withdraw)
+        self._last_fh = 0
+        self._opening: Handle | None = None
+        self._opened: Reply = None
+
+    # -- opening ------------------------------------------------------------------------------
+
+    def open(self, h: wire.Header, flags: int) -> Reply:
+        """Take the lock: shared for O_RDONLY, else exclusive (O_WRONLY and accmode 3 too)."""
+        file = self.tree.inodes.get(h.node)
+        if not isinstance(file, LockFile):
+            return errno.EISDIR if file is not None else errno.ESTALE
+        if flags & os.O_DIRECT:
+            return errno.EINVAL
+        if not file.linked:
+            # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
+            return errno.ESTALE if file.lost else errno.EAGAIN
+        space = self.spaces[file.domain.ino]
+        if not space.live:
+            return errno.ENOLCK
+        if self.places and (returned := self._returned(h, flags, file)) is not None:
+            return self._go_on(returned, h.unique)
+        user = self.usage.user(h.uid)
+        if user.holders >= user.max_holders or len(self.handles) >= self.limits.max_holders:
+            return self._too_many(user.holders >= user.max_holders)
+        self._last_fh += 1
+        lock = space.lock(file.name)
+        handle = Handle(self._last_fh, h.pid, flags, file, lock=lock, user=user)
+        handle.since = self.loop.time()
+        self._opening, self._opened = handle, None
+        try:
+            lock.open(handle)
+        finally:
+            self._opening = None
+        if self._opened is None:
+            return self._wait(handle, h.unique)
+        return self._opened
+
+    def _wait(self, handle: Handle, unique: int) -> Reply:
+        user = handle.user
+        if user.waiters >= user.max_waiters or len(self.waiting) >= self.limits.max_waiters:
+            handle.lock.interrupt(handle)
+            return self._too_many(user.waiters >= user.max_waiters)
+        user.waiters += 1
+        handle.unique = unique
+        self.waiting[unique] = handle
+        return None
+
+    @staticmethod
+    def _too_many(of_one_user: bool) -> int:
+        return errno.EDQUOT if of_one_user else errno.EAGAIN
+
+    def _returned(self, h: wire.Header, flags: int, file: LockFile) -> Handle | None:
+        """The claim that this thread's interrupted open left in the queue."""
+        if flags & os.O_NONBLOCK:
+            return None
+        mode = Mode.EX if flags & os.O_ACCMODE else Mode.PR
+        handle = self.places.take(h.pid, file.ino, mode)
+        if handle is None:
+            return None
+        if handle.stage is Stage.ENDED:  # granted and lost while nobody was there
+            handle.user.waiters -= 1
+            return None
+        handle.append = bool(flags & os.O_APPEND)
+        return handle
+
+    def _go_on(self, handle: Handle, unique: int) -> Reply:
+        if handle.stage is Stage.HELD:
+            handle.user.waiters -= 1
+            return self._serve(handle)
+        handle.unique = unique
+        self.waiting[unique] = handle
+        return None
+
+    def _serve(self, handle: Handle) -> bytes:
+        handle.user.holders += 1
+        self.handles[handle.fh] = handle
+        return wire.opened(handle.fh, wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH)
+
+    def granted(self, claim: Claim) -> None:
+        """`Host`: the claim holds the lock."""
+        handle = cast("Handle", claim)
+        if handle is self._opening:
+            self._opened = self._serve(handle)
+            return
+        handle.since = self.loop.time()
+        if not handle.unique:
+            return  # its place is kept; the retried open will find it granted
+        del self.waiting[handle.unique]
+        handle.user.waiters -= 1
+        if not self.device.answer(handle.unique, self._serve(handle)):
+            # The opener was killed between our decision and our answer: nobody will ever
+            # release this handle (fuse-notes 2).
+            self._close(handle)
+
+    def failed(self, claim: Claim, reason: int) -> None:
+        """`Host`: the claim came to nothing."""
+        handle = cast("Handle", claim)
+        if handle is self._opening:
+            self._opened = reason
+            return
+        handle.user.waiters -= 1
+        if not handle.unique:
+            self.places.forget(handle)
+            return
+        del self.waiting[handle.unique]
+        self.device.answer(handle.unique, reason)
+
+    def undelivered(self, h: wire.Header, payload: bytes) -> None:
+        """The reply to a request could not be delivered: undo an open that was granted at once."""
+        if h.opcode == wire.OPEN:
+            handle = self.handles.get(wire.opened_fh(payload))
+            if handle is not None:
+                self._close(handle)
+
+    def interrupt(self, unique: int) -> None:
+        """A signal for a waiting open: its place is kept for the case that it is tried again."""
+        handle = self.waiting.pop(unique, None)
+        if handle is None:
+            return  # answered already, or not an open: those are short
+        handle.unique = 0
+        # Looked at before the answer: afterwards a dying process may be gone, and its id reused.
+        kept = not handle.trying and self.places.keep(handle)
+        self.device.answer(unique, errno.EINTR)
+        if not kept:
+            self._withdraw(handle)
+
+    def _withdraw(self, handle: Handle) -> None:
+        """Nobody comes back for this claim."""
+        handle.user.waiters -= 1
+        if handle.stage is Stage.HELD:
+            handle.lock.close(handle)
+        elif handle.stage is Stage.WAITING:
+            handle.lock.interrupt(handle)
+
+    # -- closing ------------------------------------------------------------------------------
+
+    def release(self, _h: wire.Header, fh: int) -> Reply:
+        handle = self.handles.get(fh)
+        if handle is not None:
+            self._close(handle)
+        return b""
+
+    def _close(self, handle: Handle) -> None:
+        del self.handles[handle.fh]
+        handle.user.holders -= 1
+        handle.lock.close(handle)
+
+    def close_all(self) -> None:
+        """The mount is gone: nobody can use or release a descriptor any more."""
+        self.places.clear()
+        waiting = list(self.waiting.values())
+        self.waiting.clear()
+        for handle in waiting:
+            handle.unique = 0
+            self._withdraw(handle)
+        for handle in list(self.handles.values()):
+            self._close(handle)
+
+    # -- using --------------------------------------------------------------------------------
+
+    def _held(self, fh: int) -> Handle:
+        handle = self.handles.get(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, "no such handle")
+        if handle.stage is not Stage.HELD:
+            raise OSError(errno.EIO, "the lock of this descriptor was lost")
+        return handle
+
+    def read(self, h: wire.Header, fh: int, offset: int, size: int) -> Reply:
+        handle = self._held(fh)
+        answer = Answer(self.device, h.unique)
+
+        def value(lvb: bytes) -> None:
+            lost = handle.stage is not Stage.HELD
+            answer(errno.EIO if lost else lvb[offset : offset + size])
+
+        handle.lock.read_lvb(value)
+        return answer.reply()
+
+    def write(self, h: wire.Header, fh: int, offset: int, data: bytes) -> Reply:
+        """Put bytes into the LVB; answered when they are durable (promise 4)."""
+        handle = self._held(fh)
+        if handle.append:
+            offset = 0  # the kernel moves appends to the end; the real dlmfs ignores O_APPEND
+        if offset >= LVB_SIZE:
+            return errno.ENOSPC
+        if handle.mode is not Mode.EX:
+            return errno.EBADF
+        data = data[: LVB_SIZE - offset]
+        answer = Answer(self.device, h.unique)
+
+        def written(error: DlmfsError | None) -> None:
+            answer(error.errno if error is not None else wire.written(len(data)))
+
+        handle.lock.write_lvb(offset, data, written)
+        return answer.reply()
+
+    def fsync(self, _h: wire.Header, _fh: int, _datasync: int) -> Reply:
+        return b""
+
+    def poll(self, _h: wire.Header, fh: int, kh: int, flags: int, _events: int) -> Reply:
+        """POLLIN: another node (owner=file: another owner) waits for this lock."""
+        handle = self.handles.get(fh)
+        if handle is None:
+            return errno.EBADF
+        if handle.stage is not Stage.HELD:
+            return wire.polled(POLLGONE)
+        if flags & wire.POLL_SCHEDULE_NOTIFY:
+            handle.poll = kh
+        return wire.polled(POLLIN if handle.lock.res.contended else 0)
+
+    def notify(self, claim: Claim) -> None:
+        """`Host`: somebody waits for what this claim holds, or it is lost."""
+        handle = cast("Handle", claim)
+        if handle.poll is not None:
+            self.device.notify_poll(handle.poll)
+
+    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+        """`Host`: whether the claim's process holds this lock already (engine rule 11)."""
+        handle = cast("Handle", claim)
+        pids = {holder.pid for holder in holders}
+        return is_kin(claim.pid, pids, handle.file.ino, handle.file.path())
+
+    def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
+        """`Host`: every descriptor of the domain is lost. Its file's name gets a new inode, so that
+        what the old one tells (its token above all) is never its successor's."""
+        lost = {h.file for h in self.handles.values() if h.stage is not Stage.HELD}
+        for file in lost:
+            if file.linked:
+                self.tree.replace(file)
+                self.device.invalidate_entry(file.domain.ino, file.name)
+
+    # -- answers ------------------------------------------------------------------------------
+
+    def bounded(self, unique: int) -> Answer:
+        """An answer that becomes ENOLCK when the store does not come back in time."""
+        answer = Answer(self.device, unique)
+        answer.timer = self.loop.call_later(self.timing.answer_timeout_s, answer, Unavailable.errno)
+        return answer
+
+
+class Answer:
+    """The reply to one request: returned if it is known in time, else sent later, once."""
+
+    __slots__ = ("_deferred", "_device", "_early", "_unique", "open", "timer")
+
+    def __init__(self, device: Device, unique: int) -> None:
+        self._device = device
+        self._unique = unique
+        self._early: Reply = None
+        self._deferred = False
+        self.open = True
+        self.timer: Timer | None = None
+
+    def __call__(self, reply: bytes | int) -> None:
+        if not self.open:
+            return
+        self.open = False
+        if self.timer is not None:
+            self.timer.cancel()
+        if self._deferred:
+            self._device.answer(self._unique, reply)
+        else:
+            self._early = reply
+
+    def reply(self) -> Reply:
+        """What the handler returns: the reply if it is there, None if it will be sent."""
+        self._deferred = True
+        return self._early
