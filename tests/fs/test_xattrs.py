@@ -57,9 +57,8 @@ def test_the_root_tells_capabilities_and_state(nodes: Nodes) -> None:
     where = nodes.mount("a")
     assert "bast" in told(where, "capabilities").split()
     assert told(where, "state") == "HEALTHY"
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
         told(where, "nonsense")
-    assert caught.value.errno == errno.EOPNOTSUPP
     assert os.listxattr(where) == []
 
 
@@ -82,9 +81,8 @@ def test_a_lost_file_gets_a_new_inode(nodes: Nodes) -> None:
         assert (new.st_mode, new.st_uid) == (old.st_mode, old.st_uid)
         assert os.listdir(where / "dom") == ["x"]
         assert told(where, "state").startswith("FENCED: ")
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
             os.open(where / "dom/x", os.O_RDWR)
-        assert caught.value.errno == errno.ENOLCK
     finally:
         os.close(fd)
     (where / "dom/x").unlink()
