@@ -56,7 +56,7 @@ def _domain(node: Node, space: Lockspace) -> dict[str, Any]:
 
 
 def _lock(lock: ClusterLock, now: float) -> dict[str, Any]:
-    others = [w for w in ordered(lock.wishes.values()) if w.node != lock.space.node]
+    others = lock.view.others()
     return {
         "name": os.fsdecode(lock.name),
         "level": lock.res.level.name,

@@ -131,7 +131,7 @@ class SimNode:
         space, self.space = self.space, None
         if space is not None and space.life is not Life.LOST:
             for name, lock in space.locks.items():
-                mine = lock.known_head.members.get(self.name)
+                mine = lock.view.head.members.get(self.name)
                 surely = lock.res.phase is Phase.IDLE and lock.res.level is Mode.EX
                 if mine is not None and surely and mine.level is Mode.EX:
                     self.cluster.locks[name].abandoned = True
@@ -220,7 +220,7 @@ class SimCluster:
             history.max_ex_token = max(history.max_ex_token, claim.token)
         space = program.node.serving
         assert space is not None
-        head = space.locks[program.lock].known_head
+        head = space.locks[program.lock].view.head
         if history.abandoned and head.abandoned is None:
             raise Violation(f"{program.lock!r}: the holder before {claim} died and nobody says so")
 

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.core.lockres import Claim
-from dlmfs.engine.queue import ordered
 from dlmfs.fs.kin import command
 from dlmfs.fs.tree import Inode, LockFile
 from dlmfs.model import TOKEN_SHIFT
@@ -58,14 +57,14 @@ def _holders(lock: ClusterLock) -> bytes:
 def _waiters(lock: ClusterLock) -> bytes:
     waiters = lock.res.waiters
     own = lock.space.node
-    others = [w for w in ordered(lock.wishes.values()) if w.node != own]
+    others = lock.view.others()
     rows = _rows(islice(waiters.values(), ROWS_MAX), own)
     rows += [{"node": w.node, "mode": w.mode.name} for w in islice(others, ROWS_MAX - len(rows))]
     return _told(rows, len(waiters) + len(others))
 
 
 def _abandoned(lock: ClusterLock) -> bytes:
-    mark = lock.known_head.abandoned
+    mark = lock.view.head.abandoned
     if mark is None:
         return b""
     return json.dumps({"node": mark.node, "token": mark.revision << TOKEN_SHIFT}).encode()

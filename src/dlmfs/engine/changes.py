@@ -1,0 +1,151 @@
+"""The transactions of one lock: from what is known and wanted to compares and operations. Pure.
+
+Rule 5 governs each: it compares the head's revision, the creation of every wish it grants, and
+that nothing in the queue is newer than what we know. Every `otherwise` ends with a reading of head
+and queue, so a refusal brings its own cure.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dlmfs.engine.queue import bury, fits, grant_pass
+from dlmfs.engine.records import Head, Member, Wish, encode_mail
+from dlmfs.engine.view import View
+from dlmfs.model import Mode
+from dlmfs.store.base import (
+    Compare,
+    Delete,
+    Get,
+    Op,
+    Put,
+    Range,
+    Txn,
+    created_at,
+    none_newer,
+    unchanged,
+)
+
+
+class Change(NamedTuple):
+    """A transaction that puts `head` and grants `granted`."""
+
+    txn: Txn
+    head: Head
+    granted: list[Wish]
+
+
+def reading(view: View) -> tuple[Op, ...]:
+    keys = view.space.keys
+    return (Get(keys.head(view.name)), Range(keys.queue(view.name)))
+
+
+def own_wish(view: View, mode: Mode, *, trying: bool, convert: bool, revision: int) -> Wish:
+    space = view.space
+    return Wish(space.node, space.incarnation, mode, trying, convert, revision, space.lease)
+
+
+def _filing(view: View, mode: Mode, *, trying: bool, convert: bool) -> Put:
+    wish = own_wish(view, mode, trying=trying, convert=convert, revision=0)
+    return Put(view.space.keys.wish(view.name, wish.node), wish.encode(), wish.lease)
+
+
+def _guards(view: View, granted: list[Wish]) -> tuple[Compare, ...]:
+    keys = view.space.keys
+    return (
+        unchanged(keys.head(view.name), view.head_revision),
+        none_newer(keys.queue(view.name), max(view.wishes_at, view.space.revision)),
+        *(created_at(keys.wish(view.name, w.node), w.revision) for w in granted),
+    )
+
+
+def _empty_slot(view: View) -> list[Op]:
+    """Take our own mail away with a change that shows we have read it."""
+    keys = view.space.keys
+    return [Delete(keys.mail(view.space.node, view.name))] if view.mailed else []
+
+
+def _delivery(view: View, granted: list[Wish], record: bytes) -> list[Op]:
+    """Remove the granted wishes and fill their nodes' mail slots; our own needs none."""
+    keys = view.space.keys
+    ops: list[Op] = []
+    for wish in granted:
+        ops.append(Delete(keys.wish(view.name, wish.node)))
+        if wish.node != view.space.node:
+            mail = keys.mail(wish.node, view.name)
+            ops.append(Put(mail, encode_mail(wish, record), wish.lease))
+    return ops + _empty_slot(view)
+
+
+def change(view: View, *, level: Mode, then: Mode = Mode.NL, lvb: bytes | None = None) -> Change:
+    """Ourselves at `level`, perhaps a new value, then the grant pass (rule 6); with `then`, our
+    next wish in the same commit (rule 8)."""
+    head = view.at_level(level)
+    if lvb is not None:
+        head = head._replace(lvb=lvb, abandoned=None)
+    head, granted = grant_pass(head, view.wishes.values())
+    record = head.encode()
+    ops = [Put(view.space.keys.head(view.name), record), *_delivery(view, granted, record)]
+    if then is not Mode.NL:
+        ops.append(_filing(view, then, trying=False, convert=False))
+    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted)
+
+
+def take(view: View, mode: Mode, *, trying: bool, convert: bool) -> tuple[Txn, Head | None]:
+    """Rule 7: one commit if the head is free or as guessed and nobody waits, else a wish. The head
+    is what the first would put; None: only the wish is filed."""
+    space = view.space
+    filing = (_filing(view, mode, trying=trying, convert=convert), *reading(view))
+    head = bury(view.head, space.is_dead)
+    direct = not any(w.node != space.node for w in view.wishes.values())
+    if not (direct and fits(head.members, space.node, mode)):
+        return Txn((), filing), None
+    members = dict(head.members)
+    members[space.node] = Member(space.incarnation, mode, 0)
+    head = head._replace(members=members)
+    ops = (Put(space.keys.head(view.name), head.encode()), *_empty_slot(view))
+    return Txn(_guards(view, []), ops, filing), head
+
+
+def renew(view: View) -> tuple[Txn, Head]:
+    """A larger token at the level we have: owner=file has used up this one's counter."""
+    mine = view.mine()
+    assert mine is not None
+    members = dict(view.head.members)
+    members[view.space.node] = mine._replace(revision=0)
+    head = view.head._replace(members=members)
+    key = view.space.keys.head(view.name)
+    same = unchanged(key, view.head_revision)
+    return Txn((same,), (Put(key, head.encode()),), reading(view)), head
+
+
+def withdraw(view: View, wish: Wish) -> Txn:
+    """Take our wish back; if it is no longer there, it was granted (rule 8)."""
+    key = view.space.keys.wish(view.name, wish.node)
+    return Txn((created_at(key, wish.revision),), (Delete(key),), reading(view))
+
+
+def refuse(view: View, victims: list[Wish]) -> Txn:
+    """Delete the trylock wishes that our users stand in the way of (rule 10)."""
+    keys = view.space.keys
+    guards = tuple(created_at(keys.wish(view.name, w.node), w.revision) for w in victims)
+    deletes = tuple(Delete(keys.wish(view.name, w.node)) for w in victims)
+    return Txn(guards, deletes, reading(view))
+
+
+def leave(view: View) -> Change:
+    """Leave the head, or remove it with the last member (rule 15)."""
+    space = view.space
+    members = {n: m for n, m in view.head.members.items() if n != space.node}
+    head = bury(view.head._replace(members=members), space.is_dead)
+    head, granted = grant_pass(head, view.wishes.values())
+    record = head.encode()
+    key = space.keys.head(view.name)
+    # Members left behind must be alive, or nobody ever looks at this head again (trap 9).
+    alive = tuple(
+        created_at(space.keys.member(node), m.incarnation)
+        for node, m in head.members.items()
+        if all(w.node != node for w in granted)
+    )
+    ops = (Put(key, record) if head.members else Delete(key), *_delivery(view, granted, record))
+    return Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted)

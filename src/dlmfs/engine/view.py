@@ -1,0 +1,225 @@
+"""What a node knows of one lock in the store: the head, the queue, its own wish.
+
+Rules of this file
+------------------
+* Everything here was true at a known revision; older answers never replace newer knowledge
+  (engine rule 4, protocol-traps 8). `head_at` and `wishes_at` say how new it is.
+* Nothing here decides or sends: `lock` does. What must be looked at anew is only noted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from dlmfs.engine.queue import bury, grant_pass, ordered
+from dlmfs.engine.records import Head, Mail, Member, Wish, decode_head, settled
+from dlmfs.model import Mode, compatible
+from dlmfs.store.base import KeyValue, TxnResult
+
+if TYPE_CHECKING:
+    from dlmfs.engine.lockspace import Lockspace
+
+NO_HEAD: Final = Head({})
+
+Wanted = tuple[tuple[Mode, Mode, Mode], list[int]]
+NOTHING: Final[Wanted] = ((Mode.NL, Mode.NL, Mode.NL), [])
+"""Nobody else wishes for anything."""
+
+
+class View:
+    """See the rules at the head of the file.
+
+    `wish` is our own one that stands in the queue, `vanished` one that was removed without a
+    grant that we know of; `given_up` the revision of a grant that we are handing back; `mailed`
+    whether our mail slot has to be emptied; `must_look` whether only a reading can tell more.
+    """
+
+    __slots__ = (
+        "given_up",
+        "head",
+        "head_at",
+        "head_revision",
+        "mailed",
+        "must_look",
+        "name",
+        "space",
+        "vanished",
+        "wish",
+        "wishes",
+        "wishes_at",
+    )
+
+    def __init__(self, space: Lockspace, name: bytes) -> None:
+        self.space = space
+        self.name = name
+        self.wishes: dict[str, Wish] = space.wishes.setdefault(name, {})
+        self.wishes_at = space.revision
+        self.head = NO_HEAD
+        self.head_revision = 0  # 0: none, or not known: the first take guesses "none"
+        self.head_at = -1
+        self.given_up = 0
+        self.wish: Wish | None = None
+        self.vanished: Wish | None = None
+        self.mailed = False
+        self.must_look = False
+
+    # -- learning -----------------------------------------------------------------------------
+
+    def wish_put(self, wish: Wish, revision: int, *, asking: bool) -> None:
+        """A put below w/<lock>/. Ones from before our last reading of the queue are known."""
+        if revision <= self.wishes_at:
+            return
+        self.wishes[wish.node] = wish
+        if wish.node == self.space.node and asking and self.wish is None:
+            self.wish = wish
+
+    def wish_gone(self, node: str, revision: int, *, busy: bool) -> None:
+        """A deletion below w/<lock>/. `busy`: a transaction of ours is under way."""
+        wish = self.wishes.get(node)
+        if wish is None or wish.revision >= revision:
+            return
+        was_front = self.is_front()
+        del self.wishes[node]
+        if self.wish is None:
+            return
+        if node == self.space.node and self.wish.revision == wish.revision:
+            if busy:
+                # Our own commit may have granted or withdrawn it, with its answer still to come.
+                self.must_look = True
+            else:
+                self.vanished, self.wish = self.wish, None
+        elif not was_front and self.is_front():
+            # The wish ahead of ours vanished. If it was withdrawn, no head changed and nobody
+            # else will act (protocol-traps 2).
+            self.must_look = True
+
+    def mail(self, mail: Mail, revision: int, *, expecting: bool) -> None:
+        """Somebody's commit granted our wish. A mismatch is from an older wish (trap 10)."""
+        self.mailed = True
+        if self.wish is None or mail.wish_revision != self.wish.revision:
+            # Either old mail, or the answer that tells us of our wish is later than this notice.
+            self.must_look |= expecting
+        elif revision > self.head_at:
+            self.set_head(mail.head, revision, revision)
+
+    def set_head(self, head: Head, mod_revision: int, at: int) -> None:
+        self.head, self.head_revision, self.head_at = head, mod_revision, at
+
+    def adopt(self, result: TxnResult, *, asking: bool) -> None:
+        """Take over the reading of head and queue that stands at the end of an answer."""
+        head, queue = result.responses[-2:]
+        assert isinstance(queue, tuple)
+        at = result.revision
+        if at >= self.head_at:
+            if head is None:
+                self.set_head(NO_HEAD, 0, at)
+            else:
+                assert isinstance(head, KeyValue)
+                self.set_head(decode_head(head), head.mod_revision, at)
+        if at >= max(self.wishes_at, self.space.revision):
+            self.wishes.clear()
+            for kv in queue:
+                assert isinstance(kv, KeyValue)
+                wish = self.space.wish_of(kv)
+                self.wishes[wish.node] = wish
+            self.wishes_at = at
+            mine = self.wishes.get(self.space.node)
+            if mine is not None and asking:
+                self.wish = mine
+            elif self.wish is not None:
+                self.vanished, self.wish = self.wish, None
+
+    def committed(self, head: Head, granted: list[Wish], revision: int) -> None:
+        """Our head change was applied at `revision`; its compares say what else was true then."""
+        if revision > self.head_at:
+            self.set_head(settled(head, revision), revision, revision)
+            self.mailed = False
+        for wish in granted:
+            known = self.wishes.get(wish.node)
+            if known is not None and known.revision == wish.revision:
+                del self.wishes[wish.node]
+            if wish.node == self.space.node:
+                self.wish = None
+        self.wishes_at = max(self.wishes_at, revision)
+
+    def withdrawn(self, wish: Wish) -> None:
+        """Our wish is out of the queue by our own hand."""
+        self.wish = None
+        if self.wishes.get(wish.node) == wish:
+            del self.wishes[wish.node]
+
+    # -- questions ----------------------------------------------------------------------------
+
+    def mine(self) -> Member | None:
+        """Our place in the head. An older incarnation of ours is a dead stranger (rule 14)."""
+        member = self.head.members.get(self.space.node)
+        if member is None or member.incarnation != self.space.incarnation:
+            return None
+        return member
+
+    def at_level(self, level: Mode) -> Head:
+        """The head without the dead, and with this node brought down to `level`."""
+        head = bury(self.head, self.space.is_dead)
+        mine = head.members.get(self.space.node)
+        if mine is None or mine.level <= level:
+            return head
+        members = dict(head.members)
+        members[self.space.node] = mine._replace(level=level)
+        return head._replace(members=members)
+
+    def others(self) -> list[Wish]:
+        """The other nodes' wishes, in their order."""
+        return [w for w in ordered(self.wishes.values()) if w.node != self.space.node]
+
+    def wanted(self) -> Wanted:
+        """What the others wish for: the first, the strongest, the strongest trylock; and which
+        trylocks, since each needs an answer of its own where the modes stay the same."""
+        others = self.others()
+        waiting = [w.mode for w in others if not w.trying]
+        trying = [w for w in others if w.trying]
+        modes = (
+            waiting[0] if waiting else Mode.NL,
+            max(waiting, default=Mode.NL),
+            max((w.mode for w in trying), default=Mode.NL),
+        )
+        return modes, [w.revision for w in trying]
+
+    def ahead(self) -> list[Wish]:
+        """The others' wishes before ours; all of them while we have none."""
+        queue = ordered(self.wishes.values())
+        if self.wish is not None:
+            place = next((i for i, w in enumerate(queue) if w.node == self.space.node), len(queue))
+            queue = queue[:place]
+        return [w for w in queue if w.node != self.space.node]
+
+    def conflict_ahead(self, mode: Mode) -> bool:
+        """Whether a trylock of `mode` would have to wait behind somebody (rule 10)."""
+        return any(not w.trying and not compatible(w.mode, mode) for w in self.ahead())
+
+    def later_conversion(self) -> bool:
+        """Whether our wish is a conversion and another's came before it (rule 9)."""
+        wish = self.wish
+        if wish is None or not wish.convert:
+            return False
+        return any(w.convert and not w.trying and w.revision < wish.revision for w in self.ahead())
+
+    def is_front(self) -> bool:
+        """Whether our wish is the first that could act: nobody ahead of it but trylocks."""
+        return self.wish is not None and not any(not w.trying for w in self.ahead())
+
+    def grantable(self, level: Mode) -> bool:
+        """Whether a grant pass now, with us at `level`, would serve our own wish."""
+        granted = grant_pass(self.at_level(level), self.wishes.values()).granted
+        return any(w.node == self.space.node for w in granted)
+
+    def surplus_wanted(self, level: Mode) -> bool:
+        """Whether the head has us above `level` and somebody wishes for it."""
+        mine = self.mine()
+        return (
+            mine is not None
+            and mine.level > level
+            and any(
+                w.node != self.space.node and not compatible(w.mode, mine.level)
+                for w in self.wishes.values()
+            )
+        )
