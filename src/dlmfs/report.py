@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dlmfs import __version__
-from dlmfs.core.lockres import Claim
+from dlmfs.core.events import Claim
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.queue import ordered

@@ -22,8 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dlmfs.core.lockres import (
-    COUNTER_MAX,
+from dlmfs.core.events import (
     POSSIBLE,
     Action,
     Ask,
@@ -33,13 +32,13 @@ from dlmfs.core.lockres import (
     Fail,
     Grant,
     Identify,
-    Lockres,
     Notify,
     Phase,
     RefuseTry,
     Stage,
     Withdraw,
 )
+from dlmfs.core.lockres import COUNTER_MAX, Lockres
 from dlmfs.model import Mode, Owner, compatible
 
 PR, EX, NL = Mode.PR, Mode.EX, Mode.NL

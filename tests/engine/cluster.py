@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-from dlmfs.core.lockres import Claim, Phase, Stage
+from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import DlmfsError
 from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible

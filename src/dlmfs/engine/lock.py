@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from dlmfs.core.lockres import (
+from dlmfs.core.events import (
     Action,
     Ask,
     Claim,
@@ -24,13 +24,13 @@ from dlmfs.core.lockres import (
     Fail,
     Grant,
     Identify,
-    Lockres,
     Notify,
     Phase,
     RefuseTry,
     Stage,
     Withdraw,
 )
+from dlmfs.core.lockres import Lockres
 from dlmfs.engine import changes
 from dlmfs.engine.changes import Change
 from dlmfs.engine.records import Head, Mail, Wish

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from dlmfs.core.lockres import Claim
+from dlmfs.core.events import Claim
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import FORMAT, Keys, Wish, decode_head, decode_mail, decode_wish
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable

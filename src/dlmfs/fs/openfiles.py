@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, cast
 
-from dlmfs.core.lockres import Claim, Stage
+from dlmfs.core.events import Claim, Stage
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.fs.kin import is_kin
 from dlmfs.fs.limits import Usage, User

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from dlmfs.core.lockres import Claim
+from dlmfs.core.events import Claim
 from dlmfs.fs.kin import command
 from dlmfs.fs.tree import Inode, LockFile
 from dlmfs.model import TOKEN_SHIFT
