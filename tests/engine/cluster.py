@@ -293,7 +293,8 @@ class SimCluster:
         )
         program = Program(claim, name, node, self.loop.time())
         node.programs[claim.fh] = program
-        space.lock(name).open(claim)
+        if space.lock(name).open(claim):
+            node.granted(claim)
         if claim.trying:
             self.loop.call_later(TTL_S, self.check_try, program)
 

@@ -100,12 +100,20 @@ class Lockres:
 
     def open(self, claim: Claim) -> list[Action]:
         """A program opens the lock's file."""
+        return [Grant(claim)] if self.hold_cached(claim) else self.wait(claim)
+
+    def hold_cached(self, claim: Claim) -> bool:
+        """The way of nearly every open: the level is here and nobody came before. True: the claim
+        holds, and nothing else is to be done. False: it has its number and must `wait`."""
+        claim.seq = self._seq = self._seq + 1
+        if self.waiters or not self._servable(claim):
+            return False
+        self._hold(claim)
+        return True
+
+    def wait(self, claim: Claim) -> list[Action]:
+        """The rest of `open`, for a claim that `hold_cached` did not serve."""
         self._enter(Event.OPEN)
-        self._seq += 1
-        claim.seq = self._seq
-        if not self.waiters and self._servable(claim):
-            self._hold(claim)
-            return self._leave()
         self.waiters[claim.seq] = claim
         self._trying_waiting += claim.trying
         if self.holders and claim.pid:
@@ -129,7 +137,7 @@ class Lockres:
         """A program closed its last descriptor of an open file (RELEASE)."""
         self._enter(Event.CLOSE)
         if claim.stage is Stage.ENDED:  # lost earlier; its counts went with it
-            return self._leave()
+            return self._out
         assert claim.stage is Stage.HELD, claim
         del self.holders[claim.fh]
         claim.stage = Stage.ENDED
@@ -137,7 +145,12 @@ class Lockres:
             self.ex -= 1
         else:
             self.pr -= 1
-        return self._settle()
+        if self.waiters or self.phase is not Phase.IDLE or self.strongest or self.try_mode:
+            return self._settle()
+        # Nobody here or elsewhere waits: the way of nearly every close.
+        assert self.ex >= 0 <= self.pr
+        self._notified = False
+        return self._out
 
     def interrupt(self, claim: Claim) -> list[Action]:
         """A waiting program got a signal. The caller answers EINTR; the claim is forgotten."""
@@ -246,7 +259,8 @@ class Lockres:
 
     def _leave(self) -> list[Action]:
         out = self._out
-        self._out = []
+        if out:
+            self._out = []
         return out
 
     def _end_request(self) -> None:
@@ -305,7 +319,6 @@ class Lockres:
         claim.token = (self.revision << TOKEN_SHIFT) + self._counter
         claim.stage = Stage.HELD
         self.holders[claim.fh] = claim
-        self._out.append(Grant(claim))
 
     def _settle(self) -> list[Action]:
         """Serve who can be served, then start the one cluster operation that is due."""
@@ -343,6 +356,7 @@ class Lockres:
                 self._trying_waiting -= claim.trying
                 self._kin_waiting -= claim.kin
                 self._hold(claim)
+                self._out.append(Grant(claim))
             elif claim.trying and self._hopeless(claim):
                 self._fail(claim, errno.ETXTBSY)
             else:

@@ -95,21 +95,28 @@ class ClusterLock:
 
     # -- what the node asks -------------------------------------------------------------------
 
-    def open(self, claim: Claim) -> None:
-        """A program opens the lock: answered by the host's `granted` or `failed`."""
+    def open(self, claim: Claim) -> bool:
+        """A program opens the lock. True: it has it, at once; else the host is told, by `granted`
+        or `failed`, perhaps before this returns."""
         if self._forgets:
             # The kernel's answer to an open that races with unlink (kernel-behaviour, "unlink").
             self.space.host.failed(claim, errno.ETXTBSY if claim.trying else errno.EAGAIN)
-            return
-        self._run(self.res.open(claim))
+            return False
+        if self.res.hold_cached(claim):
+            return True
+        self._run(self.res.wait(claim))
         self._step()
         if claim.trying and claim.stage is Stage.WAITING and self._try_timer is None:
             delay = self.space.timing.try_timeout_s
             self._try_timer = self.space.loop.call_later(delay, self._try_is_over)
+        return False
 
     def close(self, claim: Claim) -> None:
-        self._run(self.res.close(claim))
-        self._step()
+        actions = self.res.close(claim)
+        if actions:
+            self._run(actions)
+        if not self._at_rest():
+            self._step()
 
     def interrupt(self, claim: Claim) -> None:
         """A waiter got a signal; the caller has answered EINTR already (engine rule 8)."""

@@ -116,7 +116,8 @@ class OpenFiles:
         handle.since = self.loop.time()
         self._opening, self._opened = handle, None
         try:
-            lock.open(handle)
+            if lock.open(handle):
+                return self._serve(handle)
         finally:
             self._opening = None
         if self._opened is None:
