@@ -21,6 +21,8 @@ from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
 
 LINE_MAX: Final = 64 * 1024
+CONNECTIONS_MAX: Final = 32
+"""Questions under way at once; one user must not use up the daemon's descriptors."""
 Handler = Callable[[dict[str, object]], object]
 
 
@@ -48,6 +50,7 @@ class ControlServer:
         self.handlers = handlers
         self.allow_other = allow_other
         self._server: asyncio.Server | None = None
+        self._connections = 0
 
     async def start(self) -> None:
         for folder in (self.path.parent.parent, self.path.parent):
@@ -66,12 +69,17 @@ class ControlServer:
                 self.path.unlink()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, ValueError, TimeoutError):
+        self._connections += 1
+        try:
             async with asyncio.timeout(10):
                 answer = await self._answer(reader, writer)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        writer.close()
+        except (ConnectionError, ValueError, TimeoutError):
+            pass  # the asker went away, or asks nothing
+        finally:
+            self._connections -= 1
+            writer.close()
 
     async def _answer(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -83,6 +91,8 @@ class ControlServer:
             _, uid, _ = struct.unpack("3i", credentials)
             if uid not in (0, os.getuid()) and not self.allow_other:
                 raise NotPermitted("this mount belongs to another user")
+            if self._connections > CONNECTIONS_MAX:
+                raise Unavailable(f"the daemon answers {CONNECTIONS_MAX} others now: try again")
             request = json.loads(await reader.readline())
             handler = self.handlers.get(request["cmd"]) if isinstance(request, dict) else None
             if handler is None:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -279,6 +280,8 @@ def serve(config: MountConfig, ready: Callable[[], None]) -> int:
 
     Returns the exit code. Raises DlmfsError if the node cannot start.
     """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the soft bound is for select(2)
     return asyncio.run(Node(config).run(ready))
 
 
