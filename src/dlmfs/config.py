@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from dlmfs.errors import UsageError
-from dlmfs.model import Limits, Owner
+from dlmfs.model import Limits, OnLost, Owner
 from dlmfs.timing import TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
+DELAY_MAX_S: Final = 3600.0
+ETCD_PORT: Final = 2379
+ENDPOINT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
+CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -35,15 +40,39 @@ class MountOptions:
     noexec: bool = False
     noatime: bool = False
     limits: Limits = DEFAULT_LIMITS
+    lock_delay_s: float = 0.0
+    on_lost: OnLost = OnLost.NONE
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    credentials: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSource:
+    """The embedded engine. `path` is None for a lock space in the default place."""
+
+    path: Path | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdSource:
+    """A cluster on etcd: its members as HOST:PORT, and the name of the lock space there."""
+
+    endpoints: tuple[str, ...]
+    cluster: str
+
+
+Source = LocalSource | EtcdSource
 
 
 @dataclass(frozen=True, slots=True)
 class MountConfig:
-    """One mount. `state_path` is None for a lock space in the default place."""
+    """One mount."""
 
     source_text: str
-    state_path: Path | None
-    state_name: str
+    source: Source
     mountpoint: str
     options: MountOptions
 
@@ -67,9 +96,6 @@ _IGNORED: Final = frozenset(
 )
 """Accepted from mount(8) and fstab without effect; `dev` and `suid` are what it passes for
 `defaults`, and a lock's file is never a device or a program."""
-_VALUED: Final = ("node", "owner", "ttl", "fsname", "subtype")
-_LIMITS: Final = tuple(Limits.__dataclass_fields__)
-KNOWN: Final = tuple(sorted({*_FLAGS, *_IGNORED, *_VALUED, *_LIMITS}))
 
 
 def split(text: str) -> list[str]:
@@ -85,7 +111,7 @@ def parse_options(texts: list[str]) -> MountOptions:
         name, equals, value = option.partition("=")
         if equals and name in _LIMITS:
             options = replace(options, limits=_limited(options.limits, name, value))
-        elif equals and name in _VALUED:
+        elif equals and name in _PARSERS:
             options = _valued(options, name, value)
         elif not equals and name in _FLAGS:
             options = replace(options, **_FLAGS[name])  # type: ignore[arg-type]
@@ -108,31 +134,81 @@ def _unknown(option: str, name: str) -> str:
 
 
 def _valued(options: MountOptions, name: str, value: str) -> MountOptions:
-    if name == "node":
-        if not NODE_NAME.fullmatch(value):
-            raise UsageError(
-                f"node name '{value}': use up to 63 letters, digits, '.', '_', '-', starting with "
-                "a letter or digit"
-            )
-        return replace(options, node=value)
-    if name == "owner":
-        try:
-            return replace(options, owner=Owner(value))
-        except ValueError:
-            raise UsageError(f"owner={value}: choose owner=node or owner=file") from None
-    if name == "ttl":
-        try:
-            ttl = float(value)
-        except ValueError:
-            ttl = 0.0
-        if not TTL_MIN_S <= ttl <= TTL_MAX_S:
-            raise UsageError(f"ttl={value}: give seconds from {TTL_MIN_S:g} to {TTL_MAX_S:g}")
-        return replace(options, ttl_s=ttl)
-    if name == "fsname":
-        return replace(options, fsname=value)
+    return replace(options, **_PARSERS[name](name, value))  # type: ignore[arg-type]
+
+
+def _parse_node(_name: str, value: str) -> dict[str, object]:
+    if not NODE_NAME.fullmatch(value):
+        raise UsageError(
+            f"node name '{value}': use up to 63 letters, digits, '.', '_', '-', starting with "
+            "a letter or digit"
+        )
+    return {"node": value}
+
+
+def _parse_owner(_name: str, value: str) -> dict[str, object]:
+    try:
+        return {"owner": Owner(value)}
+    except ValueError:
+        raise UsageError(f"owner={value}: choose owner=node or owner=file") from None
+
+
+def _parse_on_lost(_name: str, value: str) -> dict[str, object]:
+    try:
+        return {"on_lost": OnLost(value)}
+    except ValueError:
+        raise UsageError(f"on-lost={value}: choose none, term or kill") from None
+
+
+def _seconds(name: str, value: str, least: float, most: float) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not least <= seconds <= most:
+        raise UsageError(f"{name}={value}: give seconds from {least:g} to {most:g}")
+    return seconds
+
+
+def _parse_ttl(name: str, value: str) -> dict[str, object]:
+    return {"ttl_s": _seconds(name, value, TTL_MIN_S, TTL_MAX_S)}
+
+
+def _parse_lock_delay(name: str, value: str) -> dict[str, object]:
+    return {"lock_delay_s": _seconds(name, value, 0, DELAY_MAX_S)}
+
+
+def _parse_file(name: str, value: str) -> dict[str, object]:
+    if not value.startswith("/"):
+        raise UsageError(f"{name}={value}: give the file's absolute path")
+    return {name: value}
+
+
+def _parse_fsname(_name: str, value: str) -> dict[str, object]:
+    return {"fsname": value}
+
+
+def _parse_subtype(_name: str, value: str) -> dict[str, object]:
     if value != "dlmfs":
         raise UsageError(f"subtype={value}: this is dlmfs")
-    return options
+    return {}
+
+
+_PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
+    "node": _parse_node,
+    "owner": _parse_owner,
+    "ttl": _parse_ttl,
+    "lock-delay": _parse_lock_delay,
+    "on-lost": _parse_on_lost,
+    "ca": _parse_file,
+    "cert": _parse_file,
+    "key": _parse_file,
+    "credentials": _parse_file,
+    "fsname": _parse_fsname,
+    "subtype": _parse_subtype,
+}
+_LIMITS: Final = tuple(Limits.__dataclass_fields__)
+KNOWN: Final = tuple(sorted({*_FLAGS, *_IGNORED, *_PARSERS, *_LIMITS}))
 
 
 def _limited(limits: Limits, name: str, value: str) -> Limits:
@@ -142,24 +218,44 @@ def _limited(limits: Limits, name: str, value: str) -> Limits:
     return replace(limits, **{name: int(value)})
 
 
-def parse_source(text: str) -> tuple[Path | None, str]:
-    """The state file (None: the default place) and the lock space's name.
-
-    Raises UsageError for anything but local, local:NAME and local:/path.
-    """
+def parse_source(text: str) -> Source:
+    """What SOURCE names. Raises UsageError for anything but local, local:NAME, local:/path and
+    etcd://HOST[:PORT][,...]/CLUSTER."""
     if text == "local":
-        return None, "default"
+        return LocalSource(None, "default")
     if text.startswith("local:"):
         rest = text.removeprefix("local:")
         if rest.startswith("/"):
-            return Path(rest), ""
+            return LocalSource(Path(rest), "")
         if "/" in rest:
             raise UsageError(f"SOURCE '{text}': give the state file's absolute path")
         if rest:
-            return None, rest
+            return LocalSource(None, rest)
         raise UsageError("SOURCE 'local:' needs a NAME or a /path after the colon")
     if text.startswith("etcd://"):
-        if "@" in text:
-            raise UsageError("SOURCE: a password in the URL is refused; it would be seen in ps")
-        raise UsageError("SOURCE etcd://: this version has the embedded engine only; use local")
-    raise UsageError(f"SOURCE '{text}' is not known: use local, local:NAME or local:/path/state.db")
+        return _parse_etcd(text)
+    raise UsageError(
+        f"SOURCE '{text}' is not known: use local, local:NAME, local:/path/state.db or "
+        "etcd://HOST:PORT,.../CLUSTER"
+    )
+
+
+def _parse_etcd(text: str) -> EtcdSource:
+    if "@" in text:
+        # Not repeated in the message: it would be in a log next.
+        raise UsageError(
+            "SOURCE: a password in the URL is refused, since ps shows it; use -o credentials=FILE"
+        )
+    hosts, slash, cluster = text.removeprefix("etcd://").partition("/")
+    if not slash or not CLUSTER_NAME.fullmatch(cluster):
+        raise UsageError(
+            f"SOURCE '{text}': name the cluster's lock space after the hosts, as in "
+            "etcd://host:2379/prod (letters, digits, '.', '_', '-')"
+        )
+    endpoints = []
+    for host in hosts.split(","):
+        match = ENDPOINT.fullmatch(host)
+        if match is None or int(match["port"] or 1) not in range(1, 65536):
+            raise UsageError(f"SOURCE '{text}': '{host}' is not HOST:PORT (IPv6 as [::1]:2379)")
+        endpoints.append(host if match["port"] else f"{host}:{ETCD_PORT}")
+    return EtcdSource(tuple(endpoints), cluster)

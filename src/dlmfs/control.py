@@ -23,6 +23,9 @@ from dlmfs.fuse.mount import MountEntry
 LINE_MAX: Final = 64 * 1024
 CONNECTIONS_MAX: Final = 32
 """Questions under way at once; one user must not use up the daemon's descriptors."""
+TALK_S: Final = 10.0
+"""An asker who does not talk or listen for this long is dropped."""
+
 Handler = Callable[[dict[str, object]], object]
 
 
@@ -71,8 +74,8 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections += 1
         try:
-            async with asyncio.timeout(10):
-                answer = await self._answer(reader, writer)
+            answer = await self._answer(reader, writer)
+            async with asyncio.timeout(TALK_S):
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
         except (ConnectionError, ValueError, TimeoutError):
@@ -93,7 +96,8 @@ class ControlServer:
                 raise NotPermitted("this mount belongs to another user")
             if self._connections > CONNECTIONS_MAX:
                 raise Unavailable(f"the daemon answers {CONNECTIONS_MAX} others now: try again")
-            request = json.loads(await reader.readline())
+            async with asyncio.timeout(TALK_S):
+                request = json.loads(await reader.readline())
             handler = self.handlers.get(request["cmd"]) if isinstance(request, dict) else None
             if handler is None:
                 raise UsageError(

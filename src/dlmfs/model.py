@@ -40,6 +40,15 @@ class Owner(enum.Enum):
     FILE = "file"
 
 
+class OnLost(enum.Enum):
+    """What is done to the processes that hold locks when their node is fenced (`-o on-lost=`)."""
+
+    NONE = "none"
+    TERM = "term"
+    KILL = "kill"
+    """SIGTERM, and SIGKILL before the store can give the lock to somebody else."""
+
+
 _STRONGEST_BESIDE: Final = {Mode.NL: Mode.EX, Mode.PR: Mode.PR, Mode.EX: Mode.NL}
 
 

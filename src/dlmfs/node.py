@@ -9,36 +9,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, report
+from dlmfs import __version__, identity, report
+from dlmfs.config import EtcdSource
 from dlmfs.control import ControlServer, control_path
-from dlmfs.engine.lockspace import Lockspace
-from dlmfs.errors import DlmfsError, LockLost, NodeNameInUse, Unavailable
+from dlmfs.engine import admin, membership
+from dlmfs.engine.membership import Membership
+from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.fence import LeaseTimer, Watchdog, boottime
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.tree import Tree
 from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.device import Device
-from dlmfs.store.base import Get, KeyValue, Put, Session, Txn, TxnResult, created_at
+from dlmfs.model import OnLost
+from dlmfs.store.base import Txn, TxnResult
 from dlmfs.store.sqlite import SqliteStore
 from dlmfs.store.statefile import default_path
 from dlmfs.timing import Timing
 
 if TYPE_CHECKING:
-    from dlmfs.config import MountConfig
+    from dlmfs.config import MountConfig, MountOptions
     from dlmfs.store.base import Store
+    from dlmfs.store.etcd.store import EtcdStore
 
 log = logging.getLogger("dlmfs.node")
 
-LEAVE_MAX_S: Final = 20.0
-"""A clean end waits this long for the store; then the session ends as if the node had died."""
+LEAVE_PATIENCE_S: Final = 3.0
+"""A clean end goes on for as long as the store answers within this; then it is as if the node had
+died."""
 NAMES_MAX: Final = 1000
 
 
@@ -47,15 +52,12 @@ class Node:
 
     def __init__(self, config: MountConfig) -> None:
         self.config = config
-        self.name = config.options.node or ""
         self.started = time.time()
-        self.timing = Timing(config.options.ttl_s)
-        self.spaces: dict[bytes, Lockspace] = {}
-        self.lost_reason: str | None = None
         self.mounted = False
+        self.watchdog: Watchdog | None = None
         self.loop: asyncio.AbstractEventLoop
         self.store: Store
-        self.session: Session
+        self.membership: Membership
         self.fs: FileSystem
         self.device: Device
         self._ended: asyncio.Future[str]
@@ -67,18 +69,22 @@ class Node:
         self.loop = asyncio.get_running_loop()
         self._ended = self.loop.create_future()
         self.loop.set_exception_handler(self._crashed)
-        path = self.config.state_path or default_path(self.config.state_name)
-        self.store = SqliteStore(path, self.loop, default=self.config.state_path is None)
         async with contextlib.AsyncExitStack() as undo:
-            undo.callback(self.store.close)
-            await self._join_store()
-            undo.push_async_callback(self._end_session)
+            self._guard(undo)
+            await self._open_store(undo)
+            await self._join(undo)
             self._mount()
             undo.callback(self._unmount)
             await self._answering()
             control = ControlServer(
                 control_path(self._entry),
-                {"status": self._status, "info": self._info},
+                {
+                    "status": self._status,
+                    "info": self._info,
+                    "nodes": self._nodes,
+                    "evict": self._evict,
+                    "remove-domain": self._remove_domain,
+                },
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
             )
             await control.start()
@@ -86,9 +92,9 @@ class Node:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self.loop.add_signal_handler(number, self._end, f"signal {number.name}")
             ready()
-            log.info("node %s serves %s", self.name, self.config.mountpoint)
+            log.info("node %s serves %s", self.membership.name, self.config.mountpoint)
             reason = await self._ended
-            log.info("node %s ends: %s", self.name, reason)
+            log.info("node %s ends: %s", self.membership.name, reason)
         return 0
 
     def _end(self, reason: str) -> None:
@@ -99,84 +105,127 @@ class Node:
         """A broken invariant: better no lock service than a wrong one."""
         error = context.get("exception")
         loop.default_exception_handler(context)
-        self._lose(f"internal error: {error!r}")
+        self._broken(error)
 
-    def _lose(self, reason: str) -> None:
-        """The session is over: every descriptor is lost, for ever (promise 3)."""
-        if self.lost_reason is None:
-            self.lost_reason = reason
-            log.error("node %s is fenced: %s", self.name, reason)
-        for space in list(self.spaces.values()):
-            space.lose(reason)
+    def _broken(self, error: object) -> None:
+        if hasattr(self, "membership"):
+            self.membership.lose(f"internal error: {error!r}")
 
     # -- joining the store ------------------------------------------------------------------------
 
-    async def _join_store(self) -> None:
-        opened: asyncio.Future[Session] = self.loop.create_future()
+    def _guard(self, undo: contextlib.AsyncExitStack) -> None:
+        """The watchdog process, forked while there is no thread and no lock yet."""
+        on_lost = self.config.options.on_lost
+        if on_lost is not OnLost.NONE and isinstance(self.config.source, EtcdSource):
+            self.watchdog = Watchdog(on_lost)
+            undo.callback(self.watchdog.close)
 
-        def done(result: Session | DlmfsError) -> None:
-            if isinstance(result, DlmfsError):
-                opened.set_exception(result)
-            else:
-                opened.set_result(result)
+    async def _open_store(self, undo: contextlib.AsyncExitStack) -> None:
+        source, options = self.config.source, self.config.options
+        if isinstance(source, EtcdSource):
+            etcd = _etcd_store(source, options)
+            undo.push_async_callback(etcd.disconnect)
+            self.store = etcd
+        else:
+            path = source.path or default_path(source.name)
+            self.store = SqliteStore(path, self.loop, default=source.path is None)
+        undo.callback(self.store.close)
 
+    async def _join(self, undo: contextlib.AsyncExitStack) -> None:
+        options = self.config.options
         host = os.uname().nodename.split(".")[0] or "localhost"
-        self.store.open_session(self.name or host, self.timing.ttl_s, self._lose, done)
-        self.session = await opened
-        wanted = [self.name] if self.name else _names(host)
-        for name in wanted:
-            if await self._take_name(name):
-                self.name = name
-                return
-        await self._end_session()
-        raise NodeNameInUse(
-            f"a node named {self.name or host} is alive on {self.config.source_text}: choose "
-            "another with -o node=NAME"
+        local = not isinstance(self.config.source, EtcdSource)
+        names = (options.node,) if options.node else _names(host) if local else (host,)
+        config = membership.Config(
+            names,
+            {**identity.own(), "mount": self.config.mountpoint},
+            identity.is_over,
+            options.owner,
+            options.ttl_s,
+            options.lock_delay_s,
         )
+        member = Membership(self.store, self.loop, boottime, config)
+        self.membership = member
+        self.fs = FileSystem(
+            Tree(os.getuid(), os.getgid()),
+            member,
+            self.loop,
+            Timing(options.ttl_s),
+            limits=options.limits,
+            readers=self.loop,
+            watchdog=self.watchdog,
+        )
+        member.host = self.fs
+        await self._finish(member.start)
+        undo.push_async_callback(self._leave)
+        if member.fence_at is None:
+            self.fs.serving = _always  # a session without an end: one question less in every open
+            return
+        timer = LeaseTimer(lambda: member.fence_at, boottime, self._deadline_passed)
+        timer.start()
+        undo.callback(timer.close)
+        self._feed_watchdog()
 
-    async def _take_name(self, name: str) -> bool:
-        """Register the node name, which lives on our lease."""
-        key = b"n/" + name.encode()
-        facts = {"pid": os.getpid(), "host": os.uname().nodename, "mount": self.config.mountpoint}
-        put = Put(key, json.dumps(facts).encode(), self.session.lease)
-        result = await self.transact(Txn((created_at(key, 0),), (put,), (Get(key),)))
-        return result.succeeded
+    def _deadline_passed(self) -> None:
+        """On the timer's thread: the event loop may be stalled, or about to notice by itself."""
+        log.error("node %s: the lease has run out", self.membership.name)
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.membership.serving)
+
+    def _feed_watchdog(self) -> None:
+        """Tell the watchdog how long the locks are good."""
+        if self.watchdog is None:
+            return
+        member = self.membership
+        fence_at = member.fence_at
+        if fence_at is not None:
+            timing = member.timing
+            self.watchdog.alive_until(fence_at, fence_at + timing.kill_after_s)
+        self.loop.call_later(member.timing.renew_every_s / 4, self._feed_watchdog)
+
+    async def _finish(self, start: Callable[[Callable[[DlmfsError | None], None]], None]) -> None:
+        """Wait for what `start` begins. Raises the DlmfsError that it ends with."""
+        answer: asyncio.Future[DlmfsError | None] = self.loop.create_future()
+
+        def done(error: DlmfsError | None) -> None:
+            if not answer.done():
+                answer.set_result(error)
+
+        start(done)
+        error = await answer
+        if error is not None:
+            raise error
 
     async def transact(self, txn: Txn) -> TxnResult:
         """One transaction of the node's own. Raises the DlmfsError that the store answers."""
-        answer: asyncio.Future[TxnResult] = self.loop.create_future()
+        answer: asyncio.Future[TxnResult | DlmfsError] = self.loop.create_future()
 
         def done(result: TxnResult | DlmfsError) -> None:
-            if answer.done():
-                return
-            if isinstance(result, DlmfsError):
-                answer.set_exception(result)
-            else:
+            if not answer.done():
                 answer.set_result(result)
 
         self.store.txn(txn, done)
-        return await answer
+        result = await answer
+        if isinstance(result, DlmfsError):
+            raise result
+        return result
 
-    async def _end_session(self) -> None:
+    async def _leave(self) -> None:
         """Leave every domain, then end the session, whether or not the leaving worked."""
+        member = self.membership
+        leaving = self.loop.create_task(self._finish(member.close))
+        seen = -1
+        while not leaving.done() and seen != (seen := member.answers):
+            await asyncio.wait((leaving,), timeout=LEAVE_PATIENCE_S)
+        leaving.cancel()
         with contextlib.suppress(TimeoutError, DlmfsError):
-            async with asyncio.timeout(LEAVE_MAX_S):
-                for space in list(self.spaces.values()):
-                    left: asyncio.Future[DlmfsError | None] = self.loop.create_future()
-                    self.leave(space, left.set_result)
-                    await left
-                closed: asyncio.Future[DlmfsError | None] = self.loop.create_future()
-                self.session.close(closed.set_result)
-                await closed
+            async with asyncio.timeout(1.0):
+                await self._finish(member.end)
 
     # -- mounting ---------------------------------------------------------------------------------
 
     def _mount(self) -> None:
         options = self.config.options
-        tree = Tree(os.getuid(), os.getgid())
-        self.fs = FileSystem(
-            tree, self, self.loop, self.timing, limits=options.limits, readers=self.loop
-        )
         fd = fuse_mount.mount(
             options.fsname or self.config.source_text,
             self.config.mountpoint,
@@ -194,7 +243,7 @@ class Node:
         started: asyncio.Future[None] = self.loop.create_future()
         self.device.on_ready = lambda: started.set_result(None)
         self.device.on_end = self._device_ended
-        self.device.on_bug = lambda error: self._lose(f"internal error: {error!r}")
+        self.device.on_bug = self._broken
         self.device.start()
         async with asyncio.timeout(10):
             await started
@@ -214,54 +263,6 @@ class Node:
         self.device.close()
         self.fs.close_all()
 
-    # -- domains ----------------------------------------------------------------------------------
-
-    def join(self, name: bytes, done: Callable[[Lockspace | DlmfsError], None]) -> None:
-        """`Domains`: become a member of a domain."""
-        if self.lost_reason is not None:
-            done(Unavailable(f"this node is fenced: {self.lost_reason}"))
-            return
-        space = Lockspace(
-            self.store,
-            self.loop,
-            self.fs,
-            domain=name,
-            node=self.name,
-            lease=self.session.lease,
-            owner=self.config.options.owner,
-            timing=self.timing,
-        )
-
-        def joined(error: DlmfsError | None) -> None:
-            if error is not None:
-                done(error)
-                return
-            self.spaces[name] = space
-            done(space)
-
-        space.join(joined)
-
-    def leave(self, space: Lockspace, done: Callable[[DlmfsError | None], None]) -> None:
-        """`Domains`: give back every lock of a domain, then the membership."""
-
-        def left(error: DlmfsError | None) -> None:
-            if error is None or isinstance(error, LockLost):
-                self.spaces.pop(space.domain, None)
-            done(error)
-
-        if space.live:
-            space.leave(left)
-        else:
-            left(None)
-
-    def state_mb(self) -> float:
-        """`Domains`: size of the state, in megabytes."""
-        return self.store.size_mb()
-
-    def lease_state(self) -> str:
-        """`Domains`: for people and scripts, by one attribute of the root."""
-        return "HEALTHY" if self.lost_reason is None else f"FENCED: {self.lost_reason}"
-
     # -- control socket -----------------------------------------------------------------------------
 
     def _status(self, _request: dict[str, object]) -> object:
@@ -270,8 +271,35 @@ class Node:
     async def _info(self, request: dict[str, object]) -> object:
         return await report.info(self, str(request["domain"]), str(request["lock"]))
 
+    async def _nodes(self, _request: dict[str, object]) -> object:
+        return await report.nodes(self)
 
-def _names(host: str) -> list[str]:
+    async def _evict(self, request: dict[str, object]) -> object:
+        name = str(request["node"])
+        return await admin.evict(self.transact, self.store, name, self.membership.name)
+
+    async def _remove_domain(self, request: dict[str, object]) -> object:
+        return await admin.remove_domain(self.transact, str(request["domain"]))
+
+
+def _etcd_store(source: EtcdSource, options: MountOptions) -> EtcdStore:
+    """Loaded after forking, and only if it is used. Raises UsageError without the extra."""
+    try:
+        from dlmfs.store.etcd.access import access
+        from dlmfs.store.etcd.store import EtcdStore
+    except ImportError as error:
+        raise UsageError(
+            f"SOURCE etcd:// needs `pip install dlmfs[etcd]` for the Python that runs dlmfs ({error})"
+        ) from None
+    timeout_s = Timing(options.ttl_s).renew_every_s
+    return EtcdStore(access(source, options), source.cluster, boottime, timeout_s)
+
+
+def _always() -> bool:
+    return True
+
+
+def _names(host: str) -> Sequence[str]:
     return [host, *(f"{host}-{number}" for number in range(2, NAMES_MAX))]
 
 
@@ -285,4 +313,4 @@ def serve(config: MountConfig, ready: Callable[[], None]) -> int:
     return asyncio.run(Node(config).run(ready))
 
 
-__all__ = ["KeyValue", "Node", "__version__", "serve"]
+__all__ = ["Node", "__version__", "serve"]

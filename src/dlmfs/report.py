@@ -5,6 +5,7 @@ Read-only, and without touching the mount. Layout of both answers: docs/referenc
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from dlmfs import __version__
 from dlmfs.core.events import Claim
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
+from dlmfs.engine.membership import NODES, Membership
 from dlmfs.engine.queue import ordered
-from dlmfs.engine.records import Head, decode_head
+from dlmfs.engine.records import DOMAINS, Head, decode_head, member_of
 from dlmfs.errors import UsageError
 from dlmfs.fs.kin import command
 from dlmfs.model import TOKEN_SHIFT
@@ -28,21 +30,61 @@ def status(node: Node) -> dict[str, Any]:
     """The whole node, JSON-ready: lease, store, domains, locks with their holders and waiters."""
     return {
         "version": __version__,
-        "node": node.name,
+        "node": node.membership.name,
         "pid": os.getpid(),
         "source": node.config.source_text,
         "mountpoint": node.config.mountpoint,
         "owner": node.config.options.owner.value,
         "uptime_s": round(time.time() - node.started, 1),
-        "lease": {
-            "state": "FENCED" if node.lost_reason is not None else "HEALTHY",
-            "reason": node.lost_reason,
-            "ttl_s": node.timing.ttl_s,
-            "deadline_s": node.session.deadline,
-        },
+        "lease": _lease(node.membership),
         "store": node.store.describe(),
-        "domains": [_domain(node, space) for space in node.spaces.values()],
+        "domains": [_domain(node, space) for space in node.membership.spaces.values()],
     }
+
+
+def _lease(member: Membership) -> dict[str, Any]:
+    member.serving()
+    fence_at = member.fence_at
+    return {
+        "state": member.state.value,
+        "reason": member.reason,
+        "ttl_s": member.timing.ttl_s if fence_at is not None else None,
+        "left_s": round(fence_at - member.clock(), 2) if fence_at is not None else None,
+        "fences": member.fences,
+    }
+
+
+async def nodes(node: Node) -> list[dict[str, Any]]:
+    """All nodes of the lock space, and the domains each is in. Raises Unavailable."""
+    result = await node.transact(Txn((), (Range(NODES), Range(DOMAINS))))
+    records, rest = result.responses
+    assert isinstance(records, tuple)
+    assert isinstance(rest, tuple)
+    domains: dict[str, list[str]] = {}
+    for kv in rest:
+        assert isinstance(kv, KeyValue)
+        member = member_of(kv.key)
+        if member is not None:
+            domains.setdefault(member[1], []).append(os.fsdecode(member[0]))
+    found = []
+    for kv in records:
+        assert isinstance(kv, KeyValue)
+        name = kv.key[len(NODES) :].decode()
+        if "/" in name:
+            continue
+        facts = json.loads(kv.value)
+        found.append(
+            {
+                "node": name,
+                "own": name == node.membership.name,
+                "host": facts.get("host"),
+                "pid": facts.get("pid"),
+                "mountpoint": facts.get("mount"),
+                "ttl_s": facts.get("ttl"),
+                "domains": sorted(domains.get(name, [])),
+            }
+        )
+    return found
 
 
 def _domain(node: Node, space: Lockspace) -> dict[str, Any]:
@@ -80,7 +122,7 @@ def _claim(claim: Claim, now: float) -> dict[str, Any]:
 async def info(node: Node, domain: str, name: str) -> dict[str, Any]:
     """One lock as the store knows it, all nodes included. Raises UsageError for an unknown domain,
     Unavailable if the store does not answer."""
-    space = node.spaces.get(os.fsencode(domain))
+    space = node.membership.spaces.get(os.fsencode(domain))
     if space is None:
         raise UsageError(f"this node is not in a domain {domain!r}: mkdir it first")
     key = os.fsencode(name)

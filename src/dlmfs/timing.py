@@ -34,6 +34,9 @@ class Scheduler(Protocol):
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer: ...
 
 
+Clock = Callable[[], float]
+"""Seconds that also pass while the machine is suspended (CLOCK_BOOTTIME): a lease does not wait."""
+
 TTL_DEFAULT_S = 15.0
 TTL_MIN_S = 5.0
 TTL_MAX_S = 3600.0
@@ -56,6 +59,11 @@ class Timing:
     @property
     def fence_after_s(self) -> float:
         return self.ttl_s * 0.67
+
+    @property
+    def kill_after_s(self) -> float:
+        """Counted from FENCED: who ignores SIGTERM is killed before the store expires the lease."""
+        return self.ttl_s * 0.15
 
     @property
     def try_timeout_s(self) -> float:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlmfs.config import KNOWN, MountOptions, parse_options, parse_source
+from dlmfs.config import KNOWN, EtcdSource, LocalSource, MountOptions, parse_options, parse_source
 from dlmfs.errors import UsageError
 from dlmfs.fuse.mountinfo import mounts
 from dlmfs.model import Owner
@@ -81,10 +81,15 @@ def test_any_option_text_parses_or_is_refused_in_words(text: str) -> None:
 
 
 def test_sources() -> None:
-    assert parse_source("local") == (None, "default")
-    assert parse_source("local:jobs") == (None, "jobs")
-    assert parse_source("local:/x/y.db") == (Path("/x/y.db"), "")
-    for wrong in ("", "local:", "local:a/b", "nfs://x", "etcd://u:p@h/c", "etcd://h:2379/c"):
+    assert parse_source("local") == LocalSource(None, "default")
+    assert parse_source("local:jobs") == LocalSource(None, "jobs")
+    assert parse_source("local:/x/y.db") == LocalSource(Path("/x/y.db"), "")
+    assert parse_source("etcd://h/c") == EtcdSource(("h:2379",), "c")
+    several = parse_source("etcd://h1:1,h2,[::1]:2380/prod.1")
+    assert several == EtcdSource(("h1:1", "h2:2379", "[::1]:2380"), "prod.1")
+    local = ("", "local:", "local:a/b", "nfs://x")
+    etcd = ("u:p@h/c", "h:2379", "h:2379/", "/c", "h:0/c", "h:70000/c", "h,/c", "h:2379/a/b")
+    for wrong in (*local, *(f"etcd://{rest}" for rest in etcd)):
         with pytest.raises(UsageError):
             parse_source(wrong)
 

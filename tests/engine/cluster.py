@@ -20,7 +20,7 @@ from random import Random
 
 from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.engine.lockspace import Life, Lockspace
-from dlmfs.errors import DlmfsError
+from dlmfs.errors import DlmfsError, LockLost
 from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Session
@@ -104,18 +104,18 @@ class SimNode:
         """The fence: stop serving before the lease can have run out."""
         if not self.alive or self.session is None:
             return
-        assert self.session.deadline is not None
-        fence_at = self.session.deadline - TTL_S + Timing(TTL_S).fence_after_s
+        assert self.session.renewed_at is not None
+        fence_at = self.session.renewed_at + Timing(TTL_S).fence_after_s
         now = self.cluster.loop.time()
         if now >= fence_at:
-            self.session_lost("no renewal")
+            self.session_lost(LockLost("no renewal"))
             return
         self.cluster.loop.call_later(fence_at - now, self._guard)
 
-    def session_lost(self, reason: str) -> None:
+    def session_lost(self, error: DlmfsError) -> None:
         if self.alive:
             if self.space is not None:
-                self.space.lose(reason)
+                self.space.lose(str(error))
             self.restart()
 
     def restart(self) -> None:
@@ -320,7 +320,7 @@ class SimCluster:
         def gone(error: DlmfsError | None) -> None:
             if error is None:
                 # If it was the last member, the value and its mark are forgotten.
-                if not any(kv.startswith(b"d/dom/h/" + name) for kv in self.server.data):
+                if not any(kv.startswith(b"h/dom/" + name) for kv in self.server.data):
                     history.value, history.abandoned = EMPTY_LVB, False
                     history.maybe.clear()
                 space.drop(name)
@@ -391,6 +391,6 @@ class SimCluster:
             self.loop.run_until(partial(self._is_in, left, node), 60)
         if len(left) != len(self.nodes):
             raise Violation(f"only {left} could leave")
-        rest = [key for key in self.server.data if not key.startswith(b"d/dom/h/")]
+        rest = [key for key in self.server.data if not key.startswith(b"h/dom/")]
         if rest:
             raise Violation(f"left behind: {rest}")

@@ -92,8 +92,11 @@ class Client:
         self.driver = driver
         self.store = driver.open()
         self.lost: list[str] = []
-        session = self.get(lambda done: self.store.open_session(name, 15.0, self.lost.append, done))
+        session = self.get(lambda done: self.store.open_session(name, 15.0, self._lose, done))
         self.session: Session = session
+
+    def _lose(self, error: DlmfsError) -> None:
+        self.lost.append(str(error))
 
     def get(self, start: Callable[[Callable[[Any], None]], None]) -> Any:
         """Start something and wait for its one answer, which must not come from inside."""

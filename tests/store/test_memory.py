@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dlmfs.errors import LockLost, OutcomeUnknown, StoreFull, Unavailable
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Delete, Get, Put, Txn, WatchBatch, WatchGap
 from dlmfs.store.memory import Faults, MemoryServer, MemorySession, MemoryStore
@@ -26,8 +26,8 @@ class World:
     def watch(self) -> None:
         self.store.watch([b""], self.server.revision + 1, self.seen.append)
 
-    def session(self, ttl_s: float = 10.0) -> tuple[MemorySession, list[str]]:
-        lost: list[str] = []
+    def session(self, ttl_s: float = 10.0) -> tuple[MemorySession, list[DlmfsError]]:
+        lost: list[DlmfsError] = []
         opened: list[object] = []
         self.store.open_session("n", ttl_s, lost.append, opened.append)
         assert self.loop.run_until(lambda: bool(opened))
@@ -142,9 +142,9 @@ def test_a_cut_nodes_lease_runs_out_after_its_deadline(world: World) -> None:
     session, lost = world.session(ttl_s=10.0)
     world.server.apply(Txn((), (Put(b"a", b"", session.lease),)))
     world.loop.run_for(7)
-    assert session.deadline is not None
+    assert session.renewed_at is not None
     world.store.cut()
-    deadline = session.deadline
+    deadline = session.renewed_at + session.ttl_s
     assert world.loop.run_until(lambda: b"a" not in world.server.data)
     assert world.loop.time() >= deadline
     assert not lost

@@ -17,6 +17,9 @@ VERBS: Final = {
     "umount": "leave it",
     "status": "who holds what, who waits for whom, on this host's mounts",
     "info": "one lock, as the whole cluster knows it",
+    "nodes": "the nodes of a lock space, and the domains each is in",
+    "evict": "put a node out of the cluster",
+    "domain": "remove what a domain left behind when all its nodes had crashed",
 }
 HELPERS: Final = ("mount.dlmfs", "mount.fuse.dlmfs", "mount.fuse3.dlmfs")
 MOUNTING: Final = ("mount", "umount")

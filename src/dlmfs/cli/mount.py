@@ -20,12 +20,19 @@ SOURCE   local             the embedded engine: all mounts of this user on this 
                            `local` share one lock space; nothing to set up
          local:NAME        another lock space of that kind
          local:/path/x.db  the state in a file of your choice (several users, or to keep it)
+         etcd://HOST[:PORT][,HOST[:PORT]...]/CLUSTER
+                           a cluster of machines, on an etcd (v3); CLUSTER names the lock space
 """
 OPTIONS: Final = """\
 -o       node=NAME         this node's name (default: the host name, then HOST-2, ...)
          owner=node|file   who holds a lock: the whole node (default, as the kernel's dlmfs), or
                            each open file, so that processes here exclude each other too
-         ttl=SECONDS       lease time, 5 to 3600 (default 15)
+         ttl=SECONDS       lease time on etcd, 5 to 3600 (default 15)
+         ca=, cert=, key=, credentials=
+                           files for etcd with TLS; `user:password` for etcd with authentication
+         lock-delay=SECS   wait so long before a dead node's locks are given to others
+         on-lost=none|term|kill
+                           what is done to processes that hold locks when this node is fenced
          allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
          and what mount(8) and fstab pass without meaning for dlmfs; anything else is refused
 """
@@ -37,12 +44,12 @@ def run(args: list[str]) -> int:
     if helper:
         args.remove("--helper")
     parsed = _parser(helper=helper).parse_args(args)
-    path, name = parse_source(parsed.source)
+    source = parse_source(parsed.source)
     options = parse_options(parsed.o)
     mountpoint = os.path.realpath(parsed.mountpoint)
     fuse_mount.clear_stale(mountpoint)
     _check(mountpoint)
-    config = MountConfig(parsed.source, path, name, mountpoint, options)
+    config = MountConfig(parsed.source, source, mountpoint, options)
     if helper and parsed.fake:
         return 0
     _log(verbose=parsed.verbose, foreground=not helper and parsed.foreground)

@@ -145,7 +145,7 @@ def leave(view: View) -> Change:
     alive = tuple(
         created_at(space.keys.member(node), m.incarnation)
         for node, m in head.members.items()
-        if all(w.node != node for w in granted)
+        if all(w.node != node for w in granted) and not space.is_gone(node, m.incarnation)
     )
     ops = (Put(key, record) if head.members else Delete(key), *_delivery(view, granted, record))
     return Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted)

@@ -412,9 +412,13 @@ class ClusterLock:
         The core withdraws the request once nobody waits for it.
         """
         self._try_timer = None
+        if not self.space.serving():
+            return  # and everybody has been told
+        # No answer of the store in all this time: then it is not a user who refuses.
+        reason = errno.ENOLCK if self._busy or not self.space.running else errno.ETXTBSY
         for claim in [c for c in self.res.waiters.values() if c.trying]:
             if claim.stage is Stage.WAITING:  # else the one before it made room
-                self.space.host.failed(claim, errno.ETXTBSY)
+                self.space.host.failed(claim, reason)
                 self._run(self.res.interrupt(claim))
         self._step()
 

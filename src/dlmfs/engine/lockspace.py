@@ -64,6 +64,10 @@ class Host(Protocol):
     def domain_lost(self, domain: bytes, reason: str) -> None: ...
 
 
+def _always() -> bool:
+    return True
+
+
 class Life(enum.Enum):
     """The life of a domain at this node."""
 
@@ -91,6 +95,9 @@ class Lockspace:
         lease: int,
         owner: Owner = Owner.NODE,
         timing: Timing | None = None,
+        lock_delay_s: float = 0.0,
+        serving: Callable[[], bool] | None = None,
+        ended: Callable[[Lockspace], None] | None = None,
     ) -> None:
         self.store = store
         self.loop = loop
@@ -100,6 +107,9 @@ class Lockspace:
         self.lease = lease
         self.owner = owner
         self.timing = timing or Timing()
+        self.lock_delay_s = lock_delay_s
+        self.serving = serving or _always
+        self._ended = ended
         self.keys = Keys(domain, node)
         self.life = Life.JOINING
         self.revision = 0
@@ -109,23 +119,45 @@ class Lockspace:
         self.wishes: dict[bytes, dict[str, Wish]] = {}
         self.locks: dict[bytes, ClusterLock] = {}
         self.commits = 0
+        self.answers = 0
         self._queue: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]] = []
         self._flushing = False
         self._watch: Watch | None = None
         self._unsure = False  # from an unknown outcome until the new epoch is in force
+        self._suspended = False
+        self._noticed: dict[tuple[str, int], float] = {}
 
     @property
     def running(self) -> bool:
         """Transactions of locks may go out."""
-        return self.live and not self._unsure
+        return self.live and not self._unsure and not self._suspended
 
     @property
     def live(self) -> bool:
         return self.life in (Life.JOINED, Life.LEAVING)
 
-    def is_dead(self, node: str, incarnation: int) -> bool:
+    def is_gone(self, node: str, incarnation: int) -> bool:
         """Whether that member of a head has ended. Never said of one younger than our view."""
         return incarnation <= self.revision and self.members.get(node) != incarnation
+
+    def is_dead(self, node: str, incarnation: int) -> bool:
+        """Whether it has ended, and its locks may be granted: with `lock_delay_s`, only so long after
+        we noticed, so that what it had under way elsewhere can end, too."""
+        if not self.is_gone(node, incarnation):
+            return False
+        if not self.lock_delay_s:
+            return True
+        now = self.loop.time()
+        noticed = self._noticed.get((node, incarnation))
+        if noticed is None:
+            noticed = self._noticed[node, incarnation] = now
+            self.loop.call_later(self.lock_delay_s, self._delay_is_over)
+        return now - noticed >= self.lock_delay_s
+
+    def _delay_is_over(self) -> None:
+        if self.live:
+            for lock in list(self.locks.values()):
+                lock.member_gone()
 
     def lock(self, name: bytes) -> ClusterLock:
         """The lock resource `name`, made when first asked for."""
@@ -285,6 +317,18 @@ class Lockspace:
         for lock in list(self.locks.values()):
             lock.lose(Unavailable.errno)
         self.host.domain_lost(self.domain, reason)
+        if self._ended is not None:
+            self._ended(self)
+
+    def suspend(self, suspended: bool) -> None:
+        """SUSPECT: serve what is here, and ask the store for nothing until the lease is good."""
+        if self._suspended == suspended:
+            return
+        self._suspended = suspended
+        if not suspended:
+            self._flush()
+            for lock in list(self.locks.values()):
+                lock.resume()
 
     def _stop(self) -> None:
         if self._watch is not None:
@@ -295,7 +339,7 @@ class Lockspace:
     # -- the watch ---------------------------------------------------------------------------
 
     def _told(self, batch: WatchBatch | WatchGap) -> None:
-        if not self.live:
+        if not self.serving() or not self.live:
             return
         if isinstance(batch, WatchGap):
             self._watch = None
@@ -385,14 +429,20 @@ class Lockspace:
 
     def _commit(self, txn: Txn, done: Callable[[TxnResult | DlmfsError], None]) -> None:
         self.commits += 1
-        self.store.txn(txn, done)
+        self.store.txn(txn, partial(self._count, done))
+
+    def _count(
+        self, done: Callable[[TxnResult | DlmfsError], None], result: TxnResult | DlmfsError
+    ) -> None:
+        self.answers += isinstance(result, TxnResult)
+        done(result)
 
     def _answered(
         self,
         part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
         result: TxnResult | DlmfsError,
     ) -> None:
-        if not self.live:
+        if not self.serving() or not self.live:
             return
         for lock, _, _ in part:
             lock.answered()

@@ -20,17 +20,21 @@ from dlmfs.store.base import KeyValue
 
 FORMAT: Final = 1
 
+DOMAINS: Final = b"d/"
+
 
 class Keys:
-    """The keys of one domain."""
+    """The keys of one domain: all that nodes watch in one range, and the heads, which they do not,
+    in another, so that a store with one range per watch wakes nobody for a head (engine rule 1)."""
 
-    __slots__ = ("heads", "mails", "members", "mine", "node", "wishes")
+    __slots__ = ("base", "heads", "mails", "members", "mine", "node", "wishes")
 
     def __init__(self, domain: bytes, node: str) -> None:
-        base = b"d/" + domain + b"/"
+        base = DOMAINS + domain + b"/"
+        self.base = base
         self.node = node.encode()
         self.members = base + b"m/"
-        self.heads = base + b"h/"
+        self.heads = b"h/" + domain + b"/"
         self.wishes = base + b"w/"
         self.mails = base + b"g/" + self.node + b"/"
         self.mine = self.members + self.node
@@ -53,6 +57,14 @@ class Keys:
     def split_wish(self, key: bytes) -> tuple[bytes, str]:
         lock, node = key[len(self.wishes) :].split(b"/")
         return lock, node.decode()
+
+
+def member_of(key: bytes) -> tuple[bytes, str] | None:
+    """The domain and the node of a membership record's key; None for another key."""
+    parts = key.split(b"/")
+    if len(parts) == 4 and parts[2] == b"m":
+        return parts[1], parts[3].decode()
+    return None
 
 
 class Member(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import DlmfsError
 from dlmfs.fs import xattrs
-from dlmfs.fs.openfiles import OpenFiles, Reply
+from dlmfs.fs.openfiles import OpenFiles, Reply, Watchdog
 from dlmfs.fs.places import Readers
 from dlmfs.fs.tree import Directory, Inode, LockFile, Tree
 from dlmfs.fuse import wire
@@ -35,7 +35,7 @@ MAX_INO: Final = (1 << 63) - 1
 
 
 class Domains(Protocol):
-    """How domains come and go: the node's part."""
+    """How domains come and go: the membership's part."""
 
     def join(self, name: bytes, done: Callable[[Lockspace | DlmfsError], None]) -> None: ...
 
@@ -45,7 +45,10 @@ class Domains(Protocol):
         """Size of the state, in megabytes."""
 
     def lease_state(self) -> str:
-        """HEALTHY, or FENCED and why."""
+        """HEALTHY, or another state and why."""
+
+    def serving(self) -> bool:
+        """Whether this node may serve now; its lease may have run out a moment ago."""
 
 
 class FileSystem(OpenFiles):
@@ -60,9 +63,12 @@ class FileSystem(OpenFiles):
         *,
         limits: Limits | None = None,
         readers: Readers | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         super().__init__(tree, loop, timing, limits=limits, readers=readers)
+        self.watchdog = watchdog
         self.domains = domains
+        self.serving = domains.serving
 
     # -- names --------------------------------------------------------------------------------
 
@@ -280,6 +286,19 @@ class FileSystem(OpenFiles):
 
     def statfs(self, _h: wire.Header) -> Reply:
         return wire.statfs(bsize=BLOCK, namelen=255)
+
+    # -- fencing ------------------------------------------------------------------------------
+
+    def fenced(self, reason: str) -> None:  # noqa: ARG002 - part of `Host`
+        """`membership.Host`: every descriptor is lost, and `domain_lost` has said so."""
+        if self.watchdog is not None:
+            self.watchdog.lost()
+
+    def rejoined(self, space: Lockspace) -> None:
+        """`membership.Host`: the directory's domain has a new membership; new opens use it."""
+        directory = self.tree.root.children.get(space.domain)
+        if directory is not None:
+            self.spaces[directory.ino] = space
 
     # -- extended attributes ------------------------------------------------------------------
 

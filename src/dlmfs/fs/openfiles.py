@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from dlmfs.core.events import Claim, Stage
 from dlmfs.errors import DlmfsError, Unavailable
@@ -61,10 +61,22 @@ class Handle(Claim):
         self.poll: int | None = None
 
 
+class Watchdog(Protocol):
+    """Who signals the holders' processes if the node is fenced; by the opening thread's id."""
+
+    def holds(self, pid: int) -> None: ...
+
+    def closed(self, pid: int) -> None: ...
+
+    def lost(self) -> None: ...
+
+
 class OpenFiles:
     """The open files, and the `Host` of the lockspaces. `FileSystem` adds names and attributes."""
 
     device: Device
+    serving: Callable[[], bool]
+    """Asked in every operation: a process that was stopped may run on long after its lease did."""
 
     def __init__(
         self,
@@ -86,6 +98,7 @@ class OpenFiles:
         self.waiting: dict[int, Handle] = {}
         """By the request that waits."""
         self.places = Places(loop, readers, self._withdraw)
+        self.watchdog: Watchdog | None = None
         self._last_fh = 0
         self._opening: Handle | None = None
         self._opened: Reply = None
@@ -103,7 +116,7 @@ class OpenFiles:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
             return errno.ESTALE if file.lost else errno.EAGAIN
         space = self.spaces[file.domain.ino]
-        if not space.live:
+        if not self.serving() or not space.live:
             return errno.ENOLCK
         if self.places and (returned := self._returned(h, flags, file)) is not None:
             return self._go_on(returned, h.unique)
@@ -163,6 +176,8 @@ class OpenFiles:
     def _serve(self, handle: Handle) -> bytes:
         handle.user.holders += 1
         self.handles[handle.fh] = handle
+        if self.watchdog is not None:
+            self.watchdog.holds(handle.pid)
         return wire.opened(handle.fh, wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH)
 
     def granted(self, claim: Claim) -> None:
@@ -203,6 +218,7 @@ class OpenFiles:
 
     def interrupt(self, unique: int) -> None:
         """A signal for a waiting open: its place is kept for the case that it is tried again."""
+        self.serving()
         handle = self.waiting.pop(unique, None)
         if handle is None:
             return  # answered already, or not an open: those are short
@@ -215,6 +231,7 @@ class OpenFiles:
 
     def _withdraw(self, handle: Handle) -> None:
         """Nobody comes back for this claim."""
+        self.serving()  # else its lock might be given to the next one here
         handle.user.waiters -= 1
         if handle.stage is Stage.HELD:
             handle.lock.close(handle)
@@ -224,6 +241,7 @@ class OpenFiles:
     # -- closing ------------------------------------------------------------------------------
 
     def release(self, _h: wire.Header, fh: int) -> Reply:
+        self.serving()
         handle = self.handles.get(fh)
         if handle is not None:
             self._close(handle)
@@ -232,6 +250,8 @@ class OpenFiles:
     def _close(self, handle: Handle) -> None:
         del self.handles[handle.fh]
         handle.user.holders -= 1
+        if self.watchdog is not None:
+            self.watchdog.closed(handle.pid)
         handle.lock.close(handle)
 
     def close_all(self) -> None:
@@ -251,7 +271,7 @@ class OpenFiles:
         handle = self.handles.get(fh)
         if handle is None:
             raise OSError(errno.EBADF, "no such handle")
-        if handle.stage is not Stage.HELD:
+        if not self.serving() or handle.stage is not Stage.HELD:
             raise OSError(errno.EIO, "the lock of this descriptor was lost")
         return handle
 
@@ -260,7 +280,7 @@ class OpenFiles:
         answer = Answer(self.device, h.unique)
 
         def value(lvb: bytes) -> None:
-            lost = handle.stage is not Stage.HELD
+            lost = not self.serving() or handle.stage is not Stage.HELD
             answer(errno.EIO if lost else lvb[offset : offset + size])
 
         handle.lock.read_lvb(value)
@@ -292,7 +312,7 @@ class OpenFiles:
         handle = self.handles.get(fh)
         if handle is None:
             return errno.EBADF
-        if handle.stage is not Stage.HELD:
+        if not self.serving() or handle.stage is not Stage.HELD:
             return wire.polled(POLLGONE)
         if flags & wire.POLL_SCHEDULE_NOTIFY:
             handle.poll = kh

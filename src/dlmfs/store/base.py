@@ -139,9 +139,16 @@ class Session(Protocol):
         """The number to put in `Put.lease`."""
 
     @property
-    def deadline(self) -> float | None:
-        """When the lease may have run out if nothing renews it: seconds on the scheduler's clock,
-        counted from the sending of the last good renewal. None: it cannot run out (one host)."""
+    def renewed_at(self) -> float | None:
+        """When the last good renewal was sent, in seconds on the clock that the store was given.
+        None: the session cannot run out (one host)."""
+
+    @property
+    def ttl_s(self) -> float:
+        """The lease time that the store granted; may be more than was asked for."""
+
+    def abandon(self) -> None:
+        """Renew no more and tell nothing more: the session runs out, or `end_session` ends it."""
 
     def close(self, done: Callable[[DlmfsError | None], None]) -> None:
         """End the session: its keys vanish in one revision."""
@@ -163,10 +170,16 @@ class Store(Protocol):
         self,
         node: str,
         ttl_s: float,
-        lost: Callable[[str], None],
+        lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
     ) -> None:
-        """Begin a session for `node`. `lost(reason)` is called once if it ends without close()."""
+        """Begin a session for `node`. `lost` is called once if it ends without close(): with
+        LockLost if another session may be begun, BadState if the store itself is not what it
+        was."""
+
+    def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
+        """End another session, whose owner is known to be over: its keys vanish in one revision.
+        None also if it had ended before; OutcomeUnknown."""
 
     def describe(self) -> dict[str, object]:
         """Facts for `dlmfs status`: where the state is, its health, who holds it up."""

@@ -335,7 +335,7 @@ class MemoryStore:
         self,
         node: str,
         ttl_s: float,
-        lost: Callable[[str], None],
+        lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
     ) -> None:
         if not self.connected:
@@ -344,6 +344,12 @@ class MemoryStore:
             return
         self.session = MemorySession(self, node, ttl_s, lost)
         self.loop.call_later(self._delay(), self.call_back, done, self.session)
+
+    def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
+        error = None if self.connected else OutcomeUnknown("no answer from the store")
+        if self.connected:
+            self.server.expire(lease)
+        self.loop.call_later(self._delay(), self.call_back, done, error)
 
     def describe(self) -> dict[str, object]:
         return {"store": "memory", "connected": self.connected}
@@ -414,13 +420,13 @@ class MemorySession:
     """A lease kept alive over the node's network."""
 
     def __init__(
-        self, store: MemoryStore, node: str, ttl_s: float, lost: Callable[[str], None]
+        self, store: MemoryStore, node: str, ttl_s: float, lost: Callable[[DlmfsError], None]
     ) -> None:
         self.store = store
         self.ttl_s = ttl_s
         self.lost = lost
         self.lease = store.server.grant(node, ttl_s)
-        self.deadline: float | None = store.loop.time() + ttl_s
+        self.renewed_at: float | None = store.loop.time()
         self.ended = False
         self._timer = store.loop.call_later(ttl_s / 5, self._renew)
 
@@ -432,10 +438,11 @@ class MemorySession:
             return
         sent = self.store.loop.time()
         if self.store.server.renew(self.lease):
-            self.deadline = sent + self.ttl_s
+            self.renewed_at = sent
         else:
             self.ended = True
-            self.store.loop.call_soon(self.store.call_back, self.lost, "the lease has ended")
+            gone = LockLost("the lease has ended in the store")
+            self.store.loop.call_soon(self.store.call_back, self.lost, gone)
 
     def abandon(self) -> None:
         self.ended = True

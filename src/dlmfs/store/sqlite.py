@@ -69,7 +69,7 @@ class SqliteStore:
         self.kind = statefile.prepare(path, default=default)
         self.volatile = self.kind in ("tmpfs", "ramfs")
         self.dead: str | None = None
-        self._lost: Callable[[str], None] | None = None
+        self._lost: Callable[[DlmfsError], None] | None = None
         self.session: SqliteSession | None = None
         self._fast = self._connect()
         info = os.stat(path)
@@ -196,7 +196,7 @@ class SqliteStore:
         """The state is gone: tell the session's owner, once."""
         self.dead = reason
         if self._lost is not None:
-            self.loop.call_soon(self._lost, reason)
+            self.loop.call_soon(self._lost, BadState(reason))
             self._lost = None
 
     # -- events ---------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class SqliteStore:
         self,
         node: str,
         ttl_s: float,  # noqa: ARG002 - there is no lease to run out on one host
-        lost: Callable[[str], None],
+        lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
     ) -> None:
         assert self.session is None
@@ -394,7 +394,8 @@ class SqliteWatch:
 class SqliteSession:
     """A daemon's life on this host: its lock file, its bell, and its eye on the others."""
 
-    deadline: float | None = None
+    renewed_at: float | None = None
+    ttl_s = 0.0
 
     def __init__(self, store: SqliteStore, lease: int) -> None:
         self.store = store

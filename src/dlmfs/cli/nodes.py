@@ -1,0 +1,30 @@
+"""`dlmfs nodes [--json] [MOUNTPOINT]`: the nodes of a lock space."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dlmfs.cli.choice import choose
+from dlmfs.cli.parser import Parser
+from dlmfs.control import ask
+
+
+def run(args: list[str]) -> int:
+    parser = Parser(prog="dlmfs nodes", description="The nodes, and the domains each is in.")
+    parser.add_argument("--json", action="store_true", help="for programs: a list")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?")
+    parsed = parser.parse_args(args)
+    nodes = ask(choose(parsed.mountpoint), {"cmd": "nodes"})
+    print(json.dumps(nodes) if parsed.json else "\n".join(render(node) for node in nodes))
+    return 0
+
+
+def render(node: dict[str, Any]) -> str:
+    """One node for people."""
+    own = "  (this one)" if node["own"] else ""
+    domains = " ".join(node["domains"]) or "-"
+    return (
+        f"{node['node']:12} host {node['host']}  pid {node['pid']}  {node['mountpoint']}  "
+        f"domains: {domains}{own}"
+    )

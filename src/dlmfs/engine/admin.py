@@ -1,0 +1,98 @@
+"""What an operator does to a lock space from any of its nodes.
+
+Eviction: a mark asks a node to go; it fences itself and ends its session. If the mark has stood for
+the node's whole lease time and it is still there, it may be stuck, and its session is ended for it. By
+then it has renewed its lease, and thus reached the store where the mark stands, or fenced itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from dlmfs.engine.membership import EVICT, NODES
+from dlmfs.engine.records import Keys
+from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.store.base import (
+    Compare,
+    Delete,
+    Get,
+    KeyValue,
+    Put,
+    Range,
+    Store,
+    Txn,
+    TxnResult,
+    created_at,
+)
+
+LOOK_S: Final = 0.2
+MARGIN_S: Final = 1.0
+BATCH: Final = 100
+"""Below etcd's default bound of 128 operations in a transaction."""
+
+Transact = Callable[[Txn], Awaitable[TxnResult]]
+
+
+async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[str, object]:
+    """Put `node` out and wait until it is. Raises UsageError if there is none such, Unavailable.
+
+    Returns how: "left" (by itself, on the mark) or "ended" (its lease was ended), with the seconds.
+    """
+    key = NODES + node.encode()
+    mark = key + EVICT
+    record = (await transact(Txn((), (Get(key),)))).responses[0]
+    if not isinstance(record, KeyValue):
+        raise UsageError(f"there is no node {node!r}: `dlmfs nodes` lists them")
+    ttl_s = float(json.loads(record.value)["ttl"])
+    put = Put(mark, json.dumps({"record": record.create_revision, "by": by}).encode())
+    same = created_at(key, record.create_revision)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await transact(Txn((same,), (put,)))
+    how = "left"
+    try:
+        while (await transact(Txn((same,), ()))).succeeded:
+            if loop.time() - start > ttl_s + MARGIN_S:
+                how = "ended"
+                await _end(store, record.lease)
+            await asyncio.sleep(LOOK_S)
+    finally:
+        await transact(Txn((), (Delete(mark),)))
+    return {"node": node, "how": how, "after_s": round(loop.time() - start, 1)}
+
+
+async def _end(store: Store, lease: int) -> None:
+    ended: asyncio.Future[DlmfsError | None] = asyncio.get_running_loop().create_future()
+    store.end_session(lease, ended.set_result)
+    error = await ended
+    if error is not None:
+        raise error
+
+
+async def remove_domain(transact: Transact, domain: str) -> int:
+    """Remove what a domain left behind when all its nodes had crashed: its values and marks.
+
+    Returns the number of lock resources removed. Raises UsageError if a node is in it, or if there
+    is nothing of it; Unavailable.
+    """
+    keys = Keys(os.fsencode(domain), "")
+    rest, heads = keys.base, keys.heads
+    empty = Compare(keys.members, "create", "=", 0, prefix=True)
+    removed, first = 0, True
+    while True:
+        left = await transact(Txn((), (Range(heads), Range(rest))))
+        found = [kv for part in left.responses if isinstance(part, tuple) for kv in part]
+        if not found:
+            if first:
+                raise UsageError(f"there is nothing of a domain {domain!r}")
+            return removed
+        batch = [kv.key for kv in found[:BATCH] if isinstance(kv, KeyValue)]
+        result = await transact(Txn((empty,), tuple(Delete(key) for key in batch)))
+        if not result.succeeded:
+            raise UsageError(f"a node is in the domain {domain!r}: rmdir it there first")
+        removed += sum(key.startswith(heads) for key in batch)
+        first = False

@@ -1,0 +1,455 @@
+"""One node's life in the store: its session, its name, its domains; fencing and coming back.
+
+    n/<node>         the node's record, on its session's lease: who it is, for takeover and `dlmfs nodes`
+    n/<node>/evict   an operator's mark: the node with this record must go
+
+Rules of this file
+------------------
+* FENCED is final for an incarnation. What comes back is another one, with a new session, and
+  nothing of the old one is served again (promise 3).
+* `serving` is asked in every operation, not only by a timer: a process that was stopped may run on
+  long after its lease did.
+* A former self is ended by us only if it surely is over: it is our own fenced session, or its
+  process provably does not exist any more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from dlmfs.core.lease import LeaseState, lease_state
+from dlmfs.engine.lockspace import Host as LockHost
+from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.records import FORMAT
+from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
+from dlmfs.model import Owner
+from dlmfs.store.base import (
+    Get,
+    KeyValue,
+    Put,
+    Session,
+    Store,
+    Txn,
+    TxnResult,
+    Watch,
+    WatchBatch,
+    WatchGap,
+    created_at,
+)
+from dlmfs.timing import Clock, Scheduler, Timer, Timing
+
+log = logging.getLogger("dlmfs.node")
+
+RETRY_S: Final = 0.5
+NODES: Final = b"n/"
+EVICT: Final = b"/evict"
+
+Done = Callable[[DlmfsError | None], None]
+
+
+class Host(LockHost, Protocol):
+    """What a node's programs see of it: the file system, or a simulated one."""
+
+    def fenced(self, reason: str) -> None:
+        """Nothing is served any more; the domains have been told one by one."""
+
+    def rejoined(self, space: Lockspace) -> None:
+        """The domain's new membership takes the place of the lost one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """`names`: those that the node may have, the first free one is taken; `facts`: what its record
+    says of it; `is_over`: whether the process that such facts name provably exists no more."""
+
+    names: Sequence[str]
+    facts: Mapping[str, object]
+    is_over: Callable[[Mapping[str, object]], bool]
+    owner: Owner = Owner.NODE
+    ttl_s: float = Timing().ttl_s
+    lock_delay_s: float = 0.0
+
+
+class Membership:
+    """See the rules at the head of the file. `clock` counts suspended time, `loop` need not; `host`
+    is to be set before `start`."""
+
+    host: Host
+
+    def __init__(self, store: Store, loop: Scheduler, clock: Clock, config: Config) -> None:
+        self.store = store
+        self.loop = loop
+        self.clock = clock
+        self.config = config
+        self.timing = Timing(config.ttl_s)
+        self.name = config.names[0]
+        self.record = 0
+        """The create revision of our record n/<name>."""
+        self.session: Session | None = None
+        self.state = LeaseState.REJOINING
+        self.reason: str | None = None
+        """Why the node was fenced last."""
+        self.final = False
+        """It was fenced for good: the store is another one, or an operator wants it out."""
+        self.fences = 0
+        self.spaces: dict[bytes, Lockspace] = {}
+        self._names = config.names
+        self._former: set[int] = set()
+        self._tick: Timer | None = None
+        self._watch: Watch | None = None
+        self._closed = False
+
+    # -- beginning ------------------------------------------------------------------------------
+
+    def start(self, done: Done) -> None:
+        """Begin a session and take a name. Raises through `done`: Unavailable, NodeNameInUse,
+        and what the store says of access."""
+
+        def opened(session: Session | DlmfsError) -> None:
+            if isinstance(session, DlmfsError):
+                done(session)
+                return
+            if self._closed:
+                session.close(done)
+                return
+            self.session = session
+            if session.renewed_at is not None:
+                self.timing = Timing(session.ttl_s)
+            self._take_name(0, done)
+
+        self.store.open_session(self.name, self.config.ttl_s, self._session_lost, opened)
+
+    def _take_name(self, number: int, done: Done) -> None:
+        """Register under the first free name from `number` on."""
+        assert self.session is not None
+        lease = self.session.lease
+        if number == len(self._names):
+            self._give_up_start(done)
+            return
+        name = self._names[number]
+        key = NODES + name.encode()
+        facts = {**self.config.facts, "v": FORMAT, "ttl": self.timing.ttl_s}
+        put = Put(key, json.dumps(facts).encode(), lease)
+        txn = Txn((created_at(key, 0),), (put,), (Get(key),))
+
+        def again(_ended: DlmfsError | None = None) -> None:
+            self._take_name(number, done)
+
+        def answered(result: TxnResult | DlmfsError) -> None:
+            if isinstance(result, OutcomeUnknown) and self._may_go_on():
+                self.loop.call_later(RETRY_S, again)
+            elif isinstance(result, DlmfsError):
+                done(result)
+            elif result.succeeded:
+                self._named(name, result.revision, done)
+            else:
+                record = result.responses[0]
+                assert isinstance(record, KeyValue)
+                if record.lease == lease:  # an earlier attempt, after all
+                    self._named(name, record.create_revision, done)
+                elif record.lease in self._former or self._is_over(record):
+                    log.info("the former node %s is over: its session ends", name)
+                    self.store.end_session(record.lease, again)
+                else:
+                    self._take_name(number + 1, done)
+
+        self.store.txn(txn, answered)
+
+    def _may_go_on(self) -> bool:
+        """Whether the session that is being set up is still good."""
+        assert self.session is not None
+        now = lease_state(self.timing, self.session.renewed_at, self.clock())
+        return now is not LeaseState.FENCED and not self._closed
+
+    def _is_over(self, record: KeyValue) -> bool:
+        try:
+            facts = json.loads(record.value)
+        except ValueError:
+            return False
+        return isinstance(facts, dict) and self.config.is_over(facts)
+
+    def _give_up_start(self, done: Done) -> None:
+        name = self._names[0]
+        error = NodeNameInUse(
+            f"a node named {name} is alive: choose another with -o node=NAME (one that crashed "
+            f"elsewhere is forgotten {self.timing.ttl_s:g} s later)"
+        )
+        assert self.session is not None
+        self.session.close(lambda _error: done(error))
+
+    def _named(self, name: str, record: int, done: Done) -> None:
+        self.name, self.record, self._names = name, record, (name,)
+        self.state, self.reason = LeaseState.HEALTHY, None
+        self._watch = self.store.watch((NODES + name.encode(),), record + 1, self._told)
+        self._look_at_lease()
+        done(None)
+
+    # -- the lease ------------------------------------------------------------------------------
+
+    @property
+    def fence_at(self) -> float | None:
+        """The instant from which nothing may be served, on `clock`; None: there is none."""
+        if self.session is None or self.session.renewed_at is None or not self._up:
+            return None
+        return self.session.renewed_at + self.timing.fence_after_s
+
+    @property
+    def _up(self) -> bool:
+        return self.state in (LeaseState.HEALTHY, LeaseState.SUSPECT)
+
+    def serving(self) -> bool:
+        """Whether this incarnation may serve now. Fences it if its time is over."""
+        if not self._up:
+            return False
+        session = self.session
+        assert session is not None
+        if session.renewed_at is None:
+            return True
+        state = lease_state(self.timing, session.renewed_at, self.clock())
+        if state is LeaseState.FENCED:
+            silent = self.clock() - session.renewed_at
+            self._fence(LockLost(f"the store confirmed no renewal for {silent:.1f} s"))
+            return False
+        if state is not self.state:
+            self._change(state)
+        return True
+
+    def _change(self, state: LeaseState) -> None:
+        log.warning("node %s is %s", self.name, state.value)
+        self.state = state
+        for space in list(self.spaces.values()):
+            space.suspend(state is LeaseState.SUSPECT)
+
+    def _look_at_lease(self) -> None:
+        """The timer: nobody may be there to ask for `serving`."""
+        self._cancel_tick()
+        if self.serving() and self.fence_at is not None:
+            left = self.fence_at - self.clock()
+            delay = min(max(left, 0.001), self.timing.renew_every_s / 2)
+            self._tick = self.loop.call_later(delay, self._look_at_lease)
+
+    def _cancel_tick(self) -> None:
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+
+    def _session_lost(self, error: DlmfsError) -> None:
+        """The store says that the session is over."""
+        self._fence(error)
+
+    def lose(self, reason: str) -> None:
+        """Something is wrong with this node itself: serve nothing any more, and do not return."""
+        self._fence(BadState(reason))
+
+    def _fence(self, error: DlmfsError) -> None:
+        """This incarnation is over (promise 3)."""
+        self.final |= not isinstance(error, LockLost)
+        if not self._up:
+            return
+        self.state, self.reason = LeaseState.FENCED, str(error)
+        self.fences += 1
+        log.error("node %s is fenced: %s", self.name, error)
+        self._cancel_tick()
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        assert self.session is not None
+        self._former.add(self.session.lease)
+        self.session.abandon()
+        for space in list(self.spaces.values()):
+            space.lose(str(error))
+        self.host.fenced(str(error))
+        self.loop.call_later(0.0 if self.final else RETRY_S, self._after_fence)
+
+    # -- coming back ----------------------------------------------------------------------------
+
+    def _after_fence(self) -> None:
+        """End the old session if the store can be reached: the others need not wait for it. It can
+        hurt nobody, since nothing of it is served any more."""
+        assert self.session is not None
+        if self._closed:
+            return
+        self.store.end_session(self.session.lease, lambda _error: self._rejoin())
+
+    def _rejoin(self) -> None:
+        if self.final or self._closed:
+            return
+        self.state = LeaseState.REJOINING
+        self.start(self._restarted)
+
+    def _restarted(self, error: DlmfsError | None) -> None:
+        if self._closed:
+            return
+        if error is not None:
+            self.reason = str(error)
+            if self.session is not None and self.session.lease not in self._former:
+                self._former.add(self.session.lease)
+                self.session.abandon()
+            self.loop.call_later(RETRY_S, self._rejoin)
+            return
+        log.warning("node %s is back", self.name)
+        for domain in list(self.spaces):
+            self._join_again(domain)
+
+    def _join_again(self, domain: bytes) -> None:
+        """A domain that was lost and has not been left since."""
+        old = self.spaces.get(domain)
+        if old is None or old.life is not Life.LOST or self.state is not LeaseState.HEALTHY:
+            return
+        space = self._space(domain)
+
+        def joined(error: DlmfsError | None) -> None:
+            if self.spaces.get(domain) is not old:
+                if error is None:
+                    space.leave(lambda _error: None)  # left while we were at it
+            elif error is not None:
+                self.loop.call_later(RETRY_S, self._join_again, domain)
+            else:
+                self.spaces[domain] = space
+                self.host.rejoined(space)
+
+        space.join(joined)
+
+    # -- domains --------------------------------------------------------------------------------
+
+    def _space(self, domain: bytes) -> Lockspace:
+        assert self.session is not None
+        return Lockspace(
+            self.store,
+            self.loop,
+            self.host,
+            domain=domain,
+            node=self.name,
+            lease=self.session.lease,
+            owner=self.config.owner,
+            timing=self.timing,
+            lock_delay_s=self.config.lock_delay_s,
+            serving=self.serving,
+            ended=self._space_lost,
+        )
+
+    def _space_lost(self, space: Lockspace) -> None:
+        """One domain's membership was taken from us, perhaps by hand, while the session stands."""
+        if self._up and self.spaces.get(space.domain) is space:
+            self.loop.call_later(RETRY_S, self._join_again, space.domain)
+
+    def join(self, domain: bytes, done: Callable[[Lockspace | DlmfsError], None]) -> None:
+        """Become a member of a domain. Unavailable while fenced."""
+        if not self.serving():
+            done(Unavailable(f"this node is fenced: {self.reason}"))
+            return
+        space = self._space(domain)
+
+        def joined(error: DlmfsError | None) -> None:
+            if error is not None:
+                done(error)
+                return
+            self.spaces[domain] = space
+            done(space)
+
+        space.join(joined)
+
+    def leave(self, space: Lockspace, done: Done) -> None:
+        """Give back every lock of a domain, then the membership."""
+
+        def left(error: DlmfsError | None) -> None:
+            if error is None or isinstance(error, LockLost):
+                self.spaces.pop(space.domain, None)
+            done(error)
+
+        if space.live:
+            space.leave(left)
+        else:
+            left(None)
+
+    @property
+    def answers(self) -> int:
+        """Answers of the store so far: whether a long leave makes progress."""
+        return sum(space.answers for space in self.spaces.values())
+
+    def state_mb(self) -> float:
+        """Size of the store, in megabytes."""
+        return self.store.size_mb()
+
+    def lease_state(self) -> str:
+        """For people and scripts: the state, and why if it is not good."""
+        self.serving()
+        return self.state.value if self.reason is None else f"{self.state.value}: {self.reason}"
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def close(self, done: Done) -> None:
+        """A clean end: leave every domain, then end the session. The caller bounds the time."""
+        waiting = len(self.spaces)
+
+        def one_left(_error: DlmfsError | None) -> None:
+            nonlocal waiting
+            waiting -= 1
+            if waiting == 0:
+                self.end(done)
+
+        if not waiting:
+            self.end(done)
+        for space in list(self.spaces.values()):
+            self.leave(space, one_left)
+
+    def end(self, done: Done) -> None:
+        """End the session now, whether or not anything was left cleanly."""
+        if self._closed:
+            done(None)
+            return
+        self._closed = True
+        self._cancel_tick()
+        if self._watch is not None:
+            self._watch.cancel()
+        if self.session is None:
+            done(None)
+        else:
+            self.session.close(done)
+
+    # -- eviction -------------------------------------------------------------------------------
+
+    def _told(self, batch: WatchBatch | WatchGap) -> None:
+        if not self._up:
+            return
+        if isinstance(batch, WatchGap):
+            # Nothing of ours was changed that the lease would not tell as well, but for a mark.
+            self._look_for_mark()
+            return
+        own = NODES + self.name.encode()
+        for event in batch.events:
+            if event.kv.key == own + EVICT and event.kind == "put":
+                self._marked(event.kv)
+            elif event.kv.key == own and event.kind == "delete" and self._up:
+                self._fence(LockLost("the node's record was removed from the store"))
+
+    def _look_for_mark(self) -> None:
+        key = NODES + self.name.encode() + EVICT
+
+        def read(result: TxnResult | DlmfsError) -> None:
+            if not self._up:
+                return
+            if isinstance(result, DlmfsError):
+                self.loop.call_later(RETRY_S, self._look_for_mark)
+                return
+            mark = result.responses[0]
+            if isinstance(mark, KeyValue):
+                self._marked(mark)
+            if self._up:
+                own = NODES + self.name.encode()
+                self._watch = self.store.watch((own,), result.revision + 1, self._told)
+
+        self.store.txn(Txn((), (Get(key),)), read)
+
+    def _marked(self, mark: KeyValue) -> None:
+        """Whether the mark means this very life of the node is told by its record's revision."""
+        try:
+            facts = json.loads(mark.value)
+        except ValueError:
+            return
+        if facts.get("record") == self.record:
+            self._fence(BadState(f"evicted by {facts.get('by', 'an operator')}"))

@@ -1,0 +1,56 @@
+"""Who this daemon is, and whether one that said so of itself provably exists no more.
+
+The machine is known by its id and by that of its hardware: a cloned image or a container may have
+another machine's id, and must not pass for that machine's dead daemon. Without a hardware id
+(it is root's to read) only a process under the same boot can be known to be dead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _state_and_start(pid: int) -> tuple[str, int]:
+    """The process's state letter and its start in clock ticks since boot; ("", 0): none such."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (fields[0], int(fields[19])) if len(fields) > 19 else ("", 0)
+
+
+def _namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def own() -> dict[str, object]:
+    """The facts of this process, for its record in the store."""
+    hardware = _read("/sys/class/dmi/id/product_uuid")
+    machine = _read("/etc/machine-id")
+    return {
+        "host": os.uname().nodename,
+        "machine": f"{machine}/{hardware}" if machine and hardware else "",
+        "boot": _read("/proc/sys/kernel/random/boot_id"),
+        "pidns": _namespace(),
+        "pid": os.getpid(),
+        "start": _state_and_start(os.getpid())[1],
+    }
+
+
+def is_over(facts: Mapping[str, object]) -> bool:
+    """Whether the process that wrote these facts surely exists no more."""
+    here = own()
+    if not facts.get("boot"):
+        return False
+    if facts["boot"] != here["boot"]:
+        return bool(here["machine"]) and facts.get("machine") == here["machine"]
+    if facts.get("pidns") != here["pidns"] or not isinstance(facts.get("pid"), int):
+        return False
+    state, start = _state_and_start(int(str(facts["pid"])))
+    return start != facts.get("start") or state in "ZX"

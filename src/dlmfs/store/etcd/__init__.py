@@ -1,0 +1,1 @@
+"""The store on an etcd cluster (extra `dlmfs[etcd]`)."""

@@ -1,0 +1,139 @@
+"""A lease in etcd, renewed, and each renewal confirmed.
+
+A renewal counts only if, before it was sent and after it was answered, a linearizable read found the
+same raft term, and the later one our key (design, "Lease and fencing"). Then one leader reigned all
+the while, so it was this leader that renewed the lease. Otherwise a paused old leader may have answered
+for a lease that the new one lets run out (protocol-traps 15, etcd-notes 5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+from collections.abc import Callable
+from typing import Final
+
+import grpc
+
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
+from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.codec import Codec
+from dlmfs.store.etcd.rpc import GRANT, KEEP_ALIVE, REVOKE, TXN, Rpc, cancelling, look_after
+from dlmfs.timing import Clock, Timing
+
+RETRY_S: Final = 0.2
+CLOSE_MAX_S: Final = 1.0
+
+
+class EtcdSession:
+    """See `store.base.Session`. Made by `open_session`."""
+
+    def __init__(
+        self, rpc: Rpc, codec: Codec, clock: Clock, lost: Callable[[DlmfsError], None]
+    ) -> None:
+        self.rpc = rpc
+        self.codec = codec
+        self.clock = clock
+        self.lost = lost
+        self.lease = secrets.randbits(63) | 1
+        self.ttl_s = 0.0
+        self.renewed_at: float | None = None
+        self._key = codec.root + b"s/%016x" % self.lease
+        self._term = 0
+        self._ended = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self, ttl_s: float) -> None:
+        """Get the lease. Raises OutcomeUnknown if the store is out of reach, NotPermitted."""
+        timeout_s = Timing(ttl_s).renew_every_s
+        sent = self.clock()
+        request = pb.LeaseGrantRequest(id=self.lease, ttl=math.ceil(ttl_s))
+        granted = await self.rpc.call(GRANT, request, timeout_s)
+        self.ttl_s = float(granted.ttl)
+        put = pb.PutRequest(key=self._key, value=b"{}", lease=self.lease)
+        txn = pb.TxnRequest(success=[pb.RequestOp(request_put=put)])
+        self._term = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
+        # A leader that came between the two has renewed the lease in full.
+        self.renewed_at = sent
+        self._task = asyncio.ensure_future(self._keep())
+        look_after(self._task)
+
+    # -- renewal ------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        every = Timing(self.ttl_s).renew_every_s
+        while not self._ended:
+            sent = self.clock()
+            try:
+                wait = every if await self._renew(sent, every) else 0.0
+            except LockLost as error:
+                self._lose(error)
+                return
+            except DlmfsError:
+                wait = RETRY_S
+            await asyncio.sleep(max(0.0, wait - (self.clock() - sent)) if wait else 0.0)
+
+    async def _renew(self, sent: float, timeout_s: float) -> bool:
+        """Renew and confirm; False if the leader changed, so that it does not count. Raises
+        LockLost if the lease is over, OutcomeUnknown."""
+        left_s = await self._keep_alive(timeout_s)
+        look = pb.TxnRequest(
+            success=[pb.RequestOp(request_range=pb.RangeRequest(key=self._key))],
+        )
+        answer = await self.rpc.call(TXN, look, timeout_s)
+        if left_s <= 0 or not answer.responses[0].response_range.kvs:
+            raise LockLost("the lease has ended in the store")
+        same: bool = answer.header.raft_term == self._term
+        self._term = answer.header.raft_term
+        if same:
+            self.renewed_at = sent
+        return same
+
+    async def _keep_alive(self, timeout_s: float) -> int:
+        """The seconds left after a renewal; 0 if the lease is gone."""
+        generation = self.rpc.generation
+        try:
+            stream = await self.rpc.stream(KEEP_ALIVE, timeout_s)
+            try:
+                await stream.write(pb.LeaseKeepAliveRequest(id=self.lease))
+                answer = await stream.read()
+            finally:
+                stream.cancel()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return 0
+            self.rpc.failed(generation, error.details() or error.code().name)
+            raise OutcomeUnknown("no answer to a renewal") from None
+        except asyncio.CancelledError:
+            if cancelling():
+                raise
+            raise OutcomeUnknown("the connection was given up") from None
+        if not isinstance(answer, pb.LeaseKeepAliveResponse):
+            self.rpc.failed(generation, "a renewal was not answered")
+            raise OutcomeUnknown("no answer to a renewal")
+        return answer.ttl
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def _lose(self, error: DlmfsError) -> None:
+        if not self._ended:
+            self._ended = True
+            self.lost(error)
+
+    def abandon(self) -> None:
+        """Renew no more; the lease runs out by itself."""
+        self._ended = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def revoke(self) -> None:
+        """End the session: its keys vanish in one revision. Out of reach, it runs out."""
+        self.abandon()
+        with contextlib.suppress(DlmfsError):
+            await self.rpc.call(REVOKE, pb.LeaseRevokeRequest(id=self.lease), CLOSE_MAX_S)
+
+    def close(self, done: Callable[[DlmfsError | None], None]) -> None:
+        task = asyncio.ensure_future(self.revoke())
+        task.add_done_callback(lambda _task: done(None))

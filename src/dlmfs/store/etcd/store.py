@@ -1,0 +1,189 @@
+"""`Store` on etcd: joins codec, connections, watches and the session.
+
+Kept in etcd: everything below `dlmfs/CLUSTER/`. Nothing else there is read or touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from dlmfs.errors import DlmfsError, OutcomeUnknown
+from dlmfs.store.base import Txn, TxnDone, WatchBatch, WatchGap
+from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.codec import Codec
+from dlmfs.store.etcd.rpc import REVOKE, STATUS, TXN, Access, Rpc, look_after
+from dlmfs.store.etcd.session import EtcdSession
+from dlmfs.store.etcd.watch import EtcdWatch
+from dlmfs.timing import Clock
+
+log = logging.getLogger("dlmfs.etcd")
+
+SOUND: Final = ((3, 4, 38), (3, 5, 23), (3, 6, 5))
+"""The first of each line where a renewal cannot succeed on a revoked lease (etcd PR 20590) and a stuck
+old leader cannot revoke live ones (issue 15247); see etcd-notes 5."""
+SIZE_EVERY_S: Final = 10.0
+
+
+def unsound(version: str) -> str | None:
+    """What to say of a server version whose lease bugs are not mended; None if they are."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    line = next((sound for sound in SOUND if sound[:2] == numbers[:2]), None)
+    if numbers >= SOUND[-1] or (line is not None and numbers >= line):
+        return None
+    want = ".".join(map(str, line or SOUND[-1]))
+    return (
+        f"etcd {version} may renew a lease that it has revoked (mended in {want}): "
+        "rely on tokens, or upgrade it"
+    )
+
+
+class EtcdStore:
+    """One node's handle. Made on the running event loop, after any fork."""
+
+    def __init__(self, access: Access, cluster: str, clock: Clock, timeout_s: float) -> None:
+        self.codec = Codec(f"dlmfs/{cluster}/".encode())
+        self.clock = clock
+        self.timeout_s = timeout_s
+        self.rpc = Rpc(access, self._void)
+        self.session: EtcdSession | None = None
+        self.watches: list[EtcdWatch] = []
+        self.version = "unknown"
+        self.commits = 0
+        self._size = 0
+        self._looked = -SIZE_EVERY_S
+        self._lost: Callable[[DlmfsError], None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        look_after(task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _void(self, error: DlmfsError) -> None:
+        """The store is another one than it was."""
+        if self.session is not None:
+            self.session.abandon()
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            lost(error)
+
+    # -- the contract -------------------------------------------------------------------------
+
+    def txn(self, txn: Txn, done: TxnDone) -> None:
+        self._start(self._txn(txn, done))
+
+    async def _txn(self, txn: Txn, done: TxnDone) -> None:
+        self.commits += 1
+        try:
+            answer = await self.rpc.call(TXN, self.codec.txn(txn), self.timeout_s)
+        except DlmfsError as error:
+            done(error)
+            return
+        done(self.codec.result(txn, answer, answer.header.revision))
+
+    def watch(
+        self,
+        prefixes: Sequence[bytes],
+        from_revision: int,
+        sink: Callable[[WatchBatch | WatchGap], None],
+    ) -> EtcdWatch:
+        self.watches = [w for w in self.watches if not w.cancelled]
+        watch = EtcdWatch(self.rpc, self.codec, prefixes, from_revision, sink)
+        self.watches.append(watch)
+        return watch
+
+    def open_session(
+        self,
+        node: str,  # noqa: ARG002 - etcd keeps no names of its own
+        ttl_s: float,
+        lost: Callable[[DlmfsError], None],
+        done: Callable[[EtcdSession | DlmfsError], None],
+    ) -> None:
+        self._lost = lost
+        self._start(self._open_session(ttl_s, lost, done))
+
+    async def _open_session(
+        self,
+        ttl_s: float,
+        lost: Callable[[DlmfsError], None],
+        done: Callable[[EtcdSession | DlmfsError], None],
+    ) -> None:
+        session = EtcdSession(self.rpc, self.codec, self.clock, lost)
+        try:
+            await self._look()
+            await session.open(ttl_s)
+        except DlmfsError as error:
+            # Perhaps granted all the same: nothing hangs on it, so let it not stay behind.
+            self._start(session.revoke())
+            done(error)
+            return
+        self.session = session
+        done(session)
+
+    def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
+        """End another session, whose owner is known to be over."""
+        self._start(self._end_session(lease, done))
+
+    async def _end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
+        try:
+            await self.rpc.call(REVOKE, pb.LeaseRevokeRequest(id=lease), self.timeout_s)
+        except OutcomeUnknown as error:
+            done(error)
+        except DlmfsError:
+            done(None)  # it had ended
+        else:
+            done(None)
+
+    # -- facts --------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        status = await self.rpc.call(STATUS, pb.StatusRequest(), self.timeout_s)
+        if self.version != status.version:
+            self.version = status.version
+            warning = unsound(status.version)
+            if warning is not None:
+                log.warning("%s", warning)
+        self._size = status.db_size
+
+    def size_mb(self) -> float:
+        """The whole database, ours and others'; asked for again when it is 10 s old."""
+        if self.clock() - self._looked >= SIZE_EVERY_S:
+            self._looked = self.clock()
+            self._start(self._look_again())
+        return self._size / 1e6
+
+    async def _look_again(self) -> None:
+        try:
+            await self._look()
+        except DlmfsError:
+            return
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "store": "etcd",
+            "endpoints": list(self.rpc.access.endpoints),
+            "endpoint": self.rpc.endpoint,
+            "version": self.version,
+            "warning": unsound(self.version) if self.version != "unknown" else None,
+            "trouble": self.rpc.trouble,
+            "revision": self.rpc.revision,
+            "commits": self.commits,
+        }
+
+    def close(self) -> None:
+        for watch in self.watches:
+            watch.cancel()
+        if self.session is not None:
+            self.session.abandon()
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
+
+    async def disconnect(self) -> None:
+        """After `close`, to leave no connection behind."""
+        await self.rpc.close()
