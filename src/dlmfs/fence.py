@@ -70,8 +70,8 @@ class Watchdog:
         reading, writing = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(writing)
             with contextlib.suppress(BaseException):
+                _close_all_but(reading)
                 _Guard(reading, on_lost).run()
             os._exit(0)
         os.close(reading)
@@ -104,6 +104,15 @@ class Watchdog:
         os.close(self._pipe)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
+
+
+def _close_all_but(fd: int) -> None:
+    """The daemon's files are not this process's: somebody may wait for the end of one of them."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.closerange(3, fd)
+    os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 class _Guard:

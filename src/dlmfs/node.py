@@ -123,7 +123,7 @@ class Node:
     async def _open_store(self, undo: contextlib.AsyncExitStack) -> None:
         source, options = self.config.source, self.config.options
         if isinstance(source, EtcdSource):
-            etcd = _etcd_store(source, options)
+            etcd = _etcd_store(source, options, self.loop)
             undo.push_async_callback(etcd.disconnect)
             self.store = etcd
         else:
@@ -282,7 +282,9 @@ class Node:
         return await admin.remove_domain(self.transact, str(request["domain"]))
 
 
-def _etcd_store(source: EtcdSource, options: MountOptions) -> EtcdStore:
+def _etcd_store(
+    source: EtcdSource, options: MountOptions, loop: asyncio.AbstractEventLoop
+) -> EtcdStore:
     """Loaded after forking, and only if it is used. Raises UsageError without the extra."""
     try:
         from dlmfs.store.etcd.access import access
@@ -292,7 +294,7 @@ def _etcd_store(source: EtcdSource, options: MountOptions) -> EtcdStore:
             f"SOURCE etcd:// needs `pip install dlmfs[etcd]` for the Python that runs dlmfs ({error})"
         ) from None
     timeout_s = Timing(options.ttl_s).renew_every_s
-    return EtcdStore(access(source, options), source.cluster, boottime, timeout_s)
+    return EtcdStore(access(source, options), source.cluster, loop, boottime, timeout_s)
 
 
 def _always() -> bool:

@@ -1,17 +1,28 @@
-"""One suite, two stores: a driver opens handles on one store and runs its event loop."""
+"""One suite, three stores: a driver opens handles on one store and runs its event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
+import itertools
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
-from dlmfs.errors import DlmfsError
+from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store import statefile
 from dlmfs.store.base import Session, Store, Txn, TxnResult
+from dlmfs.store.etcd.rpc import Access
+from dlmfs.store.etcd.store import EtcdStore
 from dlmfs.store.memory import MemoryServer, MemoryStore
 from dlmfs.store.sqlite import SqliteStore
 
@@ -85,6 +96,89 @@ class DurableDriver(SqliteDriver):
     kind = "ext4"
 
 
+class EtcdDriver:
+    """On a server that serves all tests of the run, each with a lock space of its own."""
+
+    patience_s = 30.0
+    _numbers = itertools.count()
+    _server: tuple[subprocess.Popen[bytes], str] | None = None
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def __init__(self, _folder: Path) -> None:
+        # One for all: gRPC's own machinery stays with the first that it meets.
+        if EtcdDriver._loop is None:
+            EtcdDriver._loop = asyncio.new_event_loop()
+            atexit.register(EtcdDriver._loop.close)
+        self.loop = EtcdDriver._loop
+        self.cluster = f"contract{next(self._numbers)}"
+        self.stores: list[EtcdStore] = []
+
+    @classmethod
+    def endpoint(cls) -> str:
+        if cls._server is None:
+            folder = tempfile.mkdtemp(prefix="dlmfs-etcd-", dir="/dev/shm")
+            client, peer = (f"http://127.0.0.1:{port}" for port in _free_ports(2))
+            program = Path(sys.executable).with_name("etcd")
+            args = {
+                "data-dir": folder,
+                "listen-client-urls": client,
+                "advertise-client-urls": client,
+                "listen-peer-urls": peer,
+                "initial-advertise-peer-urls": peer,
+                "initial-cluster": f"default={peer}",
+                "log-level": "panic",
+            }
+            command = [str(program), *(f"--{name}={value}" for name, value in args.items())]
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            atexit.register(process.wait)
+            atexit.register(process.kill)
+            cls._server = (process, client.removeprefix("http://"))
+            _wait_for(int(client.rpartition(":")[2]))
+        return cls._server[1]
+
+    def open(self) -> EtcdStore:
+        access = Access((self.endpoint(),))
+        store = EtcdStore(access, self.cluster, self.loop, self.loop.time, self.patience_s)
+        store.version = "3.5.1"  # as if its warning had been said
+        self.stores.append(store)
+        return store
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            async with asyncio.timeout(self.patience_s):
+                while not condition():  # noqa: ASYNC110 - any condition of the test's
+                    await asyncio.sleep(0.001)
+
+        self.loop.run_until_complete(wait())
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+            self.loop.run_until_complete(store.disconnect())
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        assert time.monotonic() < deadline, "etcd did not start"
+        time.sleep(0.05)
+
+
 class Client:
     """A handle with its session, for tests that read top to bottom."""
 
@@ -93,6 +187,8 @@ class Client:
         self.store = driver.open()
         self.lost: list[str] = []
         session = self.get(lambda done: self.store.open_session(name, 15.0, self._lose, done))
+        while isinstance(session, OutcomeUnknown):  # a server that has only just been started
+            session = self.get(lambda done: self.store.open_session(name, 15.0, self._lose, done))
         self.session: Session = session
 
     def _lose(self, error: DlmfsError) -> None:

@@ -110,7 +110,13 @@ class Stream(Protocol):
 class Rpc:
     """See the rules at the head of the file. `lost(error)` is called when the store went back."""
 
-    def __init__(self, access: Access, lost: Callable[[DlmfsError], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        access: Access,
+        lost: Callable[[DlmfsError], None],
+    ) -> None:
+        self.loop = loop
         self.access = access
         self.lost = lost
         self.generation = 0
@@ -153,7 +159,7 @@ class Rpc:
         """Let go of the connection; what is under way on it may still be answered."""
         channel, self._channel = self._channel, None
         if channel is not None:
-            task = asyncio.ensure_future(channel.close(GRACE_S))
+            task = self.loop.create_task(channel.close(GRACE_S))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -173,7 +179,7 @@ class Rpc:
         floor = self.revision
         answer = await self._call(method, request, timeout_s)
         if self.trouble is not None:
-            log.warning("etcd at %s answers", self.endpoint)
+            log.info("etcd at %s answers", self.endpoint)
             self.trouble = None
         if method is TXN or method is RANGE:
             self._look_back(answer.header, floor)

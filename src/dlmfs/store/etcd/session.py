@@ -31,7 +31,11 @@ class EtcdSession:
     """See `store.base.Session`. Made by `open_session`."""
 
     def __init__(
-        self, rpc: Rpc, codec: Codec, clock: Clock, lost: Callable[[DlmfsError], None]
+        self,
+        rpc: Rpc,
+        codec: Codec,
+        clock: Clock,
+        lost: Callable[[DlmfsError], None],
     ) -> None:
         self.rpc = rpc
         self.codec = codec
@@ -40,7 +44,7 @@ class EtcdSession:
         self.lease = secrets.randbits(63) | 1
         self.ttl_s = 0.0
         self.renewed_at: float | None = None
-        self._key = codec.root + b"s/%016x" % self.lease
+        self._key = codec.root[:-1] + b"!/%016x" % self.lease
         self._term = 0
         self._ended = False
         self._task: asyncio.Task[None] | None = None
@@ -57,7 +61,7 @@ class EtcdSession:
         self._term = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
         # A leader that came between the two has renewed the lease in full.
         self.renewed_at = sent
-        self._task = asyncio.ensure_future(self._keep())
+        self._task = self.rpc.loop.create_task(self._keep())
         look_after(self._task)
 
     # -- renewal ------------------------------------------------------------------------------
@@ -135,5 +139,5 @@ class EtcdSession:
             await self.rpc.call(REVOKE, pb.LeaseRevokeRequest(id=self.lease), CLOSE_MAX_S)
 
     def close(self, done: Callable[[DlmfsError | None], None]) -> None:
-        task = asyncio.ensure_future(self.revoke())
+        task = self.rpc.loop.create_task(self.revoke())
         task.add_done_callback(lambda _task: done(None))

@@ -1,6 +1,7 @@
 """`Store` on etcd: joins codec, connections, watches and the session.
 
-Kept in etcd: everything below `dlmfs/CLUSTER/`. Nothing else there is read or touched.
+Kept in etcd: everything below `dlmfs/CLUSTER/`, and one key for each session below `dlmfs/CLUSTER!/`.
+Nothing else there is read or touched.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dlmfs.store.etcd.codec import Codec
 from dlmfs.store.etcd.rpc import REVOKE, STATUS, TXN, Access, Rpc, look_after
 from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.watch import EtcdWatch
+from dlmfs.store.memory import check
 from dlmfs.timing import Clock
 
 log = logging.getLogger("dlmfs.etcd")
@@ -42,13 +44,21 @@ def unsound(version: str) -> str | None:
 
 
 class EtcdStore:
-    """One node's handle. Made on the running event loop, after any fork."""
+    """One node's handle. Made after any fork; everything runs on `loop`."""
 
-    def __init__(self, access: Access, cluster: str, clock: Clock, timeout_s: float) -> None:
+    def __init__(
+        self,
+        access: Access,
+        cluster: str,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        timeout_s: float,
+    ) -> None:
+        self.loop = loop
         self.codec = Codec(f"dlmfs/{cluster}/".encode())
         self.clock = clock
         self.timeout_s = timeout_s
-        self.rpc = Rpc(access, self._void)
+        self.rpc = Rpc(loop, access, self._void)
         self.session: EtcdSession | None = None
         self.watches: list[EtcdWatch] = []
         self.version = "unknown"
@@ -59,7 +69,7 @@ class EtcdStore:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
+        task = self.loop.create_task(work)
         look_after(task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -75,6 +85,7 @@ class EtcdStore:
     # -- the contract -------------------------------------------------------------------------
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
+        check(txn)
         self._start(self._txn(txn, done))
 
     async def _txn(self, txn: Txn, done: TxnDone) -> None:

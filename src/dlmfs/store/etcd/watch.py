@@ -44,7 +44,7 @@ class EtcdWatch:
         self.next = from_revision
         self.sink = sink
         self.cancelled = False
-        self._task = asyncio.ensure_future(self._run())
+        self._task = rpc.loop.create_task(self._run())
         look_after(self._task)
 
     def cancel(self) -> None:
