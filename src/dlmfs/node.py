@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dlmfs import __version__, identity, report
@@ -52,7 +53,7 @@ class Node:
 
     def __init__(self, config: MountConfig) -> None:
         self.config = config
-        self.started = time.time()
+        self.started = boottime()
         self.mounted = False
         self.watchdog: Watchdog | None = None
         self.loop: asyncio.AbstractEventLoop
@@ -105,7 +106,8 @@ class Node:
         """A broken invariant: better no lock service than a wrong one."""
         error = context.get("exception")
         loop.default_exception_handler(context)
-        self._broken(error)
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            self._broken(error)  # else asyncio could not accept an asker, and tries again
 
     def _broken(self, error: object) -> None:
         if hasattr(self, "membership"):
@@ -158,13 +160,20 @@ class Node:
         member.host = self.fs
         await self._finish(member.start)
         undo.push_async_callback(self._leave)
-        if member.fence_at is None:
-            self.fs.serving = _always  # a session without an end: one question less in every open
+        if isinstance(self.store, SqliteStore):
+            # No lease to run out, but a file to be deleted.
+            self.fs.serving, self.fs.expire = partial(self._intact, self.store), _nothing
             return
         timer = LeaseTimer(lambda: member.fence_at, boottime, self._deadline_passed)
         timer.start()
         undo.callback(timer.close)
         self._feed_watchdog()
+
+    def _intact(self, store: SqliteStore) -> bool:
+        """Whether the state file is still there; if not everything is lost before this returns."""
+        if not store.intact():
+            self.membership.lose(str(store.dead))
+        return store.dead is None
 
     def _deadline_passed(self) -> None:
         """On the timer's thread: the event loop may be stalled, or about to notice by itself."""
@@ -237,6 +246,7 @@ class Node:
         entry = fuse_mount.find(self.config.mountpoint)
         assert entry is not None
         self._entry = entry
+        self.fs.mount_device = entry.dev
 
     async def _answering(self) -> None:
         """Wait for the kernel's first request: from then on the mount answers."""
@@ -297,8 +307,8 @@ def _etcd_store(
     return EtcdStore(access(source, options), source.cluster, loop, boottime, timeout_s)
 
 
-def _always() -> bool:
-    return True
+def _nothing() -> None:
+    return
 
 
 def _names(host: str) -> Sequence[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 from dlmfs import __version__
@@ -35,7 +34,7 @@ def status(node: Node) -> dict[str, Any]:
         "source": node.config.source_text,
         "mountpoint": node.config.mountpoint,
         "owner": node.config.options.owner.value,
-        "uptime_s": round(time.time() - node.started, 1),
+        "uptime_s": round(node.membership.clock() - node.started, 1),
         "lease": _lease(node.membership),
         "store": node.store.describe(),
         "domains": [_domain(node, space) for space in node.membership.spaces.values()],

@@ -171,6 +171,10 @@ class Lockres:
         self.revision = revision
         self._counter = 0
         self._last_exclusive = False
+        if self.strongest is not Mode.NL and self._barrier is None:
+            # Others wished before we were granted, and will not wish again: who comes from now on
+            # comes after them (promise 5).
+            self._barrier = self._seq + 1
         return self._settle()
 
     def queued(self) -> list[Action]:
@@ -238,6 +242,11 @@ class Lockres:
         self.level = Mode.NL
 
     # -- questions --------------------------------------------------------------------------
+
+    @property
+    def trying(self) -> int:
+        """How many trylocks wait here."""
+        return self._trying_waiting
 
     @property
     def in_use(self) -> bool:

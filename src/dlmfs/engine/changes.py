@@ -96,7 +96,7 @@ def take(view: View, mode: Mode, *, trying: bool, convert: bool) -> tuple[Txn, H
     is what the first would put; None: only the wish is filed."""
     space = view.space
     filing = (_filing(view, mode, trying=trying, convert=convert), *reading(view))
-    head = bury(view.head, space.is_dead)
+    head = bury(view.head, view.is_dead)
     direct = not any(w.node != space.node for w in view.wishes.values())
     if not (direct and fits(head.members, space.node, mode)):
         return Txn((), filing), None
@@ -115,8 +115,7 @@ def renew(view: View) -> tuple[Txn, Head]:
     members[view.space.node] = mine._replace(revision=0)
     head = view.head._replace(members=members)
     key = view.space.keys.head(view.name)
-    same = unchanged(key, view.head_revision)
-    return Txn((same,), (Put(key, head.encode()),), reading(view)), head
+    return Txn(_guards(view, []), (Put(key, head.encode()),), reading(view)), head
 
 
 def withdraw(view: View, wish: Wish) -> Txn:
@@ -137,7 +136,7 @@ def leave(view: View) -> Change:
     """Leave the head, or remove it with the last member (rule 15)."""
     space = view.space
     members = {n: m for n, m in view.head.members.items() if n != space.node}
-    head = bury(view.head._replace(members=members), space.is_dead)
+    head = bury(view.head._replace(members=members), view.is_dead)
     head, granted = grant_pass(head, view.wishes.values())
     record = head.encode()
     key = space.keys.head(view.name)
@@ -147,5 +146,7 @@ def leave(view: View) -> Change:
         for node, m in head.members.items()
         if all(w.node != node for w in granted) and not space.is_gone(node, m.incarnation)
     )
-    ops = (Put(key, record) if head.members else Delete(key), *_delivery(view, granted, record))
+    # A head that tells of a dead exclusive holder stays for whoever comes next (promise 4).
+    keep = head.members or head.abandoned
+    ops = (Put(key, record) if keep else Delete(key), *_delivery(view, granted, record))
     return Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted)

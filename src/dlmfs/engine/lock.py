@@ -35,7 +35,7 @@ from dlmfs.engine import changes
 from dlmfs.engine.changes import Change
 from dlmfs.engine.records import Head, Mail, Wish
 from dlmfs.engine.view import NO_HEAD, NOTHING, View
-from dlmfs.errors import DlmfsError, LockLost, StoreFull
+from dlmfs.errors import DlmfsError, LockLost, Unavailable
 from dlmfs.model import LVB_SIZE, Mode, compatible
 from dlmfs.store.base import Txn, TxnResult
 from dlmfs.timing import Timer
@@ -47,6 +47,10 @@ Done = Callable[[DlmfsError | None], None]
 
 RETRY_S: Final = 0.2
 """Wait before a give-up is tried again on a store that is full."""
+
+
+SLACK_S: Final = 0.001
+"""A timer may come early by a rounding of the clock."""
 
 
 class Write(NamedTuple):
@@ -104,12 +108,15 @@ class ClusterLock:
             return False
         if self.res.hold_cached(claim):
             return True
+        claim.since = self.space.loop.time()
         self._run(self.res.wait(claim))
         self._step()
         if claim.trying and claim.stage is Stage.WAITING and self._try_timer is None:
-            delay = self.space.timing.try_timeout_s
-            self._try_timer = self.space.loop.call_later(delay, self._try_is_over)
+            self._time_try(self.space.timing.try_timeout_s)
         return False
+
+    def _time_try(self, delay: float) -> None:
+        self._try_timer = self.space.loop.call_later(delay, self._try_is_over)
 
     def close(self, claim: Claim) -> None:
         actions = self.res.close(claim)
@@ -191,6 +198,7 @@ class ClusterLock:
         if res.phase is Phase.ASKING and self._got_it():
             assert mine is not None
             view.wish = None
+            view.vanished = None  # it did not vanish, it was granted; the core may ask anew now
             self._tell_wanted()
             self._run(res.granted(mine.level, mine.revision))
         vanished, view.vanished = view.vanished, None
@@ -236,25 +244,29 @@ class ClusterLock:
             return
         self._draining = True
         host = self.space.host
-        while self._todo:
-            action = self._todo.pop(0)
-            match action:
-                case Grant(claim):
-                    host.granted(claim)
-                case Fail(claim, reason):
-                    host.failed(claim, reason)
-                case Notify(claim):
-                    host.notify(claim)
-                case Identify(claim):
-                    kin = host.is_kin(claim, list(self.res.holders.values()))
-                    self._todo.extend(self.res.identified(claim, kin=kin))
-                case RefuseTry():
-                    self._refuse_try = True
-                case Ask() | Drop():
-                    self._told = False
-                case Withdraw():
-                    pass
-        self._draining = False
+        try:
+            while self._todo:
+                action = self._todo.pop(0)
+                match action:
+                    case Grant(claim):
+                        host.granted(claim)
+                    case Fail(claim, reason):
+                        host.failed(claim, reason)
+                    case Notify(claim):
+                        host.notify(claim)
+                    case Identify(claim):
+                        kin = host.is_kin(claim, list(self.res.holders.values()))
+                        self._todo.extend(self.res.identified(claim, kin=kin))
+                    case RefuseTry():
+                        self._refuse_try = True
+                    case Ask() | Drop():
+                        self._told = False
+                    case Withdraw():
+                        pass
+        finally:
+            self._draining = False
+        if self._try_timer is not None and not self.res.trying:
+            self._cancel_try()
 
     def _tell_wanted(self) -> None:
         """Tell the core what the others wish for, if that changed."""
@@ -278,6 +290,7 @@ class ClusterLock:
         if self._at_rest() or not self.space.running:
             return
         if self._unresolved or view.must_look:
+            view.must_look = False  # now: what is heard from here on asks for another look
             self._send(Txn((), changes.reading(view)), self._looked)
         elif res.phase is Phase.DROPPING:
             self._change(level=res.level, then=res.asked)
@@ -358,7 +371,7 @@ class ClusterLock:
         if self._unresolved:
             # A refusal of trylocks may be what got lost: have the core decide anew.
             self._wanted = NOTHING
-        self._unresolved = self.view.must_look = False
+        self._unresolved = False
         self._adopt(result)
         self.learned()
         if not self._unresolved:
@@ -416,10 +429,16 @@ class ClusterLock:
             return  # and everybody has been told
         # No answer of the store in all this time: then it is not a user who refuses.
         reason = errno.ENOLCK if self._busy or not self.space.running else errno.ETXTBSY
-        for claim in [c for c in self.res.waiters.values() if c.trying]:
+        limit, now = self.space.timing.try_timeout_s, self.space.loop.time()
+        later = [
+            c for c in self.res.waiters.values() if c.trying and now < c.since + limit - SLACK_S
+        ]
+        for claim in [c for c in self.res.waiters.values() if c.trying and c not in later]:
             if claim.stage is Stage.WAITING:  # else the one before it made room
                 self.space.host.failed(claim, reason)
                 self._run(self.res.interrupt(claim))
+        if self.res.trying and later and self._try_timer is None:
+            self._time_try(later[0].since + limit - now)
         self._step()
 
     def _cancel_try(self) -> None:
@@ -482,7 +501,7 @@ class ClusterLock:
         if self._refused(result):
             return
         self.view.committed(change.head, change.granted, result.revision)
-        if not change.head.members:
+        if not (change.head.members or change.head.abandoned):
             self.view.set_head(NO_HEAD, 0, result.revision)
         self._forgotten(None)
 
@@ -497,11 +516,11 @@ class ClusterLock:
 
     def failed(self, error: DlmfsError) -> None:
         """A definite refusal by the store: nothing of the transaction was applied."""
-        if not isinstance(error, StoreFull):
-            return
-        if self._writes and self.res.phase is not Phase.DROPPING:
+        if not isinstance(error, Unavailable):
+            self.space.lose(str(error))
+        elif self._writes and self.res.phase is not Phase.DROPPING:
             self._finish_write(error)
-        elif self._forgets:
+        elif self._forgets and self.res.phase is Phase.IDLE:
             self._forgotten(error)
         elif self.res.phase is Phase.ASKING and self.view.wish is None:
             self._run(self.res.refused(error.errno))

@@ -249,7 +249,13 @@ class Lockspace:
             waiting -= 1
             if error is not None:
                 failures.append(error)
-            if waiting == 0:
+            if waiting:
+                return
+            if failures and self.life is Life.LEAVING:
+                # Some head still has us; without the membership that would look like a death.
+                self.life = Life.JOINED
+                done(failures[0])
+            else:
                 self._leave_members(done)
 
         failures: list[DlmfsError] = []
@@ -306,6 +312,8 @@ class Lockspace:
     def _left(self, error: DlmfsError | None, done: Done) -> None:
         self._stop()
         self.life = Life.LEFT
+        for lock in list(self.locks.values()):
+            lock.lose(Unavailable.errno)  # nobody should wait there any more
         done(error)
 
     def lose(self, reason: str) -> None:

@@ -345,6 +345,9 @@ class Membership:
         space = self._space(domain)
 
         def joined(error: DlmfsError | None) -> None:
+            if error is None and not self._up:
+                space.lose(str(self.reason))
+                error = Unavailable(f"this node is fenced: {self.reason}")
             if error is not None:
                 done(error)
                 return
@@ -357,8 +360,10 @@ class Membership:
         """Give back every lock of a domain, then the membership."""
 
         def left(error: DlmfsError | None) -> None:
-            if error is None or isinstance(error, LockLost):
-                self.spaces.pop(space.domain, None)
+            over = error is None or isinstance(error, LockLost)
+            # A late leave must not take the name from one that was joined meanwhile.
+            if over and self.spaces.get(space.domain) is space:
+                del self.spaces[space.domain]
             done(error)
 
         if space.live:
@@ -386,16 +391,23 @@ class Membership:
         """A clean end: leave every domain, then end the session. The caller bounds the time."""
         waiting = len(self.spaces)
 
-        def one_left(_error: DlmfsError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
-            if waiting == 0:
-                self.end(done)
+        def leave(space: Lockspace) -> None:
+            def left(error: DlmfsError | None) -> None:
+                nonlocal waiting
+                if isinstance(error, Unavailable) and not self._closed:
+                    # To leave with a lock at EX would look like a death (protocol-traps 12).
+                    self.loop.call_later(RETRY_S, leave, space)
+                    return
+                waiting -= 1
+                if waiting == 0:
+                    self.end(done)
+
+            self.leave(space, left)
 
         if not waiting:
             self.end(done)
         for space in list(self.spaces.values()):
-            self.leave(space, one_left)
+            leave(space)
 
     def end(self, done: Done) -> None:
         """End the session now, whether or not anything was left cleanly."""

@@ -150,6 +150,13 @@ class View:
 
     # -- questions ----------------------------------------------------------------------------
 
+    def is_dead(self, node: str, incarnation: int) -> bool:
+        """As the domain says; and an incarnation is over when a later one of its node wishes here,
+        which the watch may tell before it tells of the membership."""
+        wish = self.wishes.get(node)
+        later = wish is not None and wish.incarnation > incarnation
+        return later or self.space.is_dead(node, incarnation)
+
     def mine(self) -> Member | None:
         """Our place in the head. An older incarnation of ours is a dead stranger (rule 14)."""
         member = self.head.members.get(self.space.node)
@@ -159,7 +166,7 @@ class View:
 
     def at_level(self, level: Mode) -> Head:
         """The head without the dead, and with this node brought down to `level`."""
-        head = bury(self.head, self.space.is_dead)
+        head = bury(self.head, self.is_dead)
         mine = head.members.get(self.space.node)
         if mine is None or mine.level <= level:
             return head

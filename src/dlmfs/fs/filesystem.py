@@ -68,7 +68,7 @@ class FileSystem(OpenFiles):
         super().__init__(tree, loop, timing, limits=limits, readers=readers)
         self.watchdog = watchdog
         self.domains = domains
-        self.serving = domains.serving
+        self.serving = self.expire = domains.serving
 
     # -- names --------------------------------------------------------------------------------
 
@@ -148,6 +148,8 @@ class FileSystem(OpenFiles):
             return errno.ENOENT
         if name in parent.children:
             return errno.EEXIST
+        if self.spaces[parent.ino].life is Life.LEAVING:
+            return errno.ENOLCK  # a removal that was answered ENOLCK is still under way
         if len(name) > LOCK_NAME_MAX or name.startswith(b"$"):
             return errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.EINVAL
         refusal = self._refuse_growth() or self.usage.refuse_lock(h.uid)
@@ -209,6 +211,8 @@ class FileSystem(OpenFiles):
                 del self.spaces[child.ino]
                 self.tree.remove(child)
                 self.usage.count_domain(child.maker, -1)
+                if not answer.open:  # told ENOLCK, the kernel still believes in the name
+                    self.device.invalidate_entry(h.node, name)
             answer(b"")
 
         if space.live:
@@ -237,6 +241,8 @@ class FileSystem(OpenFiles):
             if child.linked:
                 self.tree.remove(child)
                 self.usage.count_lock(child.maker, -1)
+                if not answer.open:
+                    self.device.invalidate_entry(h.node, name)
             answer(b"")
 
         if lock is None or not space.live:

@@ -65,7 +65,17 @@ def fate(pid: int) -> int | None:
         return None
 
 
-def _has_open(group: int, ino: int, tail: str) -> bool:
+def _device(group: int, info: str) -> str:
+    """The device number (as in mountinfo) that a descriptor's mount has for its process."""
+    mount = next((x.split()[1] for x in info.splitlines() if x.startswith("mnt_id:")), "")
+    try:
+        with open(f"/proc/{group}/mountinfo") as file:
+            return next((x.split()[2] for x in file if x.split(" ", 1)[0] == mount), "")
+    except OSError:
+        return ""
+
+
+def _has_open(group: int, ino: int, tail: str, device: str) -> bool:
     """Whether the process has a descriptor on the inode: also one that it inherited."""
     try:
         fds = os.listdir(f"/proc/{group}/fd")
@@ -80,19 +90,21 @@ def _has_open(group: int, ino: int, tail: str) -> bool:
                 info = file.read()
         except OSError:
             continue
-        if f"ino:\t{ino}\n" in info:
+        # Another mount may have the same number under the same name.
+        if f"ino:\t{ino}\n" in info and _device(group, info) == device:
             return True
     return False
 
 
-def is_kin(pid: int, holder_pids: Iterable[int], ino: int, path: bytes) -> bool:
+def is_kin(pid: int, holder_pids: Iterable[int], ino: int, path: bytes, device: str) -> bool:
     """Whether thread `pid` belongs to a process that holds the lock, or descends from one.
 
-    `holder_pids` are the threads that opened it, `ino` and `path` (below the mount) its file.
+    `holder_pids` are the threads that opened it, `ino` and `path` (below the mount) its file,
+    `device` the mount's device number, as in mountinfo.
     """
     holders = [holder for holder in holder_pids if holder]
     for generation, group in enumerate(_lineage(pid)):
-        if generation == 0 and _has_open(group, ino, os.fsdecode(path)):
+        if generation == 0 and _has_open(group, ino, os.fsdecode(path), device):
             return True
         if any(group == h or os.path.exists(f"/proc/{group}/task/{h}") for h in holders):
             return True

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from dlmfs.core.events import Claim, Stage
+from dlmfs.engine.lockspace import Life
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.fs.kin import is_kin
 from dlmfs.fs.limits import Usage, User
@@ -75,8 +76,13 @@ class OpenFiles:
     """The open files, and the `Host` of the lockspaces. `FileSystem` adds names and attributes."""
 
     device: Device
+    mount_device = ""
+    """As in mountinfo: major:minor."""
     serving: Callable[[], bool]
     """Asked in every operation: a process that was stopped may run on long after its lease did."""
+    expire: Callable[[], object]
+    """The same where nothing is served but something is given up, so that somebody else here might be
+    granted it; nothing to ask where no lease can run out."""
 
     def __init__(
         self,
@@ -97,6 +103,8 @@ class OpenFiles:
         """Granted, and not yet released."""
         self.waiting: dict[int, Handle] = {}
         """By the request that waits."""
+        self.pending: dict[int, Answer] = {}
+        """Reads and writes that wait for the store, by their requests."""
         self.places = Places(loop, readers, self._withdraw)
         self.watchdog: Watchdog | None = None
         self._last_fh = 0
@@ -116,8 +124,8 @@ class OpenFiles:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
             return errno.ESTALE if file.lost else errno.EAGAIN
         space = self.spaces[file.domain.ino]
-        if not self.serving() or not space.live:
-            return errno.ENOLCK
+        if not self.serving() or space.life is not Life.JOINED:
+            return errno.ENOLCK  # LEAVING: a removal that was answered ENOLCK still goes on
         if self.places and (returned := self._returned(h, flags, file)) is not None:
             return self._go_on(returned, h.unique)
         user = self.usage.user(h.uid)
@@ -152,10 +160,10 @@ class OpenFiles:
         return errno.EDQUOT if of_one_user else errno.EAGAIN
 
     def _returned(self, h: wire.Header, flags: int, file: LockFile) -> Handle | None:
-        """The claim that this thread's interrupted open left in the queue."""
-        if flags & os.O_NONBLOCK:
-            return None
+        """The claim that this thread's interrupted open left in the queue. Any other open of the file
+        shows that it does not come back for it."""
         mode = Mode.EX if flags & os.O_ACCMODE else Mode.PR
+        self.places.leave(h.pid, file.ino, but=None if flags & os.O_NONBLOCK else mode)
         handle = self.places.take(h.pid, file.ino, mode)
         if handle is None:
             return None
@@ -218,10 +226,15 @@ class OpenFiles:
 
     def interrupt(self, unique: int) -> None:
         """A signal for a waiting open: its place is kept for the case that it is tried again."""
-        self.serving()
+        self.expire()
         handle = self.waiting.pop(unique, None)
         if handle is None:
-            return  # answered already, or not an open: those are short
+            # Answered already, or short, or a read or write that waits for a silent store. Such a
+            # write may still happen; who was interrupted was promised nothing (promise 4).
+            answer = self.pending.pop(unique, None)
+            if answer is not None:
+                answer(errno.EINTR)
+            return
         handle.unique = 0
         # Looked at before the answer: afterwards a dying process may be gone, and its id reused.
         kept = not handle.trying and self.places.keep(handle)
@@ -231,7 +244,7 @@ class OpenFiles:
 
     def _withdraw(self, handle: Handle) -> None:
         """Nobody comes back for this claim."""
-        self.serving()  # else its lock might be given to the next one here
+        self.expire()
         handle.user.waiters -= 1
         if handle.stage is Stage.HELD:
             handle.lock.close(handle)
@@ -241,7 +254,7 @@ class OpenFiles:
     # -- closing ------------------------------------------------------------------------------
 
     def release(self, _h: wire.Header, fh: int) -> Reply:
-        self.serving()
+        self.expire()
         handle = self.handles.get(fh)
         if handle is not None:
             self._close(handle)
@@ -260,7 +273,8 @@ class OpenFiles:
         waiting = list(self.waiting.values())
         self.waiting.clear()
         for handle in waiting:
-            handle.unique = 0
+            handle.unique = 0  # of all first: one's withdrawal may be another's grant
+        for handle in waiting:
             self._withdraw(handle)
         for handle in list(self.handles.values()):
             self._close(handle)
@@ -277,7 +291,7 @@ class OpenFiles:
 
     def read(self, h: wire.Header, fh: int, offset: int, size: int) -> Reply:
         handle = self._held(fh)
-        answer = Answer(self.device, h.unique)
+        answer = self._interruptible(h.unique)
 
         def value(lvb: bytes) -> None:
             lost = not self.serving() or handle.stage is not Stage.HELD
@@ -296,7 +310,7 @@ class OpenFiles:
         if handle.mode is not Mode.EX:
             return errno.EBADF
         data = data[: LVB_SIZE - offset]
-        answer = Answer(self.device, h.unique)
+        answer = self._interruptible(h.unique)
 
         def written(error: DlmfsError | None) -> None:
             answer(error.errno if error is not None else wire.written(len(data)))
@@ -328,7 +342,7 @@ class OpenFiles:
         """`Host`: whether the claim's process holds this lock already (engine rule 11)."""
         handle = cast("Handle", claim)
         pids = {holder.pid for holder in holders}
-        return is_kin(claim.pid, pids, handle.file.ino, handle.file.path())
+        return is_kin(claim.pid, pids, handle.file.ino, handle.file.path(), self.mount_device)
 
     def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
         """`Host`: every descriptor of the domain is lost. Its file's name gets a new inode, so that
@@ -341,6 +355,10 @@ class OpenFiles:
 
     # -- answers ------------------------------------------------------------------------------
 
+    def _interruptible(self, unique: int) -> Answer:
+        """An answer that a signal makes EINTR while it is awaited."""
+        return Answer(self.device, unique, self.pending)
+
     def bounded(self, unique: int) -> Answer:
         """An answer that becomes ENOLCK when the store does not come back in time."""
         answer = Answer(self.device, unique)
@@ -351,9 +369,12 @@ class OpenFiles:
 class Answer:
     """The reply to one request: returned if it is known in time, else sent later, once."""
 
-    __slots__ = ("_deferred", "_device", "_early", "_unique", "open", "timer")
+    __slots__ = ("_deferred", "_device", "_early", "_pending", "_unique", "open", "timer")
 
-    def __init__(self, device: Device, unique: int) -> None:
+    def __init__(
+        self, device: Device, unique: int, pending: dict[int, Answer] | None = None
+    ) -> None:
+        self._pending = pending
         self._device = device
         self._unique = unique
         self._early: Reply = None
@@ -368,6 +389,8 @@ class Answer:
         if self.timer is not None:
             self.timer.cancel()
         if self._deferred:
+            if self._pending is not None:
+                self._pending.pop(self._unique, None)
             self._device.answer(self._unique, reply)
         else:
             self._early = reply
@@ -375,4 +398,6 @@ class Answer:
     def reply(self) -> Reply:
         """What the handler returns: the reply if it is there, None if it will be sent."""
         self._deferred = True
+        if self._early is None and self._pending is not None:
+            self._pending[self._unique] = self
         return self._early

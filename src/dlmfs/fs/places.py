@@ -15,16 +15,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.fs.kin import fate
+from dlmfs.model import Mode
 from dlmfs.timing import Scheduler, Timer
 
 if TYPE_CHECKING:
     from dlmfs.fs.openfiles import Handle
-    from dlmfs.model import Mode
 
 KEPT_S: Final = 1.0
 """How long a place is kept. A program that retries is back within milliseconds."""
 
-Key = tuple[int, int, "Mode"]
+Key = tuple[int, int, Mode]
 
 
 class Readers(Protocol):
@@ -79,6 +79,12 @@ class Places:
     def take(self, pid: int, ino: int, mode: Mode) -> Handle | None:
         """The claim that this thread left behind, if it comes back in time."""
         return self._remove((pid, ino, mode))
+
+    def leave(self, pid: int, ino: int, *, but: Mode | None) -> None:
+        """Give up what the thread left behind at the file, but a claim in that mode."""
+        for mode in (Mode.PR, Mode.EX):
+            if mode is not but:
+                self._over((pid, ino, mode))
 
     def forget(self, handle: Handle) -> None:
         """The claim ended by itself: refused, or lost with its domain."""

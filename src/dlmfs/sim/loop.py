@@ -68,7 +68,10 @@ class SimLoop:
         """Run all that is due within `seconds`; the clock stands at their end."""
         end = self._now + seconds
         while self._heap and self._heap[0][0] <= end:
-            self.step()
+            if self._heap[0][3].callback is None:
+                heapq.heappop(self._heap)  # `step` would run the next live one, however late
+            else:
+                self.step()
         self._now = max(self._now, end)
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = 3600.0) -> bool:

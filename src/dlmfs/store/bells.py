@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 FLOCK: Final = struct.Struct("@hhqqi4x")
+PAUSE_S: Final = 0.2
 _OWN: set[Path] = set()
 """Lock files held by this very process: its own locks never conflict with its questions."""
 
@@ -27,6 +28,8 @@ class ReaderLoop(Protocol):
     def add_reader(self, fd: int, callback: Callable[..., Any], *args: Any) -> None: ...
 
     def remove_reader(self, fd: int) -> bool: ...
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Any: ...
 
 
 def holder(fd: int, start: int = 0) -> int:
@@ -47,19 +50,25 @@ class Life:
 
     def end(self) -> None:
         _OWN.discard(self.path)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # on a disk gone read-only the others sweep it up
             self.path.unlink()
         os.close(self._fd)
 
 
-def alive(path: Path) -> bool:
-    """Whether the session with this lock file lives."""
+def alive(path: Path, pid: int) -> bool:
+    """Whether the session with this lock file lives; `pid`: its process, from its row.
+
+    In doubt it does: to bury a live daemon would give its locks away.
+    """
     if path in _OWN:
         return True
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        # Somebody tidied up, or the daemon fenced itself: only a dead process is surely over.
+        return pid != os.getpid() and os.path.exists(f"/proc/{pid}")
+    except OSError:
+        return True  # out of descriptors: look again later
     try:
         return holder(fd) != 0
     finally:
@@ -103,7 +112,10 @@ class Bells:
         """Connect to a peer's bell, once; False if nobody listens there."""
         if lease in self._peers:
             return True
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            return False  # out of descriptors: the sweep tries again
         peer.setblocking(False)
         try:
             peer.connect(self._address(lease))
@@ -134,12 +146,22 @@ class Bells:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            self._incoming.add(connection)
-            self._loop.add_reader(connection.fileno(), self._hear, connection)
-            self._joined()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:  # out of descriptors: not ready again until some are free
+            self._loop.remove_reader(self._listener.fileno())
+            self._loop.call_later(PAUSE_S, self._accept_again)
+            return
+        connection.setblocking(False)
+        self._incoming.add(connection)
+        self._loop.add_reader(connection.fileno(), self._hear, connection)
+        self._joined()
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _hear(self, connection: socket.socket) -> None:
         heard = False
@@ -176,6 +198,6 @@ class Bells:
         self._incoming.clear()
         self._listener = None
         if lease is not None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(self._address(lease))
         os.close(self._folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from itertools import groupby
@@ -25,6 +26,8 @@ from dlmfs.store.base import (
 
 APPLICATION_ID: Final = 0x646C6D66  # "dlmf"
 FORMAT: Final = 1
+LOG_PAGES_MAX: Final = 2000
+PAGE: Final = 4096
 TICK_US: Final = 32
 """A new state's revision starts at wall-clock time in this unit: tokens must not restart when a
 reboot has wiped a tmpfs. Coarse enough that a token (revision << 16) fits 63 bits until 2112,
@@ -78,7 +81,7 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
         _check(conn, path)
         conn.execute("PRAGMA journal_mode=WAL")
         conn.execute("PRAGMA synchronous=" + ("OFF" if volatile else "FULL"))
-        conn.execute("PRAGMA wal_autocheckpoint=2000")
+        conn.execute(f"PRAGMA wal_autocheckpoint={_log_pages(path)}")
         conn.execute("BEGIN IMMEDIATE")
         if conn.execute("PRAGMA application_id").fetchone()[0] == 0:
             _create(conn)
@@ -90,6 +93,12 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
         conn.close()
         raise
     return conn
+
+
+def _log_pages(path: Path) -> int:
+    """After how many pages the log is written back: early where it would fill the file system."""
+    facts = os.statvfs(path.parent)
+    return max(16, min(LOG_PAGES_MAX, facts.f_bavail * facts.f_frsize // 4 // PAGE))
 
 
 def size(conn: sqlite3.Connection) -> int:

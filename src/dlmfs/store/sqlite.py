@@ -48,6 +48,9 @@ OPEN_TIMEOUT_S: Final = 5.0
 RECHECKS_S: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
 """When to look again after a peer hung up: the kernel may close its sockets before its locks."""
 SWEEP_S: Final = 1.0
+REGISTER_AGAIN_S: Final = 0.2
+FAILING_MAX_S: Final = 2.0
+AGAIN_S: Final = 0.005
 SIZE_VALID_S: Final = 1.0
 TRIM_EVERY: Final = 1000
 KEEP_REVISIONS: Final = 10_000
@@ -72,8 +75,8 @@ class SqliteStore:
         self._lost: Callable[[DlmfsError], None] | None = None
         self.session: SqliteSession | None = None
         self._fast = self._connect()
-        info = os.stat(path)
-        self._identity = (info.st_dev, info.st_ino)
+        self._identity = self._look(path)
+        self._beside = {p: self._look(p) for p in (f"{path}-wal", f"{path}-shm")}
         self._watches: list[SqliteWatch] = []
         self._seen = 0
         self._pumping = False
@@ -83,6 +86,7 @@ class SqliteStore:
         self._peer_prefixes: dict[int, tuple[bytes, ...]] = {}
         self._commits = 0
         self._size_mb = 0.0
+        self._failing_since: float | None = None
         self._size_until = 0.0
         self._shm: int | None = None
         self._worker: ThreadPoolExecutor | None = None
@@ -90,7 +94,13 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         try:
-            return schema.connect(self.path, volatile=self.volatile, timeout_s=OPEN_TIMEOUT_S)
+            made = schema.connect(self.path, volatile=self.volatile, timeout_s=OPEN_TIMEOUT_S)
+            if os.access(self.path, os.W_OK):
+                return made
+            made.close()
+            raise NotPermitted(
+                f"cannot open the state file {self.path} for writing: it is read-only; name another"
+            )
         except sqlite3.OperationalError as error:
             code = error.sqlite_errorcode & 0xFF
             if code == sqlite3.SQLITE_BUSY:
@@ -101,7 +111,10 @@ class SqliteStore:
             if code == sqlite3.SQLITE_FULL or not os.statvfs(self.path.parent).f_bavail:
                 raise StoreFull(f"no space left for the state file {self.path}") from None
             if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-                raise NotPermitted(f"cannot open the state file {self.path}: {error}") from None
+                raise NotPermitted(
+                    f"cannot open the state file {self.path} for writing ({error}): see who owns it, "
+                    "or name another"
+                ) from None
             raise BadState(f"the state file {self.path} cannot be used: {error}") from None
         except sqlite3.DatabaseError as error:
             raise BadState(
@@ -126,6 +139,7 @@ class SqliteStore:
         """Run `work` in a write transaction, then ring for the events it made."""
 
         def finished(outcome: tuple[T, list[schema.Row], int] | DlmfsError) -> None:
+            self._judge(outcome)
             if isinstance(outcome, DlmfsError):
                 done(outcome)
                 return
@@ -136,13 +150,22 @@ class SqliteStore:
 
         self._submit(partial(_writing, work=work), finished)
 
+    def _judge(self, outcome: object) -> None:
+        """A medium that fails and goes on failing will not come back by itself."""
+        if not isinstance(outcome, OutcomeUnknown):
+            self._failing_since = None
+        elif self._failing_since is None:
+            self._failing_since = self.loop.time()
+        elif self.loop.time() - self._failing_since > FAILING_MAX_S:
+            self.fence(f"{self.path}: {outcome}")
+
     def _submit(
         self,
         work: Callable[[sqlite3.Connection], T | None],
         done: Callable[[T | DlmfsError], None],
     ) -> None:
         """Run `work` now, or on the worker if it would have to wait. None means "busy"."""
-        if not self._still_ours():
+        if not self.still_ours():
             self.loop.call_soon(done, LockLost(self.dead))
             return
         if self.volatile and not self._pending:
@@ -180,17 +203,32 @@ class SqliteStore:
         if not self._closing:
             done(outcome)
 
-    def _still_ours(self) -> bool:
+    @staticmethod
+    def _look(path: Path | str) -> tuple[int, int] | None:
+        try:
+            info = os.stat(path)
+        except OSError:
+            return None
+        return info.st_dev, info.st_ino
+
+    def intact(self) -> bool:
+        """Whether the path still leads to the state file; if not, we are fenced (design, section 3,
+        "sqlite": checked in every operation)."""
         if self.dead is not None:
             return False
-        try:
-            info = os.stat(self.path)
-            same = (info.st_dev, info.st_ino) == self._identity
-        except OSError:
-            same = False
-        if not same:
+        if self._look(self.path) != self._identity:
             self.fence(f"the state file {self.path} was deleted or replaced while in use")
-        return same
+        return self.dead is None
+
+    def still_ours(self) -> bool:
+        """The same of what SQLite keeps beside it: another daemon would make these anew, and
+        from then on each would see its own."""
+        if not self.intact():
+            return False
+        for path, identity in self._beside.items():
+            if self._look(path) != identity:
+                self.fence(f"{path} was deleted or replaced while in use")
+        return self.dead is None
 
     def fence(self, reason: str) -> None:
         """The state is gone: tell the session's owner, once."""
@@ -205,7 +243,11 @@ class SqliteStore:
         """Tell who watches any of these keys; uncontended traffic wakes nobody."""
         keys = [event.key for event in events]
         if generation != self._generation:
-            self._peer_prefixes = schema.prefixes(self._fast)
+            try:
+                self._peer_prefixes = schema.prefixes(self._fast)
+            except sqlite3.OperationalError:  # a peer recovers the log just now
+                self.loop.call_later(AGAIN_S, self._announce, events, generation)
+                return
             self._generation = generation
         mine = self.session.lease if self.session is not None else 0
         for lease, prefixes in self._peer_prefixes.items():
@@ -246,7 +288,18 @@ class SqliteStore:
         lease = self.session.lease
         wanted = sorted({p for w in self._watches for p in w.prefixes})
         work = partial(schema.register, lease=lease, prefixes=wanted)
-        self._write(work, lambda _result: self.pump_soon())
+
+        def registered(result: object) -> None:
+            if isinstance(result, Unavailable) and self.session is not None:
+                # Until it is in, nobody rings us: we would be deaf.
+                self.loop.call_later(REGISTER_AGAIN_S, self._register_again)
+            self.pump_soon()
+
+        self._write(work, registered)
+
+    def _register_again(self) -> None:
+        if self.session is not None and self.dead is None:
+            self._register()
 
     def drop_watch(self, watch: SqliteWatch) -> None:
         if watch in self._watches:
@@ -263,7 +316,7 @@ class SqliteStore:
         lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
     ) -> None:
-        assert self.session is None
+        assert self.session is None or self.session.ended
         self._lost = lost
         session = SqliteSession(self, random.getrandbits(48) | 1)
         self.session = session
@@ -374,6 +427,9 @@ class SqliteWatch:
         try:
             revision, trimmed, batches = schema.events_since(conn, self.next, self.prefixes)
         except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:  # a peer recovers the log
+                self.store.loop.call_later(AGAIN_S, self.store.pump_soon)
+                return
             self.store.fence(f"the state file cannot be read any more: {error}")
             return
         if self.next <= trimmed:
@@ -404,7 +460,7 @@ class SqliteSession:
         self._life: bells.Life | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._rechecks: list[asyncio.TimerHandle] = []
-        self._ended = False
+        self.ended = False
         self.bells: bells.Bells
 
     def begin(self) -> None:
@@ -415,7 +471,7 @@ class SqliteSession:
             self.store.loop,
             self.folder,
             rung=self.store.pump_soon,
-            joined=self.look,
+            joined=self._joined,
             hung_up=self._hung_up,
         )
         self.bells.listen(self.lease)
@@ -425,25 +481,34 @@ class SqliteSession:
 
     def sweep(self) -> None:
         """Look at everybody now, and again every second."""
-        if self._ended:
+        if self.ended:
             return
         self.look()
         self._timer = self.store.loop.call_later(SWEEP_S, self.sweep)
 
     def look(self) -> None:
         """Bury the dead, connect to the new."""
-        if self._ended or not self.store._still_ours():  # noqa: SLF001 - one module
+        if self.ended or not self.store.still_ours():
             return
-        for lease, _, _ in self.store.sessions():
+        try:
+            sessions = self.store.sessions()
+        except sqlite3.OperationalError:
+            return  # a peer recovers the log just now; the sweep looks again
+        for lease, _, pid in sessions:
             if lease == self.lease:
                 continue
-            if bells.alive(self._lock_file(lease)):
+            if bells.alive(self._lock_file(lease), pid):
                 self.bells.connect(lease)
             else:
                 self.store.end_session(lease, partial(self._buried, lease))
 
+    def _joined(self) -> None:
+        """A peer connected, perhaps to ring: a bell is only kept by a connection."""
+        self.look()
+        self.store.pump_soon()
+
     def _buried(self, lease: int, _error: DlmfsError | None) -> None:
-        if self._ended:
+        if self.ended:
             return
         self.bells.forget(lease)
         for suffix in ("lock", "sock"):
@@ -451,7 +516,7 @@ class SqliteSession:
                 (self.folder / f"{lease:x}.{suffix}").unlink()
 
     def _hung_up(self) -> None:
-        if self._ended:
+        if self.ended:
             return
         for timer in self._rechecks:
             timer.cancel()
@@ -460,9 +525,9 @@ class SqliteSession:
 
     def abandon(self) -> None:
         """Stop, and let the others find out."""
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         for timer in (self._timer, *self._rechecks):
             if timer is not None:
                 timer.cancel()
@@ -495,6 +560,8 @@ def _guarded(work: Callable[[sqlite3.Connection], T | None], conn: sqlite3.Conne
             return None
         if code == sqlite3.SQLITE_FULL:
             return StoreFull("no space left for the state file")
+        if code == sqlite3.SQLITE_READONLY:
+            return Unavailable("the state file cannot be written any more: it is read-only")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return LockLost(f"the state file is damaged: {error}")
         return OutcomeUnknown(f"the state file failed: {error}")
@@ -502,6 +569,20 @@ def _guarded(work: Callable[[sqlite3.Connection], T | None], conn: sqlite3.Conne
 
 def _writing(
     conn: sqlite3.Connection, *, work: Callable[[sqlite3.Connection], tuple[T, list[schema.Row]]]
+) -> tuple[T, list[schema.Row], int]:
+    try:
+        return _write_once(conn, work)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL:
+            raise
+    # What is committed may fill the log many times over; written back, there may be room.
+    with contextlib.suppress(sqlite3.OperationalError):
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return _write_once(conn, work)
+
+
+def _write_once(
+    conn: sqlite3.Connection, work: Callable[[sqlite3.Connection], tuple[T, list[schema.Row]]]
 ) -> tuple[T, list[schema.Row], int]:
     conn.execute("BEGIN IMMEDIATE")
     try:

@@ -29,7 +29,7 @@ log = logging.getLogger("dlmfs.etcd")
 CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 6000),  # etcd closes connections that ask more often than each 5 s
     ("grpc.keepalive_timeout_ms", 3000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_permit_without_calls", 0),  # nor does it allow them then
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
