@@ -215,6 +215,16 @@ class Lockres:
             self._barrier = self._seq + 1
         return self._settle()
 
+    def next_wish(self) -> Mode:
+        """The give-up is about to be sent: the mode of the wish that goes along with it, NL for none.
+        Who came since Drop was said is served by it, too."""
+        assert self.phase is Phase.DROPPING
+        if self.asked is Mode.NL and self.level is Mode.NL:
+            first = next(iter(self.waiters.values()), None)
+            if first is not None and not first.trying:
+                self.asked = first.mode
+        return self.asked
+
     def dropped(self) -> list[Action]:
         """The give-up is committed, and with it the wish that Drop named."""
         self._enter(Event.DROPPED)

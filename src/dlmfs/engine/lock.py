@@ -67,6 +67,7 @@ class ClusterLock:
         "_draining",
         "_forgets",
         "_lvb_reads",
+        "_patient",
         "_refuse_try",
         "_todo",
         "_told",
@@ -89,6 +90,7 @@ class ClusterLock:
         self._unresolved = False
         self._refuse_try = False
         self._told = False
+        self._patient = False
         self._wanted = NOTHING
         self._writes: list[Write] = []
         self._lvb_reads: list[Callable[[bytes], None]] = []
@@ -293,7 +295,7 @@ class ClusterLock:
             view.must_look = False  # now: what is heard from here on asks for another look
             self._send(Txn((), changes.reading(view)), self._looked)
         elif res.phase is Phase.DROPPING:
-            self._change(level=res.level, then=res.asked)
+            self._hand_over()
         elif view.wish is not None and self._should_withdraw(view.wish):
             self._send(changes.withdraw(view, view.wish), partial(self._withdrawn, wish=view.wish))
         elif res.phase is Phase.ASKING and res.withdrawing and view.wish is None:
@@ -317,6 +319,15 @@ class ClusterLock:
         if self.res.phase is not Phase.IDLE or self._writes or self._forgets:
             return False
         return not (self._unresolved or self.view.must_look or self.view.wishes)
+
+    def _hand_over(self) -> None:
+        """Give the level up, one turn of the loop from now: a program that closes and opens again is
+        back by then, and its wish goes into the same commit (rule 8)."""
+        self._patient = not self._patient
+        if self._patient:
+            self.space.loop.call_soon(self._step)
+        else:
+            self._change(level=self.res.level, then=self.res.next_wish())
 
     def _ask(self) -> None:
         res, view = self.res, self.view

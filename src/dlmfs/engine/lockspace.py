@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 BATCH_MAX: Final = 32
 """Locks per commit: etcd's default max-txn-ops is 128, and a lock takes up to four."""
 
+IN_FLIGHT_MAX: Final = 2
+"""Commits under way at once: what comes meanwhile goes into the next ones together."""
+
 RETRY_S: Final = 0.1
 
 
@@ -122,6 +125,7 @@ class Lockspace:
         self.answers = 0
         self._queue: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]] = []
         self._flushing = False
+        self._in_flight = 0
         self._watch: Watch | None = None
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
@@ -426,9 +430,9 @@ class Lockspace:
 
     def _flush(self) -> None:
         self._flushing = False
-        if not self.running:
-            return  # sent when the new epoch is in force
-        while self._queue:
+        # While not running: sent when the new epoch is in force, or the lease good again.
+        while self._queue and self.running and self._in_flight < IN_FLIGHT_MAX:
+            self._in_flight += 1
             part = self._queue[:BATCH_MAX]
             del self._queue[:BATCH_MAX]
             guard = unchanged(self.keys.mine, self.epoch)
@@ -450,10 +454,20 @@ class Lockspace:
         part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
         result: TxnResult | DlmfsError,
     ) -> None:
+        self._in_flight -= 1
         if not self.serving() or not self.live:
             return
         for lock, _, _ in part:
             lock.answered()
+        self._take_in(part, result)
+        if self._queue:
+            self._flush()
+
+    def _take_in(
+        self,
+        part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
+        result: TxnResult | DlmfsError,
+    ) -> None:
         if isinstance(result, OutcomeUnknown):
             for lock, _, _ in part:
                 lock.reread()

@@ -7,8 +7,9 @@ those run ahead of the events (etcd-notes 1).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 
@@ -17,9 +18,6 @@ from dlmfs.store.base import WatchBatch, WatchGap
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.codec import Codec
 from dlmfs.store.etcd.rpc import WATCH, Rpc, Stream, cancelling, look_after
-
-if TYPE_CHECKING:
-    from asyncio import Task
 
 SILENCE_S: Final = 2.0
 """After this long without a word the server is asked for one; after as long again the stream is
@@ -44,6 +42,7 @@ class EtcdWatch:
         self.next = from_revision
         self.sink = sink
         self.cancelled = False
+        self._heard = True
         self._task = rpc.loop.create_task(self._run())
         look_after(self._task)
 
@@ -76,21 +75,12 @@ class EtcdWatch:
         await stream.write(
             pb.WatchRequest(create_request=self.codec.watch(self.prefixes, self.next))
         )
-        reading: Task[pb.WatchResponse] | None = None
-        asked = False
+        listening = self.rpc.loop.create_task(self._listen(stream))
         pending: list[pb.Event] = []
         try:
             while True:
-                reading = reading or asyncio.ensure_future(stream.read())
-                # Not wait_for: cancelling a read cancels the whole stream.
-                done, _ = await asyncio.wait((reading,), timeout=SILENCE_S)
-                if not done:
-                    if asked:
-                        return
-                    asked = True
-                    await stream.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
-                    continue
-                response, reading, asked = reading.result(), None, False
+                response = await stream.read()
+                self._heard = True
                 if not isinstance(response, pb.WatchResponse):
                     return  # the end of the stream
                 if response.compact_revision:
@@ -99,15 +89,34 @@ class EtcdWatch:
                     return
                 if response.canceled:
                     return
+                if not response.fragment and not pending:
+                    self._deliver(response.events)
+                    continue
                 pending.extend(response.events)
                 if not response.fragment:
                     self._deliver(pending)
                     pending = []
         finally:
-            if reading is not None:
-                reading.cancel()
+            listening.cancel()
 
-    def _deliver(self, events: list[pb.Event]) -> None:
+    async def _listen(self, stream: Stream) -> None:
+        """Ask for a word after a silence, and give the stream up after another: a link may be dead
+        without telling (etcd-notes, "its watch dies silently")."""
+        asked = False
+        while True:
+            self._heard = False
+            await asyncio.sleep(SILENCE_S)
+            if self._heard:
+                asked = False
+            elif asked:
+                stream.cancel()
+                return
+            else:
+                asked = True
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await stream.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+
+    def _deliver(self, events: Sequence[pb.Event]) -> None:
         for batch in self.codec.batches(events, self.prefixes):
             if self.cancelled:
                 return
