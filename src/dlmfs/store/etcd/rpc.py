@@ -244,6 +244,7 @@ class Rpc:
 
     def _raise(self, error: grpc.aio.AioRpcError, generation: int) -> None:
         code, details = error.code(), error.details() or "no details"
+        endpoint = self.endpoint
         if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
             raise LockLost("the lease has ended") from None
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
@@ -262,7 +263,7 @@ class Rpc:
             self.trouble = details  # said after applying, too (protocol-traps 14)
         else:
             self.failed(generation, f"{code.name.lower()}: {details}")
-        raise OutcomeUnknown(f"etcd at {self.endpoint} did not answer ({details})") from None
+        raise OutcomeUnknown(f"etcd at {endpoint} did not answer ({details})") from None
 
     def _look_back(self, header: pb.ResponseHeader, floor: int) -> None:
         if self.cluster_id not in (0, header.cluster_id):

@@ -124,15 +124,19 @@ class EtcdStore:
         lost: Callable[[DlmfsError], None],
         done: Callable[[EtcdSession | DlmfsError], None],
     ) -> None:
-        session = EtcdSession(self.rpc, self.codec, self.clock, lost)
-        try:
-            await self._look()
-            await session.open(ttl_s)
-        except DlmfsError as error:
-            # Perhaps granted all the same: nothing hangs on it, so let it not stay behind.
-            self._start(session.revoke())
-            done(error)
-            return
+        for attempt in range(len(self.rpc.access.endpoints) + 1):
+            session = EtcdSession(self.rpc, self.codec, self.clock, lost)
+            try:
+                await self._look()
+                await session.open(ttl_s)
+                break
+            except DlmfsError as error:
+                # Perhaps granted all the same: nothing hangs on it, so let it not stay behind.
+                self._start(session.revoke())
+                last = attempt == len(self.rpc.access.endpoints)
+                if last or not isinstance(error, OutcomeUnknown):
+                    done(error)
+                    return
         self.session = session
         done(session)
 
