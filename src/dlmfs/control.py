@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ CONNECTIONS_MAX: Final = 32
 """Questions under way at once; one user must not use up the daemon's descriptors."""
 TALK_S: Final = 10.0
 """An asker who does not talk or listen for this long is dropped."""
+CROWDED_TALK_S: Final = 0.5
 
 Handler = Callable[[dict[str, object]], object]
 
@@ -37,29 +39,60 @@ def owner_of(entry: MountEntry) -> int:
     return 0
 
 
+def control_folders(uid: int) -> tuple[Path, ...]:
+    """Where daemons of this user may listen, the best first. /run may be read-only, or another
+    user's where root is not the machine's root (containers)."""
+    shm = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
+    own = Path(f"{shm}/dlmfs-{uid}/ctl")
+    return (Path("/run/dlmfs/ctl"), own) if uid == 0 else (own,)
+
+
 def control_path(entry: MountEntry) -> Path:
     """Where the daemon of this mount listens."""
-    uid = owner_of(entry)
-    shm = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-    folder = Path("/run/dlmfs/ctl") if uid == 0 else Path(f"{shm}/dlmfs-{uid}/ctl")
-    return folder / f"{entry.dev.replace(':', '-')}.sock"
+    name = f"{entry.dev.replace(':', '-')}.sock"
+    places = [folder / name for folder in control_folders(owner_of(entry))]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def _make_folder(uid: int) -> Path:
+    """The first folder that is ours alone, or can be made so. Raises NotPermitted."""
+    mode = 0o755 if uid == 0 else 0o700
+    refused = ""
+    for folder in control_folders(uid):
+        try:
+            for part in (folder.parent, folder):
+                with contextlib.suppress(FileExistsError):
+                    part.mkdir(mode)
+                info = part.lstat()
+                if not stat.S_ISDIR(info.st_mode) or info.st_uid != uid or info.st_mode & 0o022:
+                    raise NotPermitted(f"{part} is not a folder that only this user can write")
+        except (OSError, NotPermitted) as error:
+            refused = refused or str(error)
+            continue
+        return folder
+    raise NotPermitted(f"no place for the control socket: {refused}; remove it, or mend its mode")
 
 
 class ControlServer:
-    """Answers questions about one daemon. `allow_other`: to every local user."""
+    """Answers questions about one daemon. `allow_other`: to every local user, but for `admin`, which
+    only root and the daemon's own user may ask. Raises NotPermitted."""
 
-    def __init__(self, path: Path, handlers: Mapping[str, Handler], *, allow_other: bool) -> None:
-        self.path = path
+    def __init__(
+        self,
+        entry: MountEntry,
+        handlers: Mapping[str, Handler],
+        admin: Mapping[str, Handler],
+        *,
+        allow_other: bool,
+    ) -> None:
+        self.path = _make_folder(os.getuid()) / f"{entry.dev.replace(':', '-')}.sock"
         self.handlers = handlers
+        self.admin = admin
         self.allow_other = allow_other
         self._server: asyncio.Server | None = None
         self._connections = 0
 
     async def start(self) -> None:
-        for folder in (self.path.parent.parent, self.path.parent):
-            folder.mkdir(mode=0o755 if os.getuid() == 0 else 0o700, exist_ok=True)
-        if self.path.parent.stat().st_uid != os.getuid():
-            raise NotPermitted(f"{self.path.parent} belongs to another user: remove it")
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()  # of a dead daemon whose device number we got
         self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
@@ -88,17 +121,25 @@ class ControlServer:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> dict[str, object]:
         try:
+            crowded = self._connections > CONNECTIONS_MAX
+            # First of all read: closing with unread bytes would take the answer along.
+            async with asyncio.timeout(TALK_S if not crowded else CROWDED_TALK_S):
+                line = await reader.readline()
             credentials = writer.get_extra_info("socket").getsockopt(
                 socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
             )
             _, uid, _ = struct.unpack("3i", credentials)
             if uid not in (0, os.getuid()) and not self.allow_other:
                 raise NotPermitted("this mount belongs to another user")
-            if self._connections > CONNECTIONS_MAX:
+            if crowded:
                 raise Unavailable(f"the daemon answers {CONNECTIONS_MAX} others now: try again")
-            async with asyncio.timeout(TALK_S):
-                request = json.loads(await reader.readline())
-            handler = self.handlers.get(request["cmd"]) if isinstance(request, dict) else None
+            request = json.loads(line)
+            command = str(request["cmd"]) if isinstance(request, dict) else ""
+            handler = self.handlers.get(command)
+            if handler is None and command in self.admin:
+                if uid not in (0, os.getuid()):
+                    raise NotPermitted("only root and the user who mounted it may do that")
+                handler = self.admin[command]
             if handler is None:
                 raise UsageError(
                     "the daemon does not know this question: is it of another version?"
@@ -125,7 +166,12 @@ def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -
             ) from None
         except PermissionError:
             raise NotPermitted(f"the daemon of {entry.mountpoint} is another user's") from None
-        pid = peer_pid(sock)
+        pid = _peer(sock, entry)
+        if pid is None:
+            raise NotPermitted(
+                f"what answers for {entry.mountpoint} is not its daemon: another user made "
+                f"{control_path(entry)}"
+            )
         try:
             sock.sendall(json.dumps(request).encode() + b"\n")
             sock.shutdown(socket.SHUT_WR)
@@ -149,12 +195,14 @@ def daemon_pid(entry: MountEntry) -> int | None:
             sock.connect(str(control_path(entry)))
         except OSError:
             return None
-        return peer_pid(sock)
+        return _peer(sock, entry)
 
 
-def peer_pid(sock: socket.socket) -> int:
+def _peer(sock: socket.socket, entry: MountEntry) -> int | None:
+    """The daemon's process; None for another user's, who is not to be believed."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[0])
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return int(pid) if uid in (0, owner_of(entry)) else None
 
 
 def _state(pid: int) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs import __version__, identity, report
 from dlmfs.config import EtcdSource
-from dlmfs.control import ControlServer, control_path
+from dlmfs.control import ControlServer
 from dlmfs.engine import admin, membership
 from dlmfs.engine.membership import Membership
 from dlmfs.errors import DlmfsError, UsageError
@@ -78,14 +78,9 @@ class Node:
             undo.callback(self._unmount)
             await self._answering()
             control = ControlServer(
-                control_path(self._entry),
-                {
-                    "status": self._status,
-                    "info": self._info,
-                    "nodes": self._nodes,
-                    "evict": self._evict,
-                    "remove-domain": self._remove_domain,
-                },
+                self._entry,
+                {"status": self._status, "info": self._info, "nodes": self._nodes},
+                {"evict": self._evict, "remove-domain": self._remove_domain},
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
             )
             await control.start()

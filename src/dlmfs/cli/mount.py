@@ -19,7 +19,7 @@ DESCRIPTION: Final = """\
 SOURCE   local             the embedded engine: all mounts of this user on this host that say
                            `local` share one lock space; nothing to set up
          local:NAME        another lock space of that kind
-         local:/path/x.db  the state in a file of your choice (several users, or to keep it)
+         local:/path/x.db  the state in a file of your choice (to keep it, or to share it with root)
          etcd://HOST[:PORT][,HOST[:PORT]...]/CLUSTER
                            a cluster of machines, on an etcd (v3); CLUSTER names the lock space
 """

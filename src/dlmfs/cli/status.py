@@ -9,7 +9,7 @@ from typing import Any
 
 from dlmfs.cli.parser import Parser
 from dlmfs.control import ask
-from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.errors import DlmfsError, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
 
 
@@ -32,7 +32,9 @@ def run(args: list[str]) -> int:
         try:
             reports.append(ask(entry, {"cmd": "status"}))
         except DlmfsError as error:
-            reports.append({"mountpoint": entry.mountpoint, "error": str(error)})
+            refused = isinstance(error, NotPermitted)
+            told = {"mountpoint": entry.mountpoint, "error": str(error), "refused": refused}
+            reports.append(told)
             code = error.exit
     if parsed.json:
         print(json.dumps(reports))
@@ -56,7 +58,8 @@ def age(seconds: float) -> str:
 def render(report: dict[str, Any], *, everything: bool = False) -> str:
     """One mount for people."""
     if "error" in report:
-        return f"{report['mountpoint']}  DEAD or silent: {report['error']}"
+        what = "not ours to ask" if report["refused"] else "DEAD or silent"
+        return f"{report['mountpoint']}  {what}: {report['error']}"
     lease = report["lease"]
     head = (
         f"{report['mountpoint']}  node {report['node']}  {lease['state']}  source "

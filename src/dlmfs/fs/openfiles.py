@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dlmfs.engine.lockspace import Lockspace
     from dlmfs.fuse.device import Device
 
+FMODE_EXEC: Final = 0x20
+"""The kernel's own flag of an open by execve(2): a value is no program, whatever its file's mode."""
 POLLIN: Final = 0x001 | 0x040  # POLLIN | POLLRDNORM
 POLLGONE: Final = 0x008 | 0x010  # POLLERR | POLLHUP
 
@@ -118,7 +120,7 @@ class OpenFiles:
         file = self.tree.inodes.get(h.node)
         if not isinstance(file, LockFile):
             return errno.EISDIR if file is not None else errno.ESTALE
-        if flags & os.O_DIRECT:
+        if flags & (os.O_DIRECT | FMODE_EXEC):
             return errno.EINVAL
         if not file.linked:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.

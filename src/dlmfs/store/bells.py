@@ -33,10 +33,11 @@ class ReaderLoop(Protocol):
 
 
 def holder(fd: int, start: int = 0) -> int:
-    """The pid that holds a POSIX write lock on one byte of the file, or 0."""
+    """The pid that holds a POSIX write lock on one byte of the file; 0: nobody; -1: a process in
+    another pid namespace, of which the kernel tells no number."""
     query = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
     kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
-    return 0 if kind == fcntl.F_UNLCK else int(pid)
+    return 0 if kind == fcntl.F_UNLCK else int(pid) or -1
 
 
 class Life:
@@ -44,7 +45,7 @@ class Life:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         _OWN.add(path)
 
@@ -104,6 +105,8 @@ class Bells:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.setblocking(False)
         listener.bind(self._address(lease))
+        # For the folder's owner, if that is not us: root may share a user's state.
+        os.chmod(self._address(lease), 0o666)  # noqa: S103 - the folder is 0700
         listener.listen(128)
         self._listener = listener
         self._loop.add_reader(listener.fileno(), self._accept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import time
@@ -70,6 +71,9 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
     Raises BadState for another program's or version's file, which is left as it was, and
     sqlite3.Error for what SQLite finds wrong.
     """
+    # Values are as private as the lock files, and who can read the state can stop it by a lock on it.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     conn = sqlite3.connect(
         path,
         timeout=timeout_s,

@@ -74,7 +74,11 @@ def prepare(path: Path, *, default: bool) -> str:
         raise UsageError(f"the state folder {folder}: {error.strerror}") from None
     if not stat.S_ISDIR(info.st_mode):
         raise UsageError(f"the state folder {folder} is not a folder")
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except PermissionError:
+        raise NotPermitted(f"no permission to look into the state folder {folder}") from None
+    if is_folder:
         raise UsageError(f"{path} is a folder: name a file in it, such as {path}/state.db")
     kind = fs_type(folder)
     if kind in NETWORK or kind.startswith("fuse."):

@@ -1,0 +1,161 @@
+"""The units in contrib/, and what systemd makes of an fstab line. systemd itself need not run: its own
+programs check and generate the units, and what a unit says is done here by hand."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dlmfs.fuse import mountinfo
+from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes
+
+UNITS = ROOT / "contrib" / "systemd"
+GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
+HELPER = Path("/sbin/mount.fuse.dlmfs")
+
+
+class Unit:
+    """A unit file, as far as it is needed: later values replace earlier ones but for Environment."""
+
+    def __init__(self, text: str) -> None:
+        self._parser = configparser.RawConfigParser(strict=False, comment_prefixes=("#", ";"))
+        self._parser.optionxform = str  # type: ignore[assignment,method-assign]
+        self._parser.read_string(text)
+
+    def __call__(self, section: str, name: str) -> str:
+        return self._parser.get(section, name)
+
+
+def variables(unit: Unit, instance: str) -> dict[str, str]:
+    pairs = unit("Service", "Environment").replace("%i", instance).split(" ")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def command(line: str, known: dict[str, str]) -> list[str]:
+    """An Exec line's words, with our program in place of the installed one."""
+    line = re.sub(r"\$\{(\w+)\}", lambda match: known[match[1]], line)
+    assert line.startswith("/usr/local/bin/dlmfs ")
+    return [*DLMFS, *line.split()[1:]]
+
+
+def mounted(where: Path) -> list[mountinfo.MountEntry]:
+    return [entry for entry in mountinfo.mounts() if entry.mountpoint == str(where)]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in UNITS.iterdir()))
+def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
+    """systemd-analyze verify has no complaint, once the program is where the unit names it."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is missing: install the package systemd")
+    for path in UNITS.iterdir():
+        text = path.read_text().replace("/usr/local/bin/dlmfs", "/bin/true")
+        (tmp_path / path.name).write_text(text)
+    unit = name.replace("@.", "@jobs.")
+    if unit != name:
+        (tmp_path / unit).symlink_to(name)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--recursive-errors=no", "--man=no", str(tmp_path / unit)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env={**os.environ, "LC_ALL": "C", "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.fuse
+def test_what_the_service_does(nodes: Nodes) -> None:
+    """Its ExecStart returns when the mount answers (Type=forking), its ExecStop when it is gone."""
+    unit = Unit((UNITS / "dlmfs@.service").read_text())
+    assert unit("Service", "Type") == "forking"
+    known = variables(unit, "jobs")
+    assert known == {"SOURCE": "local:jobs", "MOUNTPOINT": "/mnt/jobs", "OPTIONS": "owner=file"}
+    where = nodes.folder / "service"
+    where.mkdir()
+    nodes.mounts.append(where)
+    known |= {"SOURCE": f"local:{nodes.state}", "MOUNTPOINT": str(where)}
+    subprocess.run(command(unit("Service", "ExecStart"), known), check=True, timeout=PATIENCE_S)
+    assert nodes.status(where)["owner"] == "file"
+    (where / "dom").mkdir()
+    subprocess.run(command(unit("Service", "ExecStop"), known), check=True, timeout=PATIENCE_S)
+    assert mounted(where) == []
+
+
+# -- mount(8) and fstab ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def helper() -> Iterator[Path]:
+    """The launcher where mount(8) looks for its helper."""
+    if HELPER.exists():
+        pytest.skip(f"{HELPER} exists: not ours to replace")
+    HELPER.symlink_to(ROOT / "scripts" / "dlmfs")
+    try:
+        yield HELPER
+    finally:
+        HELPER.unlink()
+
+
+def mount_as(unit: Unit, nodes: Nodes) -> Path:
+    """Carry out a mount unit as systemd does: mount -t TYPE -o OPTIONS WHAT WHERE."""
+    where = nodes.folder / "unit"
+    where.mkdir()
+    nodes.mounts.append(where)
+    assert unit("Mount", "What") == "local"
+    words = ["-t", unit("Mount", "Type"), "-o", unit("Mount", "Options"), f"local:{nodes.state}"]
+    subprocess.run(["mount", *words, str(where)], check=True, timeout=PATIENCE_S)
+    return where
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_what_the_mount_unit_does(nodes: Nodes, helper: Path) -> None:
+    assert helper.exists()
+    automount = Unit((UNITS / "mnt-locks.automount").read_text())
+    unit = Unit((UNITS / "mnt-locks.mount").read_text())
+    assert automount("Automount", "Where") == unit("Mount", "Where") == "/mnt/locks"
+    where = mount_as(unit, nodes)
+    (entry,) = mounted(where)
+    assert "noexec" in entry.options
+    assert nodes.status(where)["owner"] == "file"
+    subprocess.run(["umount", str(where)], check=True, timeout=PATIENCE_S)
+    assert mounted(where) == []
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_an_fstab_line_with_automount(nodes: Nodes, helper: Path, tmp_path: Path) -> None:
+    """The line of the docs: systemd makes a mount and an automount of it, and all the options that
+    it hands to mount(8) are taken."""
+    assert helper.exists()
+    if not GENERATOR.exists():
+        pytest.skip(f"{GENERATOR} is missing: install the package systemd")
+    text = (UNITS / "mnt-locks.automount").read_text()
+    (line,) = re.findall(r"^# +(local .* 0 0)$", text, re.MULTILINE)
+    assert "x-systemd.automount" in line
+    line = line.replace("nofail", "nofail,_netdev,x-systemd.mount-timeout=30")
+    (tmp_path / "fstab").write_text(line + "\n")
+    folders = [tmp_path / name for name in ("normal", "early", "late")]
+    for folder in folders:
+        folder.mkdir()
+    subprocess.run(
+        [GENERATOR, *folders],
+        env={**os.environ, "SYSTEMD_FSTAB": str(tmp_path / "fstab")},
+        check=True,
+        timeout=PATIENCE_S,
+    )
+    made = {path.name: Unit(path.read_text()) for path in folders[0].glob("mnt-locks.*")}
+    if not made:
+        pytest.skip("this systemd's generator does not read SYSTEMD_FSTAB")
+    assert made["mnt-locks.automount"]("Automount", "Where") == "/mnt/locks"
+    assert made["mnt-locks.mount"]("Mount", "Type") == "fuse.dlmfs"
+    where = mount_as(made["mnt-locks.mount"], nodes)
+    assert nodes.status(where)["owner"] == "file"
