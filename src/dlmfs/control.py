@@ -91,18 +91,22 @@ class ControlServer:
         self.allow_other = allow_other
         self._server: asyncio.Server | None = None
         self._connections = 0
+        self._inode = 0
 
     async def start(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()  # of a dead daemon whose device number we got
         self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
         self.path.chmod(0o666)
+        self._inode = self.path.lstat().st_ino
 
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
+            # After an umount from outside our device number may be another mount's by now.
             with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
+                if self.path.lstat().st_ino == self._inode:
+                    self.path.unlink()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections += 1

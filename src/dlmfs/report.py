@@ -91,6 +91,7 @@ def _domain(node: Node, space: Lockspace) -> dict[str, Any]:
     return {
         "name": os.fsdecode(space.domain),
         "state": space.life.value,
+        "reason": space.reason,
         "members": sorted(space.members),
         "locks": [_lock(lock, now) for _, lock in sorted(space.locks.items())],
     }

@@ -6,6 +6,11 @@ from dlmfs.cli.choice import choose
 from dlmfs.cli.parser import Parser
 from dlmfs.control import ask
 
+HOW = {
+    "left": "left",
+    "expired": "did not hear; its lease ran out",
+    "ended": "did not hear; its lease was ended",
+}
 PATIENCE_S = 3700.0
 """The longest lease time, and some."""
 
@@ -22,6 +27,5 @@ def run(args: list[str]) -> int:
     parsed = parser.parse_args(args)
     entry = choose(parsed.mountpoint)
     told = ask(entry, {"cmd": "evict", "node": parsed.node}, timeout_s=PATIENCE_S)
-    how = "left" if told["how"] == "left" else "did not answer: its lease was ended"
-    print(f"{told['node']} {how} after {told['after_s']} s")
+    print(f"{told['node']} {HOW[told['how']]} after {told['after_s']} s")
     return 0

@@ -85,6 +85,8 @@ def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
     shown = domain["locks"] if everything else busy
     idle = len(domain["locks"]) - len(shown)
     rest = f", {idle} idle" if idle else ""
+    if domain["reason"]:
+        rest = f"  {domain['state']}: {domain['reason']}"
     lines = [f"  {domain['name']}/  members: {', '.join(domain['members'])}{rest}"]
     for lock in shown:
         lines.append(f"    {lock['name']:24} {lock['level']}")

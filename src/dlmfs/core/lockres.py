@@ -133,6 +133,16 @@ class Lockres:
         self._kin_waiting += claim.kin
         return self._settle()
 
+    def converters(self) -> list[Claim]:
+        """Who would be told EDEADLK: waiters whose process held the lock shared when they came."""
+        return [c for c in self.waiters.values() if c.kin is True and c.mode is Mode.EX]
+
+    def not_kin(self, claim: Claim) -> None:
+        """The claim's process has closed what it held: it waits like any other."""
+        assert claim.kin is True
+        claim.kin = False
+        self._kin_waiting -= 1
+
     def close(self, claim: Claim) -> list[Action]:
         """A program closed its last descriptor of an open file (RELEASE)."""
         self._enter(Event.CLOSE)
@@ -197,20 +207,26 @@ class Lockres:
                 hit = claim.trying and claim.mode >= asked
             elif reason == errno.EDEADLK:
                 # Who holds no PR itself can wait on: it gets its turn when the holders close.
-                hit = claim.kin is True and claim.mode is Mode.EX
+                hit = claim.kin is True and claim.mode is Mode.EX and self.pr > 0
             else:
                 hit = True
             if hit:
                 self._fail(claim, reason)
         return self._settle()
 
-    def wanted(self, front: Mode, strongest: Mode, try_mode: Mode) -> list[Action]:
-        """What the other nodes' wishes ask for: the first one, the strongest, the trylocks'."""
+    def wanted(
+        self, front: Mode, strongest: Mode, try_mode: Mode, since: int | None = None
+    ) -> list[Action]:
+        """What the other nodes' wishes ask for: the first one, the strongest, the trylocks'. `since`:
+        the number of the last claim here that came before the oldest of them; None: of the last one
+        of all, when others begin to wish."""
         self._enter(Event.WANTED)
         self.front, self.strongest, self.try_mode = front, strongest, try_mode
         self._try_refused = False
         if strongest is Mode.NL:
             self._barrier = None
+        elif since is not None:
+            self._barrier = since + 1
         elif self._barrier is None:
             self._barrier = self._seq + 1
         return self._settle()
@@ -252,6 +268,11 @@ class Lockres:
         self.level = Mode.NL
 
     # -- questions --------------------------------------------------------------------------
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the last claim that came."""
+        return self._seq
 
     @property
     def trying(self) -> int:

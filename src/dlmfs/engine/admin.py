@@ -40,7 +40,8 @@ Transact = Callable[[Txn], Awaitable[TxnResult]]
 async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[str, object]:
     """Put `node` out and wait until it is. Raises UsageError if there is none such, Unavailable.
 
-    Returns how: "left" (by itself, on the mark) or "ended" (its lease was ended), with the seconds.
+    Returns how: "left" (by itself, on the mark), "expired" (it had stopped renewing) or "ended" (its
+    lease was ended for it), with the seconds.
     """
     key = NODES + node.encode()
     mark = key + EVICT
@@ -53,15 +54,16 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
     loop = asyncio.get_running_loop()
     start = loop.time()
     await transact(Txn((same,), (put,)))
-    how = "left"
-    try:
-        while (await transact(Txn((same,), ()))).succeeded:
-            if loop.time() - start > ttl_s + MARGIN_S:
-                how = "ended"
-                await _end(store, record.lease)
-            await asyncio.sleep(LOOK_S)
-    finally:
-        await transact(Txn((), (Delete(mark),)))
+    ended = False
+    while (await transact(Txn((same,), ()))).succeeded:
+        if loop.time() - start > ttl_s + MARGIN_S:
+            ended = True
+            await _end(store, record.lease)
+        await asyncio.sleep(LOOK_S)
+    # The mark stays until the name is taken anew: who could not hear of it must not come back.
+    left = (await transact(Txn((), (Get(mark),)))).responses[0]
+    heard = isinstance(left, KeyValue) and bool(json.loads(left.value).get("heard"))
+    how = "ended" if ended else "left" if heard else "expired"
     return {"node": node, "how": how, "after_s": round(loop.time() - start, 1)}
 
 

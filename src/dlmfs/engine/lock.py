@@ -69,6 +69,7 @@ class ClusterLock:
         "_lvb_reads",
         "_patient",
         "_refuse_try",
+        "_seen",
         "_todo",
         "_told",
         "_try_timer",
@@ -89,6 +90,7 @@ class ClusterLock:
         self._busy = False
         self._unresolved = False
         self._refuse_try = False
+        self._seen: dict[int, int] | None = None
         self._told = False
         self._patient = False
         self._wanted = NOTHING
@@ -276,7 +278,14 @@ class ClusterLock:
         if wanted != self._wanted:
             self._wanted = wanted
             self._refuse_try = False
-            self._run(self.res.wanted(*wanted[0]))
+            self._run(self.res.wanted(*wanted[0], self._before_others()))
+
+    def _before_others(self) -> int | None:
+        """The last claim here that came before the oldest wish of another node, as we learned of it."""
+        seen, last = self._seen or {}, self.res.last_seq
+        queue = [w.revision for w in self.view.others() if not w.trying]
+        self._seen = {r: seen.get(r, last) for r in queue} or None
+        return min(self._seen.values()) if self._seen else None
 
     def _got_it(self) -> bool:
         """Whether the head shows a grant that the core has not been told of."""
@@ -427,8 +436,17 @@ class ClusterLock:
         self._told = False
         if self.res.phase is Phase.ASKING:
             refusal = errno.ETXTBSY if wish.trying else errno.EDEADLK
+            if refusal == errno.EDEADLK:
+                self._look_at_converters()
             self._run(self.res.refused(0 if self.res.withdrawing else refusal))
         self.learned()
+
+    def _look_at_converters(self) -> None:
+        """EDEADLK is for who holds the lock shared now, not for who did when it came."""
+        holders = list(self.res.holders.values())
+        for claim in self.res.converters():
+            if not self.space.host.is_kin(claim, holders):
+                self.res.not_kin(claim)
 
     def _try_is_over(self) -> None:
         """The holder of a lock we try, or the store, is silent: answer without it (trap 13).

@@ -115,6 +115,8 @@ class Lockspace:
         self._ended = ended
         self.keys = Keys(domain, node)
         self.life = Life.JOINING
+        self.reason: str | None = None
+        """Why it was lost."""
         self.revision = 0
         self.incarnation = 0
         self.epoch = 0
@@ -212,7 +214,13 @@ class Lockspace:
             return
         self.incarnation = self.epoch = result.revision
         _, members, wishes = result.responses
-        self._start(members, wishes, result.revision)
+        try:
+            self._start(members, wishes, result.revision)
+        except BadState as error:  # another version's records: not ours to be among
+            refusal = error
+            delete = Txn((created_at(self.keys.mine, self.incarnation),), (Delete(self.keys.mine),))
+            self._commit(delete, lambda _result: done(refusal))
+            return
         self.life = Life.JOINED
         done(None)
 
@@ -275,6 +283,9 @@ class Lockspace:
         self._commit(look, lambda result: self._leave_looked(result, done))
 
     def _leave_looked(self, result: TxnResult | DlmfsError, done: Done) -> None:
+        if isinstance(result, OutcomeUnknown) and self.live:
+            self.loop.call_later(RETRY_S, self._leave_members, done)
+            return
         if isinstance(result, DlmfsError) or not result.succeeded:
             self._left(result if isinstance(result, DlmfsError) else None, done)
             return
@@ -308,6 +319,9 @@ class Lockspace:
         return head.abandoned is None and not dead_exclusive
 
     def _left_members(self, result: TxnResult | DlmfsError, done: Done) -> None:
+        if isinstance(result, OutcomeUnknown) and self.live:
+            self._leave_members(done)  # if it was applied, our membership is gone: it will see
+            return
         if isinstance(result, TxnResult) and not result.succeeded:
             self._leave_members(done)  # a head changed under us; or we are out, which it will see
             return
@@ -325,7 +339,7 @@ class Lockspace:
         if not self.live and self.life is not Life.JOINING:
             return
         self._stop()
-        self.life = Life.LOST
+        self.life, self.reason = Life.LOST, reason
         for lock in list(self.locks.values()):
             lock.lose(Unavailable.errno)
         self.host.domain_lost(self.domain, reason)
@@ -540,7 +554,11 @@ class Lockspace:
         self.epoch = result.revision
         if self._watch is None:  # after a gap
             _, members, wishes = result.responses
-            self._start(members, wishes, result.revision)
+            try:
+                self._start(members, wishes, result.revision)
+            except BadState as error:
+                self.lose(str(error))
+                return
             for lock in self.locks.values():
                 lock.reread()
         self._unsure = False

@@ -28,6 +28,7 @@ from dlmfs.engine.records import FORMAT
 from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
+    Delete,
     Get,
     KeyValue,
     Put,
@@ -134,7 +135,8 @@ class Membership:
         key = NODES + name.encode()
         facts = {**self.config.facts, "v": FORMAT, "ttl": self.timing.ttl_s}
         put = Put(key, json.dumps(facts).encode(), lease)
-        txn = Txn((created_at(key, 0),), (put,), (Get(key),))
+        # A mark against a former self is done with when the name is taken anew.
+        txn = Txn((created_at(key, 0),), (put, Delete(key + EVICT)), (Get(key),))
 
         def again(_ended: DlmfsError | None = None) -> None:
             self._take_name(number, done)
@@ -279,7 +281,20 @@ class Membership:
         if self.final or self._closed:
             return
         self.state = LeaseState.REJOINING
-        self.start(self._restarted)
+        mark = NODES + self.name.encode() + EVICT
+
+        def looked(result: TxnResult | DlmfsError) -> None:
+            if isinstance(result, DlmfsError):
+                self.loop.call_later(RETRY_S, self._rejoin)
+                return
+            found = result.responses[0]
+            by = self._evicted_by(found) if isinstance(found, KeyValue) else None
+            if by is not None:  # while we could not hear of it
+                self.final, self.state, self.reason = True, LeaseState.FENCED, f"evicted by {by}"
+            else:
+                self.start(self._restarted)
+
+        self.store.txn(Txn((), (Get(mark),)), looked)
 
     def _restarted(self, error: DlmfsError | None) -> None:
         if self._closed:
@@ -306,6 +321,8 @@ class Membership:
             if self.spaces.get(domain) is not old:
                 if error is None:
                     space.leave(lambda _error: None)  # left while we were at it
+            elif isinstance(error, BadState):
+                old.reason = str(error)  # it will not mend itself
             elif error is not None:
                 self.loop.call_later(RETRY_S, self._join_again, domain)
             else:
@@ -458,10 +475,18 @@ class Membership:
         self.store.txn(Txn((), (Get(key),)), read)
 
     def _marked(self, mark: KeyValue) -> None:
-        """Whether the mark means this very life of the node is told by its record's revision."""
+        """Go, if it is this very life of the node that is meant; and say that we heard."""
+        by = self._evicted_by(mark)
+        if by is None:
+            return
+        heard = Put(mark.key, json.dumps({"record": self.record, "by": by, "heard": True}).encode())
+        self.store.txn(Txn((), (heard,)), lambda _result: None)
+        self._fence(BadState(f"evicted by {by}"))
+
+    def _evicted_by(self, mark: KeyValue) -> str | None:
+        """Who wants this life of the node out; None if the mark is about another."""
         try:
             facts = json.loads(mark.value)
         except ValueError:
-            return
-        if facts.get("record") == self.record:
-            self._fence(BadState(f"evicted by {facts.get('by', 'an operator')}"))
+            return None
+        return str(facts.get("by")) if facts.get("record") == self.record else None

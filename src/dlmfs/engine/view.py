@@ -179,8 +179,8 @@ class View:
         return [w for w in ordered(self.wishes.values()) if w.node != self.space.node]
 
     def wanted(self) -> Wanted:
-        """What the others wish for: the first, the strongest, the strongest trylock; and which
-        trylocks, since each needs an answer of its own where the modes stay the same."""
+        """What the others wish for: the first, the strongest, the strongest trylock; and which wishes:
+        each trylock needs an answer of its own, and each other has its place in the order."""
         others = self.others()
         waiting = [w.mode for w in others if not w.trying]
         trying = [w for w in others if w.trying]
@@ -189,7 +189,7 @@ class View:
             max(waiting, default=Mode.NL),
             max((w.mode for w in trying), default=Mode.NL),
         )
-        return modes, [w.revision for w in trying]
+        return modes, [w.revision for w in others]
 
     def ahead(self) -> list[Wish]:
         """The others' wishes before ours; all of them while we have none."""

@@ -177,6 +177,7 @@ class FileSystem(OpenFiles):
             return refusal
         self.usage.count_domain(h.uid, 1)
         answer = self.bounded(h.unique)
+        answer.take_back = lambda reply: self.tree.forget(wire.entry_node(reply), 1)
 
         def joined(space: Lockspace | DlmfsError) -> None:
             if isinstance(space, DlmfsError):
@@ -215,10 +216,7 @@ class FileSystem(OpenFiles):
                     self.device.invalidate_entry(h.node, name)
             answer(b"")
 
-        if space.live:
-            self.domains.leave(space, left)
-        else:
-            left(None)
+        self.domains.leave(space, left)
         return answer.reply()
 
     def unlink(self, h: wire.Header, name: bytes) -> Reply:

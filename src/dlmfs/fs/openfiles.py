@@ -220,8 +220,11 @@ class OpenFiles:
         self.device.answer(handle.unique, reason)
 
     def undelivered(self, h: wire.Header, payload: bytes) -> None:
-        """The reply to a request could not be delivered: undo an open that was granted at once."""
-        if h.opcode == wire.OPEN:
+        """The reply to a request could not be delivered: undo an open that was granted at once, or a
+        reference to an inode that the kernel will never give back."""
+        if h.opcode in (wire.LOOKUP, wire.MKNOD, wire.MKDIR):
+            self.tree.forget(wire.entry_node(payload), 1)
+        elif h.opcode == wire.OPEN:
             handle = self.handles.get(wire.opened_fh(payload))
             if handle is not None:
                 self._close(handle)
@@ -371,7 +374,16 @@ class OpenFiles:
 class Answer:
     """The reply to one request: returned if it is known in time, else sent later, once."""
 
-    __slots__ = ("_deferred", "_device", "_early", "_pending", "_unique", "open", "timer")
+    __slots__ = (
+        "_deferred",
+        "_device",
+        "_early",
+        "_pending",
+        "_unique",
+        "open",
+        "take_back",
+        "timer",
+    )
 
     def __init__(
         self, device: Device, unique: int, pending: dict[int, Answer] | None = None
@@ -383,6 +395,8 @@ class Answer:
         self._deferred = False
         self.open = True
         self.timer: Timer | None = None
+        self.take_back: Callable[[bytes], None] | None = None
+        """What to do about a reply that reached nobody."""
 
     def __call__(self, reply: bytes | int) -> None:
         if not self.open:
@@ -393,7 +407,9 @@ class Answer:
         if self._deferred:
             if self._pending is not None:
                 self._pending.pop(self._unique, None)
-            self._device.answer(self._unique, reply)
+            told = self._device.answer(self._unique, reply)
+            if not told and isinstance(reply, bytes) and self.take_back is not None:
+                self.take_back(reply)
         else:
             self._early = reply
 

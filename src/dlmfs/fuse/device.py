@@ -212,7 +212,7 @@ class Device:
                 arguments = wire.parse_body(opcode, message)
             except WireError as error:
                 log.warning("malformed request: %s", error)
-                if opcode not in op.UNANSWERED:
+                if opcode not in op.UNANSWERED and header.unique not in self._pending:
                     self._send(header.unique, errno.EINVAL)
                 return
         if opcode == op.INIT and not self._ready:

@@ -9,6 +9,7 @@ are nanoseconds since the epoch, time-outs seconds.
 
 from __future__ import annotations
 
+import sys
 from struct import Struct
 from typing import Final
 
@@ -18,6 +19,9 @@ from dlmfs.fuse.opcodes import FOPEN_DIRECT_IO as FOPEN_DIRECT_IO
 from dlmfs.fuse.opcodes import FOPEN_KEEP_CACHE as FOPEN_KEEP_CACHE
 from dlmfs.fuse.opcodes import FOPEN_NOFLUSH as FOPEN_NOFLUSH
 from dlmfs.fuse.opcodes import FOPEN_NONSEEKABLE as FOPEN_NONSEEKABLE
+from dlmfs.fuse.opcodes import LOOKUP as LOOKUP
+from dlmfs.fuse.opcodes import MKDIR as MKDIR
+from dlmfs.fuse.opcodes import MKNOD as MKNOD
 from dlmfs.fuse.opcodes import OPEN as OPEN
 from dlmfs.fuse.opcodes import POLL_SCHEDULE_NOTIFY as POLL_SCHEDULE_NOTIFY
 from dlmfs.fuse.requests import Header as Header
@@ -153,6 +157,11 @@ def attr_out(attr: Attr, timeout_s: float) -> bytes:
 
 def opened(fh: int, open_flags: int) -> bytes:
     return OPEN_OUT.pack(fh, open_flags)
+
+
+def entry_node(payload: bytes) -> int:
+    """The inode number in a payload that `entry` made."""
+    return int.from_bytes(payload[:8], sys.byteorder)
 
 
 def opened_fh(payload: bytes) -> int:

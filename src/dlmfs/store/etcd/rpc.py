@@ -252,6 +252,10 @@ class Rpc:
             raise NotPermitted(
                 f"etcd at {self.endpoint} refuses this user ({details}): see -o credentials=FILE"
             ) from None
+        if code is grpc.StatusCode.INVALID_ARGUMENT and "user name is empty" in details:
+            raise NotPermitted(
+                f"etcd at {endpoint} wants a user and a password: give -o credentials=FILE"
+            ) from None
         if code is grpc.StatusCode.INVALID_ARGUMENT and "authentication failed" in details:
             raise NotPermitted(
                 f"etcd at {self.endpoint} does not know this user and password: see "
