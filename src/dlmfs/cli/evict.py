@@ -8,8 +8,8 @@ from dlmfs.control import ask
 
 HOW = {
     "left": "left",
-    "expired": "did not hear; its lease ran out",
-    "ended": "did not hear; its lease was ended",
+    "expired": "did not answer: its lease ran out",
+    "ended": "did not answer: its lease was ended",
 }
 PATIENCE_S = 3700.0
 """The longest lease time, and some."""

@@ -60,9 +60,11 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
             ended = True
             await _end(store, record.lease)
         await asyncio.sleep(LOOK_S)
-    # The mark stays until the name is taken anew: who could not hear of it must not come back.
     left = (await transact(Txn((), (Get(mark),)))).responses[0]
     heard = isinstance(left, KeyValue) and bool(json.loads(left.value).get("heard"))
+    if heard:
+        await transact(Txn((), (Delete(mark),)))
+    # Else it stays until the name is taken anew: who could not hear must not come back.
     how = "ended" if ended else "left" if heard else "expired"
     return {"node": node, "how": how, "after_s": round(loop.time() - start, 1)}
 
