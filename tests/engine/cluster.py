@@ -236,7 +236,8 @@ class SimCluster:
                 raise Violation(f"{program.lock!r}: read {lvb[:8]!r}, want {history.value[:8]!r}")
             if lvb != history.value:
                 history.value = lvb
-                history.maybe.clear()
+                # Writes that came after it may still be under way.
+                history.maybe = {late for late in history.maybe if late > lvb}
 
         space.locks[program.lock].read_lvb(value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import itertools
 import shutil
 import socket
@@ -155,6 +154,20 @@ class EtcdDriver:
 
         self.loop.run_until_complete(wait())
 
+    def flush(self, store: Store, revision: int) -> None:
+        """Until each watch of the handle has been told everything up to there: on etcd each has a
+        stream of its own."""
+        assert isinstance(store, EtcdStore)
+
+        async def told() -> None:
+            async with asyncio.timeout(self.patience_s):
+                for watch in store.watches:
+                    while watch.told < revision and not watch.cancelled:
+                        await watch.ask()
+                        await asyncio.sleep(0.01)
+
+        self.loop.run_until_complete(told())
+
     def close(self) -> None:
         for store in self.stores:
             store.close()
@@ -170,13 +183,12 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_for(port: int) -> None:
+    """Until the server has elected itself; before that it answers that it has no leader."""
+    program = Path(sys.executable).with_name("etcdctl")
+    command = [program, "--endpoints", f"127.0.0.1:{port}", "endpoint", "health"]
     deadline = time.monotonic() + 30
-    while True:
-        with contextlib.suppress(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
+    while subprocess.run(command, capture_output=True, check=False).returncode:
         assert time.monotonic() < deadline, "etcd did not start"
-        time.sleep(0.05)
 
 
 class Client:

@@ -219,6 +219,8 @@ def flush(driver: Driver, client: Client) -> None:
     revision = client.txn(put((b"~flush", b""))).revision
     seen = watch(client, b"~flush", start=revision)
     driver.run_until(lambda: bool(seen))
+    if isinstance(driver, EtcdDriver):
+        driver.flush(client.store, revision)
 
 
 def test_a_failed_compare_changes_nothing(client: Client) -> None:

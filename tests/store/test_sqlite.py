@@ -29,6 +29,7 @@ from dlmfs.store.base import (
 )
 from dlmfs.store.bells import Bells
 from dlmfs.store.sqlite import SqliteStore
+from dlmfs.store.sqlite_session import SqliteSession
 from tests.fs.nodes import PATIENCE_S, ROOT
 from tests.store.drivers import Client, DurableDriver, SqliteDriver, VolatileDriver
 
@@ -323,7 +324,7 @@ def test_a_stopped_process_is_not_taken_for_dead(
     child = start(children, MEMBER, driver.path)
     os.kill(child.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
-    assert isinstance(client.session, sqlite.SqliteSession)
+    assert isinstance(client.session, SqliteSession)
     for _ in range(3):
         client.session.look()
         assert client.txn(Txn((), (Range(b"w/"),))).responses[0] != ()

@@ -17,16 +17,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.events import Claim
+from dlmfs.engine import leaving
 from dlmfs.engine.lock import ClusterLock, Done
-from dlmfs.engine.records import FORMAT, Keys, Wish, decode_head, decode_mail, decode_wish
+from dlmfs.engine.records import FORMAT, Keys, Wish, decode_mail, decode_wish
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
-from dlmfs.model import Mode, Owner
+from dlmfs.model import Owner
 from dlmfs.store.base import (
     Delete,
     Event,
     Get,
     KeyValue,
-    Op,
     Put,
     Range,
     Store,
@@ -193,7 +193,7 @@ class Lockspace:
             ),
             (Get(self.keys.mine),),
         )
-        self._commit(txn, lambda result: self._joined(result, done))
+        self.commit(txn, lambda result: self._joined(result, done))
 
     def _joined(self, result: TxnResult | DlmfsError, done: Done) -> None:
         if isinstance(result, OutcomeUnknown):
@@ -219,7 +219,7 @@ class Lockspace:
         except BadState as error:  # another version's records: not ours to be among
             refusal = error
             delete = Txn((created_at(self.keys.mine, self.incarnation),), (Delete(self.keys.mine),))
-            self._commit(delete, lambda _result: done(refusal))
+            self.commit(delete, lambda _result: done(refusal))
             return
         self.life = Life.JOINED
         done(None)
@@ -229,7 +229,7 @@ class Lockspace:
             (created_at(self.keys.mine, old.create_revision),),
             (Delete(self.keys.mine),),
         )
-        self._commit(txn, lambda _result: self.join(done))
+        self.commit(txn, lambda _result: self.join(done))
 
     def _start(self, members: Any, wishes: Any, revision: int) -> None:
         self.revision = revision
@@ -249,90 +249,24 @@ class Lockspace:
         return decode_wish(kv, self.keys.split_wish(kv.key)[1])
 
     def leave(self, done: Done) -> None:
-        """Give everything back, then the membership (rule 15). No local program uses a lock."""
+        """Give everything back, then the membership (rule 15). No local program uses a lock.
+
+        With an error the domain stays joined.
+        """
         self.life = Life.LEAVING
-        waiting = len(self.locks)
-        if not waiting:
-            self._leave_members(done)
-            return
+        leaving.leave(self, done)
 
-        def one_left(error: DlmfsError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
-            if error is not None:
-                failures.append(error)
-            if waiting:
-                return
-            if failures and self.life is Life.LEAVING:
-                # Some head still has us; without the membership that would look like a death.
-                self.life = Life.JOINED
-                done(failures[0])
-            else:
-                self._leave_members(done)
+    def stay(self) -> None:
+        """The leave came to nothing."""
+        if self.life is Life.LEAVING:
+            self.life = Life.JOINED
 
-        failures: list[DlmfsError] = []
-        for lock in list(self.locks.values()):
-            lock.forget(one_left)
-
-    def _leave_members(self, done: Done) -> None:
-        mine = created_at(self.keys.mine, self.incarnation)
-        look = Txn(
-            (mine,),
-            (Range(self.keys.members), Range(self.keys.heads), Range(self.keys.mails)),
-        )
-        self._commit(look, lambda result: self._leave_looked(result, done))
-
-    def _leave_looked(self, result: TxnResult | DlmfsError, done: Done) -> None:
-        if isinstance(result, OutcomeUnknown) and self.live:
-            self.loop.call_later(RETRY_S, self._leave_members, done)
-            return
-        if isinstance(result, DlmfsError) or not result.succeeded:
-            self._left(result if isinstance(result, DlmfsError) else None, done)
-            return
-        members, heads, mails = result.responses
-        assert isinstance(members, tuple)
-        assert isinstance(heads, tuple)
-        assert isinstance(mails, tuple)
-        # The last one out takes the heads along, but not those that name a dead exclusive
-        # holder: whoever comes next must learn of it (promise 4).
-        useless = [kv for kv in heads if len(members) == 1 and self._forgettable(kv)]
-        litter = [*useless, *(kv for kv in mails if isinstance(kv, KeyValue))]
-        guards = [created_at(self.keys.mine, self.incarnation)]
-        ops: list[Op] = []
-        for kv in litter[:BATCH_MAX]:
-            assert isinstance(kv, KeyValue)
-            guards.append(unchanged(kv.key, kv.mod_revision))
-            ops.append(Delete(kv.key))
-        if len(litter) > BATCH_MAX:
-            self._commit(Txn(tuple(guards), tuple(ops)), lambda _result: self._leave_members(done))
-            return
-        ops.append(Delete(self.keys.mine))
-        self._commit(
-            Txn(tuple(guards), tuple(ops)), lambda result: self._left_members(result, done)
-        )
-
-    @staticmethod
-    def _forgettable(kv: object) -> bool:
-        assert isinstance(kv, KeyValue)
-        head = decode_head(kv)
-        dead_exclusive = any(m.level is Mode.EX for m in head.members.values())
-        return head.abandoned is None and not dead_exclusive
-
-    def _left_members(self, result: TxnResult | DlmfsError, done: Done) -> None:
-        if isinstance(result, OutcomeUnknown) and self.live:
-            self._leave_members(done)  # if it was applied, our membership is gone: it will see
-            return
-        if isinstance(result, TxnResult) and not result.succeeded:
-            self._leave_members(done)  # a head changed under us; or we are out, which it will see
-            return
-        self._left(result if isinstance(result, DlmfsError) else None, done)
-
-    def _left(self, error: DlmfsError | None, done: Done) -> None:
+    def left(self) -> None:
+        """The membership is given back."""
         self._stop()
         self.life = Life.LEFT
         for lock in list(self.locks.values()):
             lock.lose(Unavailable.errno)  # nobody should wait there any more
-        done(error)
 
     def lose(self, reason: str) -> None:
         """This incarnation is over (promise 3): nothing is served any more."""
@@ -451,9 +385,10 @@ class Lockspace:
             del self._queue[:BATCH_MAX]
             guard = unchanged(self.keys.mine, self.epoch)
             txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))
-            self._commit(txn, partial(self._answered, part))
+            self.commit(txn, partial(self._answered, part))
 
-    def _commit(self, txn: Txn, done: Callable[[TxnResult | DlmfsError], None]) -> None:
+    def commit(self, txn: Txn, done: Callable[[TxnResult | DlmfsError], None]) -> None:
+        """A transaction of the domain's own, at once."""
         self.commits += 1
         self.store.txn(txn, partial(self._count, done))
 
@@ -532,7 +467,7 @@ class Lockspace:
             ),
             (Get(self.keys.mine),),
         )
-        self._commit(txn, self._revived)
+        self.commit(txn, self._revived)
 
     def _revived(self, result: TxnResult | DlmfsError) -> None:
         if not self.live:

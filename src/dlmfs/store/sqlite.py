@@ -38,6 +38,7 @@ from dlmfs.errors import (
 from dlmfs.store import bells, schema, statefile
 from dlmfs.store.base import Session, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
 from dlmfs.store.memory import check, writes
+from dlmfs.store.sqlite_session import SqliteSession
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OPEN_TIMEOUT_S: Final = 5.0
-RECHECKS_S: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
-"""When to look again after a peer hung up: the kernel may close its sockets before its locks."""
-SWEEP_S: Final = 1.0
 REGISTER_AGAIN_S: Final = 0.2
 FAILING_MAX_S: Final = 2.0
 AGAIN_S: Final = 0.005
@@ -389,6 +387,10 @@ class SqliteStore:
             self._shm = os.open(f"{self.path}-shm", os.O_RDWR | os.O_CLOEXEC)
         return bells.holder(self._shm, WAL_WRITE_LOCK)
 
+    def ends(self) -> None:
+        """Our session is being ended by ourselves: that is no loss."""
+        self._lost = None
+
     def close(self) -> None:
         self._closing = True
         self._lost = None
@@ -445,104 +447,6 @@ class SqliteWatch:
         if not self.cancelled:
             self.cancelled = True
             self.store.drop_watch(self)
-
-
-class SqliteSession:
-    """A daemon's life on this host: its lock file, its bell, and its eye on the others."""
-
-    renewed_at: float | None = None
-    ttl_s = 0.0
-
-    def __init__(self, store: SqliteStore, lease: int) -> None:
-        self.store = store
-        self.lease = lease
-        self.folder = Path(f"{store.path}.d")
-        self._life: bells.Life | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._rechecks: list[asyncio.TimerHandle] = []
-        self.ended = False
-        self.bells: bells.Bells
-
-    def begin(self) -> None:
-        """Take the lock and listen before the row says that we exist. Raises OSError."""
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        self._life = bells.Life(self._lock_file(self.lease))
-        self.bells = bells.Bells(
-            self.store.loop,
-            self.folder,
-            rung=self.store.pump_soon,
-            joined=self._joined,
-            hung_up=self._hung_up,
-        )
-        self.bells.listen(self.lease)
-
-    def _lock_file(self, lease: int) -> Path:
-        return self.folder / f"{lease:x}.lock"
-
-    def sweep(self) -> None:
-        """Look at everybody now, and again every second."""
-        if self.ended:
-            return
-        self.look()
-        self._timer = self.store.loop.call_later(SWEEP_S, self.sweep)
-
-    def look(self) -> None:
-        """Bury the dead, connect to the new."""
-        if self.ended or not self.store.still_ours():
-            return
-        try:
-            sessions = self.store.sessions()
-        except sqlite3.OperationalError:
-            return  # a peer recovers the log just now; the sweep looks again
-        for lease, _, pid in sessions:
-            if lease == self.lease:
-                continue
-            if bells.alive(self._lock_file(lease), pid):
-                self.bells.connect(lease)
-            else:
-                self.store.end_session(lease, partial(self._buried, lease))
-
-    def _joined(self) -> None:
-        """A peer connected, perhaps to ring: a bell is only kept by a connection."""
-        self.look()
-        self.store.pump_soon()
-
-    def _buried(self, lease: int, _error: DlmfsError | None) -> None:
-        if self.ended:
-            return
-        self.bells.forget(lease)
-        for suffix in ("lock", "sock"):
-            with contextlib.suppress(OSError):
-                (self.folder / f"{lease:x}.{suffix}").unlink()
-
-    def _hung_up(self) -> None:
-        if self.ended:
-            return
-        for timer in self._rechecks:
-            timer.cancel()
-        self.look()
-        self._rechecks = [self.store.loop.call_later(d, self.look) for d in RECHECKS_S]
-
-    def abandon(self) -> None:
-        """Stop, and let the others find out."""
-        if self.ended:
-            return
-        self.ended = True
-        for timer in (self._timer, *self._rechecks):
-            if timer is not None:
-                timer.cancel()
-        if hasattr(self, "bells"):
-            self.bells.close(self.lease)
-        if self._life is not None:
-            self._life.end()
-
-    def close(self, done: Callable[[DlmfsError | None], None]) -> None:
-        def ended(error: DlmfsError | None) -> None:
-            self.abandon()
-            done(error)
-
-        self.store._lost = None  # noqa: SLF001 - one module
-        self.store.end_session(self.lease, ended)
 
 
 # -- one attempt at a piece of work, in whatever thread --------------------------------------------

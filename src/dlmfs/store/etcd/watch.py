@@ -42,13 +42,24 @@ class EtcdWatch:
         self.next = from_revision
         self.sink = sink
         self.cancelled = False
+        self.told = 0
+        """The store's revision in the last word of the server; all events up to it are delivered."""
         self._heard = True
+        self._stream: Stream | None = None
         self._task = rpc.loop.create_task(self._run())
         look_after(self._task)
 
     def cancel(self) -> None:
         self.cancelled = True
         self._task.cancel()
+
+    async def ask(self) -> None:
+        """Ask the server for a word: how far it has told."""
+        if self._stream is not None:
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self._stream.write(
+                    pb.WatchRequest(progress_request=pb.WatchProgressRequest())
+                )
 
     async def _run(self) -> None:
         while not self.cancelled:
@@ -75,6 +86,7 @@ class EtcdWatch:
         await stream.write(
             pb.WatchRequest(create_request=self.codec.watch(self.prefixes, self.next))
         )
+        self._stream = stream
         listening = self.rpc.loop.create_task(self._listen(stream))
         pending: list[pb.Event] = []
         try:
@@ -89,12 +101,10 @@ class EtcdWatch:
                     return
                 if response.canceled:
                     return
-                if not response.fragment and not pending:
-                    self._deliver(response.events)
-                    continue
                 pending.extend(response.events)
                 if not response.fragment:
                     self._deliver(pending)
+                    self.told = max(self.told, response.header.revision)
                     pending = []
         finally:
             listening.cancel()
@@ -113,8 +123,7 @@ class EtcdWatch:
                 return
             else:
                 asked = True
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    await stream.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+                await self.ask()
 
     def _deliver(self, events: Sequence[pb.Event]) -> None:
         for batch in self.codec.batches(events, self.prefixes):

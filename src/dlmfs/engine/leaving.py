@@ -1,0 +1,113 @@
+"""The clean end of a domain at one node (design, engine rule 15).
+
+First every lock is brought to rest and left, then what only this node would have needed is removed, and
+the membership with it. The last node out takes the heads along.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dlmfs.engine.lock import Done
+from dlmfs.engine.records import decode_head
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
+from dlmfs.model import Mode
+from dlmfs.store.base import Delete, KeyValue, Op, Range, Txn, TxnResult, created_at, unchanged
+
+if TYPE_CHECKING:
+    from dlmfs.engine.lockspace import Lockspace
+
+BATCH_MAX = 32
+"""Records removed per commit."""
+RETRY_S = 0.1
+
+
+def leave(space: Lockspace, done: Done) -> None:
+    """Leave all locks, then the domain. `done` gets the first refusal; the space is joined then."""
+    waiting = len(space.locks)
+    if not waiting:
+        _look(space, done)
+        return
+    failures: list[DlmfsError] = []
+
+    def one_left(error: DlmfsError | None) -> None:
+        nonlocal waiting
+        waiting -= 1
+        if error is not None:
+            failures.append(error)
+        if waiting:
+            return
+        if failures:
+            # Some head still has us; without the membership that would look like a death.
+            space.stay()
+            done(failures[0])
+        else:
+            _look(space, done)
+
+    for lock in list(space.locks.values()):
+        lock.forget(one_left)
+
+
+def _look(space: Lockspace, done: Done) -> None:
+    keys = space.keys
+    mine = created_at(keys.mine, space.incarnation)
+    look = Txn((mine,), (Range(keys.members), Range(keys.heads), Range(keys.mails)))
+    space.commit(look, lambda result: _looked(space, result, done))
+
+
+def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done) -> None:
+    if isinstance(result, DlmfsError):
+        _refused(space, result, done)
+        return
+    if not result.succeeded:  # we are out: by our own commit of unknown outcome, or by another's
+        space.left()
+        done(None)
+        return
+    members, heads, mails = result.responses
+    assert isinstance(members, tuple)
+    assert isinstance(heads, tuple)
+    assert isinstance(mails, tuple)
+    # The last one out takes the heads along, but not those that name a dead exclusive
+    # holder: whoever comes next must learn of it (promise 4).
+    useless = [kv for kv in heads if len(members) == 1 and _forgettable(kv)]
+    litter = [*useless, *(kv for kv in mails if isinstance(kv, KeyValue))]
+    guards = [created_at(space.keys.mine, space.incarnation)]
+    ops: list[Op] = []
+    for kv in litter[:BATCH_MAX]:
+        assert isinstance(kv, KeyValue)
+        guards.append(unchanged(kv.key, kv.mod_revision))
+        ops.append(Delete(kv.key))
+    if len(litter) <= BATCH_MAX:
+        ops.append(Delete(space.keys.mine))
+    last = len(litter) <= BATCH_MAX
+    txn = Txn(tuple(guards), tuple(ops))
+    space.commit(txn, lambda result: _removed(space, result, done, last=last))
+
+
+def _forgettable(kv: object) -> bool:
+    assert isinstance(kv, KeyValue)
+    head = decode_head(kv)
+    dead_exclusive = any(m.level is Mode.EX for m in head.members.values())
+    return head.abandoned is None and not dead_exclusive
+
+
+def _removed(space: Lockspace, result: TxnResult | DlmfsError, done: Done, *, last: bool) -> None:
+    if isinstance(result, DlmfsError):
+        _refused(space, result, done)
+    elif last and result.succeeded:
+        space.left()
+        done(None)
+    else:  # there is more; or a head changed under us; or we are out, which it will see
+        _look(space, done)
+
+
+def _refused(space: Lockspace, error: DlmfsError, done: Done) -> None:
+    if isinstance(error, OutcomeUnknown) and space.live:
+        # If it was applied, our membership is gone, and the next look sees that.
+        space.loop.call_later(RETRY_S, _look, space, done)
+    elif isinstance(error, LockLost):
+        space.left()
+        done(error)
+    else:
+        space.stay()
+        done(error)
