@@ -185,7 +185,7 @@ def _free_ports(count: int) -> list[int]:
 def _wait_for(port: int) -> None:
     """Until the server has elected itself; before that it answers that it has no leader."""
     program = Path(sys.executable).with_name("etcdctl")
-    command = [program, "--endpoints", f"127.0.0.1:{port}", "endpoint", "health"]
+    command = [str(program), "--endpoints", f"127.0.0.1:{port}", "endpoint", "health"]
     deadline = time.monotonic() + 30
     while subprocess.run(command, capture_output=True, check=False).returncode:
         assert time.monotonic() < deadline, "etcd did not start"
