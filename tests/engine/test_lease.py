@@ -1,0 +1,256 @@
+"""A node's life on the simulated clock: lease states, fencing, coming back, names, marks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from dlmfs.core.events import Claim, Stage
+from dlmfs.core.lease import LeaseState, lease_state
+from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.membership import EVICT, NODES, Config, Membership
+from dlmfs.errors import DlmfsError, NodeNameInUse
+from dlmfs.model import Mode
+from dlmfs.sim.loop import SimLoop
+from dlmfs.store.base import Put, Txn
+from dlmfs.store.memory import MemoryServer, MemoryStore
+from dlmfs.timing import Timing
+
+TTL_S = 15.0
+TIMING = Timing(TTL_S)
+pytestmark = pytest.mark.allow_warnings
+
+
+class Node:
+    """A membership with programs; a clock of its own that may run at another rate."""
+
+    def __init__(
+        self,
+        server: MemoryServer,
+        name: str,
+        *,
+        rate: float = 1.0,
+        over: Callable[[Mapping[str, object]], bool] = lambda _facts: False,
+        lock_delay_s: float = 0.0,
+    ) -> None:
+        assert isinstance(server.loop, SimLoop)
+        self.loop = server.loop
+        self.store = MemoryStore(server)
+        config = Config((name,), {"who": name}, over, ttl_s=TTL_S, lock_delay_s=lock_delay_s)
+        self.member = Membership(self.store, self.loop, lambda: self.loop.time() * rate, config)
+        self.member.host = self
+        self.granted_to: list[Claim] = []
+        self.failed_with: list[int] = []
+        self.fenced_at: float | None = None
+        self.back: list[Lockspace] = []
+        self.error: DlmfsError | None = None
+        self.started = False
+
+    # -- Host -------------------------------------------------------------------------------------
+
+    def granted(self, claim: Claim) -> None:
+        self.granted_to.append(claim)
+
+    def failed(self, claim: Claim, reason: int) -> None:
+        self.failed_with.append(reason)
+
+    def notify(self, claim: Claim) -> None:
+        return
+
+    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+        return False
+
+    def domain_lost(self, domain: bytes, reason: str) -> None:
+        return
+
+    def fenced(self, reason: str) -> None:
+        self.fenced_at = self.loop.time()
+
+    def rejoined(self, space: Lockspace) -> None:
+        self.back.append(space)
+
+    # -- what a test does ---------------------------------------------------------------------------
+
+    def start(self) -> Node:
+        def done(error: DlmfsError | None) -> None:
+            self.error, self.started = error, True
+
+        self.member.start(done)
+        run(self.loop, lambda: self.started)
+        return self
+
+    def join(self, domain: bytes = b"d") -> Lockspace:
+        joined: list[Any] = []
+        self.member.join(domain, joined.append)
+        run(self.loop, lambda: bool(joined))
+        assert isinstance(joined[0], Lockspace), joined
+        return joined[0]
+
+    def open(self, fh: int, mode: Mode = Mode.EX) -> Claim:
+        claim = Claim(fh, mode, pid=fh)
+        if self.member.spaces[b"d"].lock(b"x").open(claim):
+            self.granted(claim)
+        return claim
+
+
+def run(loop: SimLoop, true: Callable[[], bool], limit_s: float = 120.0) -> None:
+    assert loop.run_until(true, limit_s)
+
+
+@pytest.fixture
+def loop() -> SimLoop:
+    return SimLoop()
+
+
+@pytest.fixture
+def server(loop: SimLoop) -> MemoryServer:
+    return MemoryServer(loop, start_revision=100)
+
+
+def test_the_states_follow_the_age_of_the_last_good_renewal() -> None:
+    ages = {0.0: "HEALTHY", 5.99: "HEALTHY", 6.0: "SUSPECT", 10.04: "SUSPECT", 10.06: "FENCED"}
+    for age, state in ages.items():
+        assert lease_state(TIMING, 100.0, 100.0 + age) is LeaseState(state), age
+    assert lease_state(TIMING, None, 1e9) is LeaseState.HEALTHY
+
+
+def test_a_cut_off_node_is_suspect_then_fenced_before_the_lease_is_over(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    node, other = Node(server, "n").start(), Node(server, "o").start()
+    node.join()
+    other.join()
+    claim = node.open(1)
+    run(loop, lambda: claim.stage is Stage.HELD)
+    loop.run_for(1.0)
+    cut = loop.time()
+    node.store.cut()
+    run(loop, lambda: node.member.state is LeaseState.SUSPECT)
+    assert loop.time() - cut <= TIMING.suspect_after_s + TIMING.renew_every_s
+    assert not node.failed_with
+    heir = other.open(2)
+    run(loop, lambda: node.member.state is LeaseState.FENCED)
+    assert claim.stage is Stage.ENDED
+    assert heir.stage is Stage.WAITING, "granted before the holder was fenced"
+    run(loop, lambda: heir.stage is Stage.HELD)
+    assert loop.time() - cut <= TTL_S + 2
+
+
+@pytest.mark.parametrize("rate", [1 / 1.48, 1.0, 1.48])
+def test_the_fence_holds_for_clocks_within_the_stated_ratio(
+    server: MemoryServer, loop: SimLoop, rate: float
+) -> None:
+    node = Node(server, "n", rate=rate).start()
+    node.join()
+    node.store.cut()
+    lease = node.store.session.lease if node.store.session is not None else 0
+    run(loop, lambda: lease not in server.leases)
+    assert node.fenced_at is not None, "the store gave the lease up first"
+
+
+def test_every_operation_looks_at_the_clock(server: MemoryServer, loop: SimLoop) -> None:
+    """A daemon that stood still notices by its first operation, not by a timer."""
+    node = Node(server, "n").start()
+    space = node.join()
+    now = loop.time()
+    node.member.clock = lambda: now + TIMING.fence_after_s + TIMING.renew_every_s
+    assert not node.member.serving()
+    assert space.life is Life.LOST
+
+
+def test_a_fenced_node_comes_back_as_another_incarnation(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    node = Node(server, "n").start()
+    space = node.join()
+    claim = node.open(1)
+    run(loop, lambda: claim.stage is Stage.HELD)
+    node.store.cut()
+    run(loop, lambda: node.member.state is LeaseState.REJOINING)
+    node.store.heal()
+    run(loop, lambda: bool(node.back))
+    again = node.member.spaces[b"d"]
+    assert node.member.state is LeaseState.HEALTHY
+    assert again.incarnation > space.incarnation
+    assert claim.stage is Stage.ENDED
+    newer = node.open(2)
+    run(loop, lambda: newer.stage is Stage.HELD)
+    assert newer.token > claim.token
+
+
+def test_a_waiting_open_fails_when_the_node_is_fenced(server: MemoryServer, loop: SimLoop) -> None:
+    holder, node = Node(server, "h").start(), Node(server, "n").start()
+    holder.join()
+    node.join()
+    first = holder.open(1)
+    run(loop, lambda: first.stage is Stage.HELD)
+    waiter = node.open(2)
+    loop.run_for(1.0)
+    node.store.cut()
+    run(loop, lambda: waiter.stage is Stage.ENDED)
+    assert node.failed_with == [37]  # ENOLCK
+
+
+def test_a_name_in_use_is_refused_and_one_of_a_dead_process_is_taken_over(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    first = Node(server, "n").start()
+    first.join()
+    assert isinstance(Node(server, "n").start().error, NodeNameInUse)
+    asked: list[Mapping[str, object]] = []
+
+    def over(facts: Mapping[str, object]) -> bool:
+        asked.append(facts)
+        return True
+
+    first.store.crash()
+    heir = Node(server, "n", over=over).start()
+    assert heir.error is None
+    assert asked[0]["who"] == "n"
+    heir.join()
+    assert loop.time() < TTL_S, "it waited for the lease of its former self"
+
+
+def test_an_evicted_node_goes_for_good(server: MemoryServer, loop: SimLoop) -> None:
+    node = Node(server, "n").start()
+    node.join()
+    mark = json.dumps({"record": node.member.record, "by": "op"}).encode()
+    other = MemoryStore(server)
+    other.txn(Txn((), (Put(NODES + b"n" + EVICT, mark),)), lambda _result: None)
+    run(loop, lambda: node.member.state is LeaseState.FENCED)
+    loop.run_for(60.0)
+    assert node.member.state is LeaseState.FENCED
+    assert node.member.reason == "evicted by op"
+    assert NODES + b"n" not in server.data
+
+
+def test_a_mark_that_was_put_while_the_node_was_cut_off_keeps_it_out(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    node = Node(server, "n").start()
+    node.store.cut()
+    mark = json.dumps({"record": node.member.record, "by": "op"}).encode()
+    other = MemoryStore(server)
+    other.txn(Txn((), (Put(NODES + b"n" + EVICT, mark),)), lambda _result: None)
+    run(loop, lambda: node.member.state is LeaseState.REJOINING)
+    node.store.heal()
+    loop.run_for(60.0)
+    assert node.member.final
+    assert node.member.reason == "evicted by op"
+
+
+def test_a_dead_nodes_locks_wait_for_the_lock_delay(server: MemoryServer, loop: SimLoop) -> None:
+    victim, heir = Node(server, "v").start(), Node(server, "h", lock_delay_s=30.0).start()
+    victim.join()
+    heir.join()
+    claim = victim.open(1)
+    run(loop, lambda: claim.stage is Stage.HELD)
+    victim.store.crash()
+    dead = loop.time()
+    waiter = heir.open(2)
+    run(loop, lambda: waiter.stage is Stage.HELD)
+    took = loop.time() - dead
+    assert 30.0 <= took <= 30.0 + TTL_S + TIMING.renew_every_s + 1

@@ -1,0 +1,164 @@
+"""Races in the life of one node: its joins, leaves and clean end, with a fence or a full store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from dlmfs.core.events import Claim
+from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.membership import Config, Membership
+from dlmfs.errors import DlmfsError, Unavailable
+from dlmfs.model import Mode
+from dlmfs.sim.loop import SimLoop
+from dlmfs.store.memory import Faults, MemoryServer, MemoryStore
+from tests.engine.hand import holds, waits
+
+DOMAIN, LOCK = b"dom", b"lock"
+TTL_S = 15.0
+SOON_S = 0.1
+PATIENCE_S = 60.0
+
+
+class Node:
+    """A node and its programs, who hold whatever they are granted."""
+
+    def __init__(self, loop: SimLoop, server: MemoryServer, name: str) -> None:
+        self.loop = loop
+        self.store = MemoryStore(server)
+        config = Config((name,), {}, lambda _facts: False, ttl_s=TTL_S)
+        self.membership = Membership(self.store, loop, loop.time, config)
+        self.membership.host = self
+        self.fences: list[str] = []
+        started: list[DlmfsError | None] = []
+        self.membership.start(started.append)
+        assert loop.run_until(lambda: bool(started), PATIENCE_S)
+        assert started == [None]
+
+    def join(self) -> Lockspace:
+        said: list[Lockspace | DlmfsError] = []
+        self.membership.join(DOMAIN, said.append)
+        assert self.loop.run_until(lambda: bool(said), PATIENCE_S)
+        (space,) = said
+        assert isinstance(space, Lockspace)
+        return space
+
+    def open(self) -> Claim:
+        """Open the lock exclusively; it may be granted at once or later."""
+        claim = Claim(1, Mode.EX, pid=1)
+        self.membership.spaces[DOMAIN].lock(LOCK).open(claim)
+        return claim
+
+    def cache(self) -> None:
+        """Have the lock here at EX, used by nobody."""
+        claim = self.open()
+        assert self.loop.run_until(lambda: holds(claim), PATIENCE_S)
+        self.membership.spaces[DOMAIN].lock(LOCK).close(claim)
+
+    # -- Host -----------------------------------------------------------------------------------
+
+    def granted(self, claim: Claim) -> None:
+        """The claim says so itself."""
+
+    def failed(self, claim: Claim, reason: int) -> None:
+        """The claim says so itself."""
+
+    def notify(self, claim: Claim) -> None:
+        """Nobody sleeps in poll."""
+
+    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+        return False
+
+    def domain_lost(self, domain: bytes, reason: str) -> None:
+        """The claims say so themselves."""
+
+    def fenced(self, reason: str) -> None:
+        self.fences.append(reason)
+
+    def rejoined(self, space: Lockspace) -> None:
+        """It is in `membership.spaces`."""
+
+
+@pytest.fixture
+def pair() -> tuple[Node, Node]:
+    loop = SimLoop()
+    server = MemoryServer(loop, start_revision=1000)
+    return Node(loop, server, "a"), Node(loop, server, "b")
+
+
+@pytest.mark.allow_warnings
+def test_the_locks_of_a_node_that_a_bug_fenced_come_free(pair: tuple[Node, Node]) -> None:
+    """A broken invariant of its own fences a node for good, though its session is healthy. It must end
+    that session, not only stop serving: else its locks were kept from all others for as long as
+    the useless daemon ran (promise 5).
+    """
+    a, b = pair
+    for node in pair:
+        node.join()
+    held = a.open()
+    assert a.loop.run_until(lambda: holds(held), PATIENCE_S)
+    wanted = b.open()
+    a.loop.run_for(SOON_S)
+    assert waits(wanted)
+    a.membership.lose("internal error: a bug")
+    assert a.fences == ["internal error: a bug"]
+    assert a.loop.run_until(lambda: not waits(wanted), TTL_S / 2)
+    assert holds(wanted)
+
+
+@pytest.mark.allow_warnings
+def test_a_join_that_is_answered_after_a_fence_joins_nothing(pair: tuple[Node, Node]) -> None:
+    """The node is fenced while a join is under way, and the answer is "joined". A domain that came to
+    the list only then was passed by the fence, and served on (promise 3).
+    """
+    a, _ = pair
+    said: list[Lockspace | DlmfsError] = []
+    a.store.faults = Faults(delay_s=1.0)
+    a.membership.join(DOMAIN, said.append)
+    assert a.loop.run_until(lambda: any(b"/m/" in key for key in a.store.server.data), PATIENCE_S)
+    assert not said
+    a.membership.lose("a test")
+    assert a.loop.run_until(lambda: bool(said), PATIENCE_S)
+    assert isinstance(said[0], Unavailable)
+    assert not a.membership.spaces
+
+
+def test_a_late_leave_does_not_strike_the_newer_membership(pair: tuple[Node, Node]) -> None:
+    """A domain is joined again while the leave of its former membership is still on its way to the
+    store. The end of that leave concerns its own membership only: what is not on the list is
+    neither fenced nor left at the end (promise 3).
+    """
+    a, _ = pair
+    old = a.join()
+    left: list[DlmfsError | None] = []
+    a.store.faults = Faults(delay_s=10.0)
+    a.membership.leave(old, left.append)
+    a.store.faults = Faults()
+    new = a.join()
+    assert not left
+    assert a.loop.run_until(lambda: bool(left), PATIENCE_S)
+    assert a.membership.spaces == {DOMAIN: new}
+    assert new.life is Life.JOINED
+
+
+def test_a_clean_end_waits_for_a_full_store(pair: tuple[Node, Node]) -> None:
+    """The store is full for a moment, just as a node ends with a cached exclusive lock. To end the
+    session all the same would look like a death at EX, and the next holder would be told that the
+    value may be torn (promise 4).
+    """
+    a, b = pair
+    for node in pair:
+        node.join()
+    a.cache()
+    a.store.faults = Faults(full=True)
+    ended: list[DlmfsError | None] = []
+    a.membership.close(ended.append)
+    a.loop.run_for(1.0)
+    assert not ended
+    a.store.faults = Faults()
+    assert a.loop.run_until(lambda: bool(ended), PATIENCE_S)
+    assert ended == [None]
+    claim = b.open()
+    assert b.loop.run_until(lambda: holds(claim), PATIENCE_S)
+    assert b.membership.spaces[DOMAIN].locks[LOCK].view.head.abandoned is None
