@@ -216,15 +216,8 @@ class Node:
 
     async def _leave(self) -> None:
         """Leave every domain, then end the session, whether or not the leaving worked."""
-        member = self.membership
-        leaving = self.loop.create_task(self._finish(member.close))
-        seen = -1
-        while not leaving.done() and seen != (seen := member.answers):
-            await asyncio.wait((leaving,), timeout=LEAVE_PATIENCE_S)
-        leaving.cancel()
-        with contextlib.suppress(TimeoutError, DlmfsError):
-            async with asyncio.timeout(1.0):
-                await self._finish(member.end)
+        with contextlib.suppress(DlmfsError):
+            await self._finish(partial(self.membership.depart, LEAVE_PATIENCE_S))
 
     # -- mounting ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from dlmfs.fs import places
+from dlmfs.fs import kin, places
 from dlmfs.fs.openfiles import Handle
 from dlmfs.fs.places import Places
 from dlmfs.model import Mode
@@ -46,7 +46,7 @@ class Kept:
     def __init__(self, loop: asyncio.AbstractEventLoop, *, watches: bool = True) -> None:
         self.over: list[Handle] = []
         self.changed = asyncio.Event()
-        self.places = Places(loop, loop if watches else None, self.give_up)
+        self.places = Places(loop, loop if watches else None, self.give_up, kin.fate)
 
     def give_up(self, lost: Handle) -> None:
         self.over.append(lost)
@@ -137,7 +137,7 @@ def test_no_place_for_the_dying_and_the_unknown(
         child.kill()
         child.wait(PATIENCE_S)
         assert not kept.places.keep(handle(gone))
-        monkeypatch.setattr(places, "fate", lambda _pid: None)
+        kept.places = Places(asyncio.get_running_loop(), None, kept.give_up, lambda _pid: None)
         assert not kept.places.keep(handle(os.getpid()))
         assert (len(kept.places), kept.over) == (0, [])
 

@@ -35,22 +35,29 @@ class Renewal:
     """Which renewals of a lease count (design, "Lease and fencing"; protocol-traps 15).
 
     One counts only if the linearizable reads before it was sent and after it was answered found the
-    same raft term: then one leader reigned all the while, so it was this leader that renewed the
-    lease. Otherwise a paused old leader may have answered for a lease that the new one lets run out.
+    same raft term, and one connection to one member carried all three. A member that served a read
+    under a term knows of that term: if it renewed the lease afterwards, then as this term's leader or
+    through it. Otherwise a former leader, paused or cut off from the others, may have answered for a
+    lease that the present one lets run out; and a client that goes from member to member may well
+    read from one and renew at another (docs/track-record.md).
     """
 
-    __slots__ = ("renewed_at", "term")
+    __slots__ = ("connection", "renewed_at", "term")
 
-    def __init__(self, sent: float, term: int) -> None:
-        """The lease was asked for at `sent` and confirmed under `term`. A leader that came between the
-        two has renewed it in full."""
+    def __init__(self, sent: float, term: int, connection: int | None) -> None:
+        """The lease was asked for at `sent` (on the node's clock) and read under `term`. A leader that
+        came between the two has renewed it in full. `connection`: the number of that which carried
+        the read, None if it was given up meanwhile."""
         self.renewed_at = sent
         self.term = term
+        self.connection = connection
 
-    def confirmed(self, sent: float, term: int) -> bool:
-        """A renewal sent at `sent` (on the node's clock) was answered, and a read after that found the
-        lease there under `term`. False: it does not count; another is due now."""
-        same, self.term = term == self.term, term
+    def confirmed(self, sent: float, term: int, connection: int | None) -> bool:
+        """A renewal sent at `sent` was answered, and a read after that found the lease there under
+        `term`; `connection` carried both, None if there were two. False: it does not count, and
+        another is due now."""
+        same = term == self.term and connection is not None and connection == self.connection
+        self.term, self.connection = term, connection
         if same:
             self.renewed_at = sent
         return same

@@ -414,8 +414,12 @@ class Lockres:
             return False
         if claim.mode <= self.level:
             return self._counter < COUNTER_MAX or self.in_conflict(claim)
-        first = next(iter(self.waiters.values()))
-        return first is not claim and not first.trying
+        for other in self.waiters.values():
+            if other is claim:
+                return False
+            if not other.trying and not compatible(other.mode, claim.mode):
+                return True
+        return False
 
     def in_conflict(self, claim: Claim) -> bool:
         """Whether a local holder stands in the claim's way (only under owner=file)."""
@@ -461,7 +465,8 @@ class Lockres:
         self.level = to
         self.phase = Phase.DROPPING
         self.asked = then
-        self._barrier = None
+        if to is Mode.NL:
+            self._barrier = None  # the wish that goes along has its place among the others
         self._out.append(Drop(to, then))
 
     def _ask(self) -> None:

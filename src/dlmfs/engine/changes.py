@@ -98,7 +98,7 @@ def take(view: View, mode: Mode, *, trying: bool, convert: bool) -> tuple[Txn, H
     filing = (_filing(view, mode, trying=trying, convert=convert), *reading(view))
     head = bury(view.head, view.is_dead)
     direct = not any(w.node != space.node for w in view.wishes.values())
-    if not (direct and fits(head.members, space.node, mode)):
+    if not (direct and fits(head.members, space.node, space.incarnation, mode)):
         return Txn((), filing), None
     members = dict(head.members)
     members[space.node] = Member(space.incarnation, mode, 0)

@@ -34,7 +34,7 @@ from dlmfs.core.lockres import Lockres
 from dlmfs.engine import changes
 from dlmfs.engine.changes import Change
 from dlmfs.engine.records import Head, Mail, Wish
-from dlmfs.engine.view import NO_HEAD, NOTHING, View
+from dlmfs.engine.view import NO_HEAD, NOTHING, View, Wanted
 from dlmfs.errors import DlmfsError, LockLost, Unavailable
 from dlmfs.model import LVB_SIZE, Mode, compatible
 from dlmfs.store.base import Txn, TxnResult
@@ -65,8 +65,10 @@ class ClusterLock:
     __slots__ = (
         "_busy",
         "_draining",
+        "_forget_waits",
         "_forgets",
         "_lvb_reads",
+        "_pass_due",
         "_patient",
         "_refuse_try",
         "_seen",
@@ -93,10 +95,13 @@ class ClusterLock:
         self._seen: dict[int, int] | None = None
         self._told = False
         self._patient = False
-        self._wanted = NOTHING
+        self._pass_due = False
+        self._wanted: Wanted | None = NOTHING
+        """What the core was told last; None: tell it in any case."""
         self._writes: list[Write] = []
         self._lvb_reads: list[Callable[[bytes], None]] = []
         self._forgets: list[Done] = []
+        self._forget_waits = False
         self._todo: list[Action] = []
         self._draining = False
         self._try_timer: Timer | None = None
@@ -215,10 +220,14 @@ class ClusterLock:
         self._step()
 
     def member_gone(self) -> None:
-        """A node died or left: its place in the head may have been in our way (rule 6)."""
+        """A node died or left: its place in the head may have been in our way (rule 6), or in the way
+        of another whom we could not grant when we last changed the head. That one may have learned of
+        the death while we still had the lock, and does not hear of our giving it up: it granted
+        nothing."""
         if self.view.wish is not None or self.res.phase is Phase.ASKING:
             self.view.must_look = True
-            self._step()
+        self._pass_due = bool(self.view.wishes)
+        self._step()
 
     def reread(self) -> None:
         """Events were missed, or an outcome is unknown: read everything before doing more."""
@@ -235,6 +244,11 @@ class ClusterLock:
         return not (
             self.res.in_use or self._busy or self._writes or self._forgets or self._unresolved
         )
+
+    @property
+    def forgetting(self) -> bool:
+        """An unlink, or a leave of the domain, is under way."""
+        return bool(self._forgets)
 
     # -- inner workings: the core -----------------------------------------------------------
 
@@ -312,8 +326,10 @@ class ClusterLock:
             self._step()
         elif self._refuse_try:
             self._refuse_trylocks()
-        elif view.wishes and view.surplus_wanted(res.level):
+        elif view.surplus_wanted(res.level):
             self._change(level=res.level)
+        elif self._pass_due:
+            self._pass()
         elif self._writes:
             self._write()
         elif self._forgets:
@@ -327,7 +343,7 @@ class ClusterLock:
             return True
         if self.res.phase is not Phase.IDLE or self._writes or self._forgets:
             return False
-        return not (self._unresolved or self.view.must_look or self.view.wishes)
+        return not (self._unresolved or self.view.must_look or self.view.wishes or self._pass_due)
 
     def _hand_over(self) -> None:
         """Give the level up, one turn of the loop from now: a program that closes and opens again is
@@ -337,6 +353,14 @@ class ClusterLock:
             self.space.loop.call_soon(self._step)
         else:
             self._change(level=self.res.level, then=self.res.next_wish())
+
+    def _pass(self) -> None:
+        """Run the grant pass for the others, if it would serve anybody."""
+        self._pass_due = self.view.grants_others(self.res.level)
+        if self._pass_due:
+            self._change(level=self.res.level)
+        else:
+            self._step()
 
     def _ask(self) -> None:
         res, view = self.res, self.view
@@ -390,7 +414,7 @@ class ClusterLock:
     def _looked(self, result: TxnResult) -> None:
         if self._unresolved:
             # A refusal of trylocks may be what got lost: have the core decide anew.
-            self._wanted = NOTHING
+            self._wanted = None
         self._unresolved = False
         self._adopt(result)
         self.learned()
@@ -489,7 +513,7 @@ class ClusterLock:
     def _refused_trylocks(self, result: TxnResult) -> None:
         if not result.succeeded:
             self._adopt(result)
-            self._wanted = NOTHING  # ask the core again about who is left
+            self._wanted = None  # ask the core again about who is left
         self.learned()
 
     def _write(self) -> None:
@@ -523,16 +547,30 @@ class ClusterLock:
         if self.view.mine() is None:
             self._forgotten(None)
             return
+        if self._forget_waits:
+            return
         change = changes.leave(self.view)
-        self._send(change.txn, partial(self._left, change=change))
+        done = partial(self._left, change=change, seen=self.view.head_revision)
+        self._send(change.txn, done)
 
-    def _left(self, result: TxnResult, change: Change) -> None:
-        if self._refused(result):
+    def _left(self, result: TxnResult, change: Change, seen: int) -> None:
+        if not result.succeeded:
+            self._adopt(result)
+            if self.view.head_revision == seen:
+                # Somebody whom we would leave behind is dead, and our watch has not told us yet.
+                # Asked again at once, the store would say the same until it does.
+                self._forget_waits = True
+                self.space.loop.call_later(RETRY_S, self._forget_again)
+            self.learned()
             return
         self.view.committed(change.head, change.granted, result.revision)
         if not (change.head.members or change.head.abandoned):
             self.view.set_head(NO_HEAD, 0, result.revision)
         self._forgotten(None)
+
+    def _forget_again(self) -> None:
+        self._forget_waits = False
+        self._step()
 
     def _forgotten(self, error: DlmfsError | None) -> None:
         forgets, self._forgets = self._forgets, []

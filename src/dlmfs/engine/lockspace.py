@@ -51,6 +51,9 @@ IN_FLIGHT_MAX: Final = 2
 
 RETRY_S: Final = 0.1
 
+SLACK_S: Final = 0.001
+"""A timer may come early by a rounding of the clock, and nobody would ask again."""
+
 
 class Host(Protocol):
     """What the node does for its locks."""
@@ -146,10 +149,10 @@ class Lockspace:
         """Whether that member of a head has ended. Never said of one younger than our view."""
         return incarnation <= self.revision and self.members.get(node) != incarnation
 
-    def is_dead(self, node: str, incarnation: int) -> bool:
-        """Whether it has ended, and its locks may be granted: with `lock_delay_s`, only so long after
-        we noticed, so that what it had under way elsewhere can end, too."""
-        if not self.is_gone(node, incarnation):
+    def is_dead(self, node: str, incarnation: int, *, surely: bool = False) -> bool:
+        """Whether it has ended (`surely`: it has), and its locks may be granted: with `lock_delay_s`,
+        only so long after we noticed, so that what it had under way elsewhere can end, too."""
+        if not surely and not self.is_gone(node, incarnation):
             return False
         if not self.lock_delay_s:
             return True
@@ -158,7 +161,7 @@ class Lockspace:
         if noticed is None:
             noticed = self._noticed[node, incarnation] = now
             self.loop.call_later(self.lock_delay_s, self._delay_is_over)
-        return now - noticed >= self.lock_delay_s
+        return now - noticed >= self.lock_delay_s - SLACK_S
 
     def _delay_is_over(self) -> None:
         if self.live:
@@ -193,9 +196,21 @@ class Lockspace:
             ),
             (Get(self.keys.mine),),
         )
-        self.commit(txn, lambda result: self._joined(result, done))
+        if self.life is Life.JOINING:
+            self.commit(txn, lambda result: self._joined(result, done))
+        else:
+            done(Unavailable("another join of this domain took the place of this one"))
+
+    def give_up_joining(self) -> None:
+        """Another join of this domain begins in this session, and will take away whatever this one may
+        have put. Going on, each would take the other's record for an attempt of its own."""
+        if self.life is Life.JOINING:
+            self.life = Life.LEFT
 
     def _joined(self, result: TxnResult | DlmfsError, done: Done) -> None:
+        if self.life is not Life.JOINING:
+            self.join(done)
+            return
         if isinstance(result, OutcomeUnknown):
             # Put with a compare, on our own lease: asking again is safe, and if the first one
             # was applied after all, the record that stands in the way carries our lease.

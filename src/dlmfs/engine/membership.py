@@ -46,6 +46,8 @@ from dlmfs.timing import Clock, Scheduler, Timer, Timing
 log = logging.getLogger("dlmfs.node")
 
 RETRY_S: Final = 0.5
+END_S: Final = 1.0
+"""How long the end of a session is waited for."""
 NODES: Final = b"n/"
 EVICT: Final = b"/evict"
 
@@ -98,6 +100,7 @@ class Membership:
         """It was fenced for good: the store is another one, or an operator wants it out."""
         self.fences = 0
         self.spaces: dict[bytes, Lockspace] = {}
+        self._joining: dict[bytes, Lockspace] = {}
         self._names = config.names
         self._former: set[int] = set()
         self._tick: Timer | None = None
@@ -313,11 +316,19 @@ class Membership:
     def _join_again(self, domain: bytes) -> None:
         """A domain that was lost and has not been left since."""
         old = self.spaces.get(domain)
-        if old is None or old.life is not Life.LOST or self.state is not LeaseState.HEALTHY:
+        if old is None or old.life is not Life.LOST or not self._up:
+            return
+        assert self.session is not None
+        under_way = self._joining.get(domain)
+        if under_way is not None and under_way.lease == self.session.lease:
+            return  # its end, if it is no good one, brings us back
+        if self.state is LeaseState.SUSPECT:
+            self.loop.call_later(RETRY_S, self._join_again, domain)
             return
         space = self._space(domain)
 
         def joined(error: DlmfsError | None) -> None:
+            self._is_joined(space)
             if self.spaces.get(domain) is not old:
                 if error is None:
                     space.leave(lambda _error: None)  # left while we were at it
@@ -334,8 +345,12 @@ class Membership:
     # -- domains --------------------------------------------------------------------------------
 
     def _space(self, domain: bytes) -> Lockspace:
+        """A new membership of a domain, to be joined; at most one at a time is."""
         assert self.session is not None
-        return Lockspace(
+        former = self._joining.pop(domain, None)
+        if former is not None:  # its program was told ENOLCK, yet it goes on until it knows
+            former.give_up_joining()
+        space = self._joining[domain] = Lockspace(
             self.store,
             self.loop,
             self.host,
@@ -348,6 +363,12 @@ class Membership:
             serving=self.serving,
             ended=self._space_lost,
         )
+        return space
+
+    def _is_joined(self, space: Lockspace) -> None:
+        """It is known what became of the join."""
+        if self._joining.get(space.domain) is space:
+            del self._joining[space.domain]
 
     def _space_lost(self, space: Lockspace) -> None:
         """One domain's membership was taken from us, perhaps by hand, while the session stands."""
@@ -362,6 +383,7 @@ class Membership:
         space = self._space(domain)
 
         def joined(error: DlmfsError | None) -> None:
+            self._is_joined(space)
             if error is None and not self._up:
                 space.lose(str(self.reason))
                 error = Unavailable(f"this node is fenced: {self.reason}")
@@ -425,6 +447,29 @@ class Membership:
             self.end(done)
         for space in list(self.spaces.values()):
             leave(space)
+
+    def depart(self, patience_s: float, done: Done) -> None:
+        """A clean end that goes on for as long as the store answers something within `patience_s`; after
+        that it is as if the node had died. `done` is called once, at most END_S after the last of it."""
+        told = False
+
+        def over(error: DlmfsError | None = None) -> None:
+            nonlocal told
+            if not told:
+                told = True
+                done(error)
+
+        def look(seen: int) -> None:
+            if told:
+                return
+            if self.answers != seen:
+                self.loop.call_later(patience_s, look, self.answers)
+            else:
+                self.loop.call_later(END_S, over)
+                self.end(over)
+
+        self.loop.call_later(patience_s, look, self.answers)
+        self.close(over)
 
     def end(self, done: Done) -> None:
         """End the session now, whether or not anything was left cleanly."""

@@ -27,8 +27,13 @@ def bury(head: Head, dead: Callable[[str, int], bool]) -> Head:
     return Head(members, head.lvb, abandoned)
 
 
-def fits(members: dict[str, Member], node: str, mode: Mode) -> bool:
-    """Whether `node` may have `mode` beside what the other members have."""
+def fits(members: dict[str, Member], node: str, incarnation: int, mode: Mode) -> bool:
+    """Whether that incarnation of `node` may have `mode` beside what the other members have. A former
+    self that was not buried yet is in the way with whatever it has: a node has one place in a head,
+    and to take it over would lose what the other's death has to tell (promise 4)."""
+    own = members.get(node)
+    if own is not None and own.incarnation != incarnation and own.level is not Mode.NL:
+        return False
     return all(compatible(m.level, mode) for other, m in members.items() if other != node)
 
 
@@ -45,7 +50,7 @@ def grant_pass(head: Head, wishes: Iterable[Wish]) -> Pass:
     members = dict(head.members)
     granted: list[Wish] = []
     for wish in ordered(wishes):
-        if fits(members, wish.node, wish.mode):
+        if fits(members, wish.node, wish.incarnation, wish.mode):
             members[wish.node] = Member(wish.incarnation, wish.mode, 0)
             granted.append(wish)
         elif not wish.trying:

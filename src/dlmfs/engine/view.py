@@ -155,11 +155,14 @@ class View:
         which the watch may tell before it tells of the membership."""
         wish = self.wishes.get(node)
         later = wish is not None and wish.incarnation > incarnation
-        return later or self.space.is_dead(node, incarnation)
+        return self.space.is_dead(node, incarnation, surely=later)
 
     def mine(self) -> Member | None:
         """Our place in the head. An older incarnation of ours is a dead stranger (rule 14)."""
-        member = self.head.members.get(self.space.node)
+        return self._own(self.head)
+
+    def _own(self, head: Head) -> Member | None:
+        member = head.members.get(self.space.node)
         if member is None or member.incarnation != self.space.incarnation:
             return None
         return member
@@ -167,7 +170,7 @@ class View:
     def at_level(self, level: Mode) -> Head:
         """The head without the dead, and with this node brought down to `level`."""
         head = bury(self.head, self.is_dead)
-        mine = head.members.get(self.space.node)
+        mine = self._own(head)
         if mine is None or mine.level <= level:
             return head
         members = dict(head.members)
@@ -219,9 +222,15 @@ class View:
         granted = grant_pass(self.at_level(level), self.wishes.values()).granted
         return any(w.node == self.space.node for w in granted)
 
+    def grants_others(self, level: Mode) -> bool:
+        """Whether a grant pass now, by us as a member at `level`, would serve anybody."""
+        if self.mine() is None:
+            return False
+        return bool(grant_pass(self.at_level(level), self.wishes.values()).granted)
+
     def surplus_wanted(self, level: Mode) -> bool:
         """Whether the head has us above `level` and somebody wishes for it."""
-        mine = self.mine()
+        mine = self.mine() if self.wishes else None
         return (
             mine is not None
             and mine.level > level

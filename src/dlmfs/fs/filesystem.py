@@ -225,6 +225,8 @@ class FileSystem(OpenFiles):
         if not isinstance(child, LockFile):
             return errno.EISDIR
         self.places.clear(child.ino)
+        child = self._child(h.node, name)  # if the lease was over, its successor
+        assert isinstance(child, LockFile)
         space = self.spaces[child.domain.ino]
         lock = space.locks.get(name)
         if lock is not None and lock.res.in_use:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from dlmfs.core.events import Claim, Stage
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import DlmfsError, Unavailable
-from dlmfs.fs.kin import is_kin
+from dlmfs.fs import kin
 from dlmfs.fs.limits import Usage, User
 from dlmfs.fs.places import Places, Readers
 from dlmfs.fs.tree import LockFile, Tree
@@ -28,7 +28,6 @@ from dlmfs.timing import Scheduler, Timer, Timing
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
     from dlmfs.engine.lockspace import Lockspace
-    from dlmfs.fuse.device import Device
 
 FMODE_EXEC: Final = 0x20
 """The kernel's own flag of an open by execve(2): a value is no program, whatever its file's mode."""
@@ -43,7 +42,7 @@ class Handle(Claim):
     """An open lock file. `unique` is the request that waits for it (0: none does), `poll` the
     kernel's handle once poll(2) has slept on it."""
 
-    __slots__ = ("append", "file", "lock", "poll", "unique", "user")
+    __slots__ = ("append", "charged", "file", "lock", "poll", "unique", "user")
 
     def __init__(
         self, fh: int, pid: int, flags: int, file: LockFile, *, lock: ClusterLock, user: User
@@ -61,7 +60,20 @@ class Handle(Claim):
         self.lock = lock
         self.user = user
         self.unique = 0
+        self.charged = False
+        """Counted as a waiter of its user."""
         self.poll: int | None = None
+
+
+class Kernel(Protocol):
+    """What the kernel is told besides the answers that handlers return (`fuse.device.Device`)."""
+
+    def answer(self, unique: int, reply: bytes | int) -> bool:
+        """Answer a request that waits; False if that reached nobody."""
+
+    def notify_poll(self, kh: int) -> None: ...
+
+    def invalidate_entry(self, parent: int, name: bytes) -> None: ...
 
 
 class Watchdog(Protocol):
@@ -77,7 +89,7 @@ class Watchdog(Protocol):
 class OpenFiles:
     """The open files, and the `Host` of the lockspaces. `FileSystem` adds names and attributes."""
 
-    device: Device
+    device: Kernel
     mount_device = ""
     """As in mountinfo: major:minor."""
     serving: Callable[[], bool]
@@ -107,9 +119,9 @@ class OpenFiles:
         """By the request that waits."""
         self.pending: dict[int, Answer] = {}
         """Reads and writes that wait for the store, by their requests."""
-        self.places = Places(loop, readers, self._withdraw)
+        self.places = Places(loop, readers, self._withdraw, self.fate)
         self.watchdog: Watchdog | None = None
-        self._last_fh = 0
+        self.last_fh = 0
         self._opening: Handle | None = None
         self._opened: Reply = None
 
@@ -126,16 +138,20 @@ class OpenFiles:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
             return errno.ESTALE if file.lost else errno.EAGAIN
         space = self.spaces[file.domain.ino]
+        # First: what is given up here looks at the clock too, and may find the lease over.
+        returned = self._returned(h, flags, file) if self.places else None
         if not self.serving() or space.life is not Life.JOINED:
+            if returned is not None:
+                self._withdraw(returned)
             return errno.ENOLCK  # LEAVING: a removal that was answered ENOLCK still goes on
-        if self.places and (returned := self._returned(h, flags, file)) is not None:
+        if returned is not None:
             return self._go_on(returned, h.unique)
         user = self.usage.user(h.uid)
         if user.holders >= user.max_holders or len(self.handles) >= self.limits.max_holders:
             return self._too_many(user.holders >= user.max_holders)
-        self._last_fh += 1
+        self.last_fh += 1
         lock = space.lock(file.name)
-        handle = Handle(self._last_fh, h.pid, flags, file, lock=lock, user=user)
+        handle = Handle(self.last_fh, h.pid, flags, file, lock=lock, user=user)
         handle.since = self.loop.time()
         self._opening, self._opened = handle, None
         try:
@@ -153,9 +169,17 @@ class OpenFiles:
             handle.lock.interrupt(handle)
             return self._too_many(user.waiters >= user.max_waiters)
         user.waiters += 1
+        handle.charged = True
         handle.unique = unique
         self.waiting[unique] = handle
         return None
+
+    @staticmethod
+    def _discharge(handle: Handle) -> None:
+        """It waits no more. Once: a withdrawal may find the lease over, and that fails the same claim."""
+        if handle.charged:
+            handle.charged = False
+            handle.user.waiters -= 1
 
     @staticmethod
     def _too_many(of_one_user: bool) -> int:
@@ -170,14 +194,14 @@ class OpenFiles:
         if handle is None:
             return None
         if handle.stage is Stage.ENDED:  # granted and lost while nobody was there
-            handle.user.waiters -= 1
+            self._discharge(handle)
             return None
         handle.append = bool(flags & os.O_APPEND)
         return handle
 
     def _go_on(self, handle: Handle, unique: int) -> Reply:
         if handle.stage is Stage.HELD:
-            handle.user.waiters -= 1
+            self._discharge(handle)
             return self._serve(handle)
         handle.unique = unique
         self.waiting[unique] = handle
@@ -200,7 +224,7 @@ class OpenFiles:
         if not handle.unique:
             return  # its place is kept; the retried open will find it granted
         del self.waiting[handle.unique]
-        handle.user.waiters -= 1
+        self._discharge(handle)
         if not self.device.answer(handle.unique, self._serve(handle)):
             # The opener was killed between our decision and our answer: nobody will ever
             # release this handle (fuse-notes 2).
@@ -212,7 +236,7 @@ class OpenFiles:
         if handle is self._opening:
             self._opened = reason
             return
-        handle.user.waiters -= 1
+        self._discharge(handle)
         if not handle.unique:
             self.places.forget(handle)
             return
@@ -250,7 +274,7 @@ class OpenFiles:
     def _withdraw(self, handle: Handle) -> None:
         """Nobody comes back for this claim."""
         self.expire()
-        handle.user.waiters -= 1
+        self._discharge(handle)
         if handle.stage is Stage.HELD:
             handle.lock.close(handle)
         elif handle.stage is Stage.WAITING:
@@ -347,7 +371,12 @@ class OpenFiles:
         """`Host`: whether the claim's process holds this lock already (engine rule 11)."""
         handle = cast("Handle", claim)
         pids = {holder.pid for holder in holders}
-        return is_kin(claim.pid, pids, handle.file.ino, handle.file.path(), self.mount_device)
+        path = handle.file.path()
+        return kin.is_kin(claim.pid, pids, handle.file.ino, path, self.mount_device)
+
+    def fate(self, pid: int) -> int | None:
+        """The thread group of a thread that will go on living; None: it is dying, or not known."""
+        return kin.fate(pid)
 
     def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
         """`Host`: every descriptor of the domain is lost. Its file's name gets a new inode, so that
@@ -386,7 +415,7 @@ class Answer:
     )
 
     def __init__(
-        self, device: Device, unique: int, pending: dict[int, Answer] | None = None
+        self, device: Kernel, unique: int, pending: dict[int, Answer] | None = None
     ) -> None:
         self._pending = pending
         self._device = device

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from dlmfs.fs.kin import fate
 from dlmfs.model import Mode
 from dlmfs.timing import Scheduler, Timer
 
@@ -50,11 +49,17 @@ class Places:
     """The kept places of one mount. `give_up(handle)` is called for one that nobody took back."""
 
     def __init__(
-        self, loop: Scheduler, readers: Readers | None, give_up: Callable[[Handle], None]
+        self,
+        loop: Scheduler,
+        readers: Readers | None,
+        give_up: Callable[[Handle], None],
+        fate: Callable[[int], int | None],
     ) -> None:
+        """`fate`: the thread group of a thread, None for one that is dying (`kin.fate`)."""
         self._loop = loop
         self._readers = readers
         self._give_up = give_up
+        self._fate = fate
         self._places: dict[Key, Place] = {}
 
     def __len__(self) -> int:
@@ -63,7 +68,7 @@ class Places:
     def keep(self, handle: Handle) -> bool:
         """Keep the place of an open that was just interrupted; False if its process is dying."""
         key = (handle.pid, handle.file.ino, handle.mode)
-        group = fate(handle.pid)
+        group = self._fate(handle.pid)
         if group is None or key in self._places:
             return False
         pidfd = -1

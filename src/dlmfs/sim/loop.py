@@ -22,14 +22,19 @@ class SimTimer:
         self.args = ()
 
 
+class Runaway(AssertionError):
+    """So much was done that it will never end."""
+
+
 class SimLoop:
     """A `timing.Scheduler` whose clock jumps to the next pending call.
 
     Calls due at the same instant run in order of arrival; with `rng`, in random order, so that
-    nothing comes to depend on it.
+    nothing comes to depend on it. After `limit` calls the run is given up with Runaway.
     """
 
-    def __init__(self, rng: Random | None = None) -> None:
+    def __init__(self, rng: Random | None = None, limit: int = 1 << 62) -> None:
+        self.limit = limit
         self._now = 0.0
         self._sequence = 0
         self._heap: list[tuple[float, float, int, SimTimer]] = []
@@ -51,6 +56,10 @@ class SimLoop:
         heapq.heappush(self._heap, (self._now + delay, tie, self._sequence, timer))
         return timer
 
+    def pending(self) -> int:
+        """How many calls are to come."""
+        return sum(timer.callback is not None for _, _, _, timer in self._heap)
+
     def step(self) -> bool:
         """Run the next call; False if there is none."""
         while self._heap:
@@ -60,6 +69,8 @@ class SimLoop:
             assert when >= self._now
             self._now = when
             self.steps += 1
+            if self.steps > self.limit:
+                raise Runaway(f"{self.steps} events, and no end")
             timer.callback(*timer.args)
             return True
         return False

@@ -92,12 +92,18 @@ class MemoryStore:
         self.up = self.down = True
         """Whether messages get to the server, and from it."""
         self.stale = False
-        """Renewals reach a former leader that does not know that it is none any more."""
+        """One member is a former leader that does not know that it is none any more: it answers
+        renewals, and cannot serve a read before it hears from the others."""
+        self.connection = 1
+        """Counts the node's moves from member to member."""
+        self._held: list[_Request] = []
+        """Reads that the former leader cannot serve yet."""
         self.dead = False
         self.lost = 0
         """Messages that did not arrive."""
         self.watches: list[MemoryWatch] = []
         self.session: MemorySession | None = None
+        self._lease = 0
 
     # -- faults -----------------------------------------------------------------------------
 
@@ -121,13 +127,19 @@ class MemoryStore:
             watch.broken = True
             self.network.call_later(seconds, watch.resume)
 
+    def refresh(self) -> None:
+        """The former leader hears from the others."""
+        self.stale = False
+        held, self._held = self._held, []
+        for request in held:
+            self.network.call_later(self._delay(), self._arrive, request, False)
+
     def crash(self) -> None:
         """The node dies: its lease runs out by itself."""
         self.dead = True
-        session = self.session
         self.close()
-        if session is not None and not self.leased:
-            self.network.call_later(self._delay(), self.server.expire, session.lease)
+        if not self.leased:
+            self.network.call_later(self._delay(), self.server.expire, self._lease)
 
     def _delay(self) -> float:
         return self.rng.uniform(0, self.faults.delay_s)
@@ -139,14 +151,20 @@ class MemoryStore:
         serve: Callable[[], Any],
         done: Callable[[Any], None],
         timeout_s: float | None = None,
+        *,
+        hold: bool = False,
     ) -> None:
-        """Have the server do something; `done` gets its result, or OutcomeUnknown after `timeout_s`."""
+        """Have the server do something; `done` gets its result, or OutcomeUnknown after `timeout_s`.
+        `hold`: it waits at the former leader."""
         faults, draw = self.faults, self.rng.random()
         request = _Request(serve, done)
         patience = faults.timeout_s if timeout_s is None else timeout_s
         request.timer = self.machine.call_later(patience, self._done, request, None)
         if not self.up or draw < faults.lose_request:
             self.lost += 1
+            return
+        if hold:
+            self._held.append(request)
             return
         draw -= faults.lose_request
         late = (
@@ -161,8 +179,9 @@ class MemoryStore:
             self.network.call_later(delay, self._arrive, request, lost)
 
     def _arrive(self, request: _Request, lost: bool) -> None:
-        # What a node had sent before it died may still arrive.
-        if not self.server.available or not self.up or (self.dead and self.rng.random() < 0.5):
+        # What a node had sent before it died may still arrive; on one host there is nothing in between.
+        gone = self.dead and (not self.leased or self.rng.random() < 0.5)
+        if not self.server.available or not self.up or gone:
             return
         if not request.served:
             request.served = True
@@ -219,14 +238,15 @@ class MemoryStore:
         server, sent = self.server, self.clock()
 
         def grant() -> tuple[int, int]:
-            return server.grant(node, ttl_s if self.leased else None), server.term
+            self._lease = server.grant(node, ttl_s if self.leased else None)
+            return self._lease, server.term
 
         def granted(answer: tuple[int, int] | OutcomeUnknown) -> None:
             if isinstance(answer, OutcomeUnknown):
                 done(Unavailable("the store cannot be reached"))
                 return
             lease, term = answer
-            renewal = Renewal(sent, term) if self.leased else None
+            renewal = Renewal(sent, term, self.connection) if self.leased else None
             self.session = MemorySession(self, lease, ttl_s, lost, renewal=renewal)
             done(self.session)
 
@@ -324,6 +344,7 @@ class MemorySession:
         self.lease = lease
         self.renewal = renewal
         self.ended = False
+        self._at_stale = False
         self._every = Timing(ttl_s).renew_every_s
         self._timer: Timer | None = None
         if renewal is not None:
@@ -337,27 +358,44 @@ class MemorySession:
         if self.ended or self.store.dead:
             return
         store, sent = self.store, self.store.clock()
-        server, stale = store.server, store.stale
+        # Through which member, where it matters: it may be another one for the renewal than it was for
+        # the read before, and another one for the read after.
+        stale = store.stale and store.rng.random() < 0.7
+        if stale != self._at_stale:
+            store.connection += 1
+        self._at_stale = stale
+        through = store.connection
 
         def kept(alive: bool | OutcomeUnknown) -> None:
             if isinstance(alive, OutcomeUnknown):
-                self._again(RETRY_S)
-            else:
-                # A read goes through the present leader, whoever answered the renewal.
-                store.ask(look, partial(self._confirmed, sent, alive), self._every)
+                self._moved_on()
+                return
+            if self._at_stale and store.rng.random() < 0.3:
+                self._at_stale = False
+                store.connection += 1
+            hold = self._at_stale and store.stale
+            done = partial(self._confirmed, sent, through, alive)
+            store.ask(self._look, done, self._every, hold=hold)
 
-        def look() -> tuple[int, bool]:
-            return server.term, self.lease in server.leases
+        store.ask(lambda: store.server.keep_alive(self.lease, stale=stale), kept, self._every)
 
-        store.ask(lambda: server.keep_alive(self.lease, stale=stale), kept, self._every)
+    def _look(self) -> tuple[int, bool]:
+        """The read that confirms: under which leader, and whether the lease is there."""
+        server = self.store.server
+        return server.term, self.lease in server.leases
+
+    def _moved_on(self) -> None:
+        """No answer: the next attempt goes to the next member."""
+        self.store.connection += 1
+        self._again(RETRY_S)
 
     def _confirmed(
-        self, sent: float, alive: bool, answer: tuple[int, bool] | OutcomeUnknown
+        self, sent: float, through: int, alive: bool, answer: tuple[int, bool] | OutcomeUnknown
     ) -> None:
         if self.ended:
             return
         if isinstance(answer, OutcomeUnknown):
-            self._again(RETRY_S)
+            self._moved_on()
             return
         term, there = answer
         if not alive or not there:
@@ -365,7 +403,8 @@ class MemorySession:
             self.lost(LockLost("the lease has ended in the store"))
             return
         assert self.renewal is not None
-        good = self.renewal.confirmed(sent, term)
+        unbroken = through if through == self.store.connection else None
+        good = self.renewal.confirmed(sent, term, unbroken)
         self._again(max(0.0, self._every - (self.store.clock() - sent)) if good else 0.0)
 
     def _again(self, delay: float) -> None:

@@ -60,8 +60,9 @@ class EtcdSession:
         self.ttl_s = float(granted.ttl)
         put = pb.PutRequest(key=self._key, value=b"{}", lease=self.lease)
         txn = pb.TxnRequest(success=[pb.RequestOp(request_put=put)])
-        put_under = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
-        self.renewal = Renewal(sent, put_under)
+        before = self.rpc.generation
+        term = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
+        self.renewal = Renewal(sent, term, self._unbroken(before))
         self._task = self.rpc.loop.create_task(self._keep())
         look_after(self._task)
 
@@ -81,8 +82,9 @@ class EtcdSession:
             await asyncio.sleep(max(0.0, wait - (self.clock() - sent)) if wait else 0.0)
 
     async def _renew(self, sent: float, timeout_s: float) -> bool:
-        """Renew and confirm; False if the leader changed, so that it does not count. Raises
-        LockLost if the lease is over, OutcomeUnknown."""
+        """Renew and confirm; False if the leader or the member changed, so that it does not count.
+        Raises LockLost if the lease is over, OutcomeUnknown."""
+        before = self.rpc.generation
         left_s = await self._keep_alive(timeout_s)
         look = pb.TxnRequest(
             success=[pb.RequestOp(request_range=pb.RangeRequest(key=self._key))],
@@ -91,7 +93,11 @@ class EtcdSession:
         if left_s <= 0 or not answer.responses[0].response_range.kvs:
             raise LockLost("the lease has ended in the store")
         assert self.renewal is not None
-        return self.renewal.confirmed(sent, answer.header.raft_term)
+        return self.renewal.confirmed(sent, answer.header.raft_term, self._unbroken(before))
+
+    def _unbroken(self, generation: int) -> int | None:
+        """The connection, if it was this one all the while."""
+        return generation if generation == self.rpc.generation else None
 
     async def _keep_alive(self, timeout_s: float) -> int:
         """The seconds left after a renewal; 0 if the lease is gone."""

@@ -1,0 +1,401 @@
+"""What every program must see: the promises of design section 2, checked at each answer.
+
+`oracle` watches the commits; here stand the checks that need to know what was served to whom, and when.
+In a lenient run (clocks beyond the stated ratio), and for an answer that a pause of the daemon has
+overtaken, only what no clock can break is checked: tokens and values.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, Mode, Owner, compatible
+from dlmfs.sim.history import Op, judge
+from dlmfs.sim.kernel import Call, Reply
+from dlmfs.sim.oracle import Lock, Oracle, Violation, Write
+
+if TYPE_CHECKING:
+    from dlmfs.engine.lock import ClusterLock
+    from dlmfs.fs.openfiles import Handle
+    from dlmfs.sim.cluster import Cluster
+    from dlmfs.sim.node import SimNode
+    from dlmfs.sim.programs import OpenFile, Process
+
+SLACK_S: Final = 0.2
+NEWS_S: Final = 0.01
+DATA: Final = 8
+"""Bytes of a write; each is unlike every other."""
+
+EXPECTED: Final = frozenset(
+    {
+        errno.ETXTBSY,
+        errno.EINTR,
+        errno.EDEADLK,
+        errno.EAGAIN,
+        errno.ENOLCK,
+        errno.ENOENT,
+        errno.ENOTCONN,
+        errno.ECONNABORTED,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ESTALE,
+        errno.EIO,
+    }
+)
+"""What an open may be refused with."""
+
+
+@dataclass
+class Open:
+    """One open(2) as its program sees it, until its descriptor is closed or lost."""
+
+    number: int
+    process: int
+    node: SimNode
+    life: int
+    lock: Lock
+    mode: Mode
+    trying: bool
+    invoked: float
+    returned: float | None = None
+    outcome: str = "unknown"
+    token: int = 0
+    taken_at: float = 0.0
+    stalls: int = 0
+    newest: int = 0
+    """The last handle that the node had given out when the open came."""
+    calm: bool = False
+    converting: bool = False
+    ahead: list[tuple[str, int]] = field(default_factory=list)
+    """The other nodes' conflicting wishes that the node knew of when the open came."""
+    closed: float | None = None
+    released: float | None = None
+
+
+@dataclass
+class Seen:
+    """What was seen of one lock."""
+
+    max_token: int = 0
+    max_ex_token: int = 0
+    floor: int = 0
+    """No read that begins now may return a value older than this revision's."""
+    opens: list[Open] = field(default_factory=list)
+    bases: dict[int, str] = field(default_factory=dict)
+
+
+class Checks:
+    """The checks of one run. `grants`, `reads`, `writes`, `refusals`, `lost` count what was judged."""
+
+    def __init__(self, cluster: Cluster, oracle: Oracle) -> None:
+        self.cluster = cluster
+        self.oracle = oracle
+        self.locks: dict[Lock, Seen] = {}
+        self.grants = self.reads = self.writes = self.refusals = self.losses = 0
+        self.margin_s: float | None = None
+        """The least share of a lease time between a node's last answer and its lease's end."""
+        self._files: dict[tuple[int, int], Open] = {}
+        self._numbers = 0
+
+    def seen(self, lock: Lock) -> Seen:
+        record = self.locks.get(lock)
+        if record is None:
+            record = self.locks[lock] = Seen()
+        return record
+
+    @property
+    def now(self) -> float:
+        return self.cluster.loop.time()
+
+    @property
+    def strict(self) -> bool:
+        return not self.cluster.scenario.lenient
+
+    # -- open -----------------------------------------------------------------------------------
+
+    def opening(
+        self,
+        process: Process,
+        domain: bytes,
+        name: bytes,
+        mode: Mode,
+        *,
+        trying: bool,
+    ) -> Open:
+        """A program begins an open(2)."""
+        self._numbers += 1
+        node = process.node
+        lock = (domain, name)
+        opened = Open(self._numbers, process.pid, node, node.life, lock, mode, trying, self.now)
+        self.seen(lock).opens.append(opened)
+        return opened
+
+    def refused(self, opened: Open, reason: int) -> None:
+        """It failed. Interrupted, it may have been granted in the same instant."""
+        self.refusals += 1
+        opened.returned = self.now
+        dead = reason in (errno.EINTR, errno.ENOTCONN, errno.ECONNABORTED)
+        # In trouble a lock may seem to be in use that is only cached by a node which does not answer.
+        busy = reason == errno.ETXTBSY and opened.calm and self.cluster.calm
+        opened.outcome = "unknown" if dead else "busy" if busy else "failed"
+        if reason not in EXPECTED:
+            raise Violation(f"{self._name(opened)} failed with {errno.errorcode[reason]}")
+
+    def forgotten(self, call: Call) -> None:
+        """Its process was killed, and no answer will be heard."""
+
+    def taken(self, node: SimNode, call: Call) -> None:
+        """The daemon takes a request up."""
+        request = call.request
+        if request.op == "release":
+            opened = self._files.pop((id(node.fs), request.args[0]), None)
+            if opened is not None:
+                opened.released = self.now
+        elif isinstance(request.note, Open):
+            opened = request.note
+            opened.taken_at, opened.stalls = node.machine.time(), node.machine.stalls
+            opened.newest, opened.calm = node.fs.last_fh, self.cluster.calm
+            lock = node.lock(opened.lock)
+            if lock is not None:
+                # Who races with an unlink is refused (kernel-behaviour, "unlink"), and who comes after
+                # waiters of its own node does not pass them.
+                opened.calm &= not lock.forgetting and not lock.res.waiters
+                opened.converting = lock.res.pr > 0 and opened.mode is Mode.EX
+                opened.ahead = [
+                    (w.node, w.revision)
+                    for w in lock.view.others()
+                    if not w.trying and not compatible(w.mode, opened.mode)
+                ]
+
+    def answered(self, node: SimNode, call: Call, reply: Reply) -> None:
+        """The answer is about to reach its program."""
+        request = call.request
+        note = request.note
+        if isinstance(note, Open):
+            if note.trying and self.strict and not node.kernel.dead:
+                self._in_time(node, note)
+            if isinstance(reply, bytes):
+                self._granted(node, note, call, int.from_bytes(reply[:8], "little"))
+        elif request.op in ("read", "write") and isinstance(reply, bytes):
+            file: OpenFile = note  # type: ignore[assignment]
+            self._served(node, file.grant, call)
+
+    def _in_time(self, node: SimNode, opened: Open) -> None:
+        """Promise 6: a trylock is answered in bounded time."""
+        timing, took = node.membership.timing, node.machine.time() - opened.taken_at
+        if took > timing.try_timeout_s + SLACK_S and node.machine.stalls == opened.stalls:
+            raise Violation(f"{self._name(opened)}: the trylock was answered after {took:.1f} s")
+
+    def _granted(self, node: SimNode, opened: Open, call: Call, fh: int) -> None:
+        self.grants += 1
+        opened.returned = self.now
+        handle = node.fs.handles.get(fh)
+        lock = node.lock(opened.lock)
+        opened.outcome = "unknown" if call.overtaken else "ok"
+        self._files[id(node.fs), fh] = opened
+        if handle is None or lock is None or handle.token == 0:
+            opened.outcome, opened.closed = "unknown", self.now
+            return
+        opened.token = handle.token
+        if node.membership.session is not None and not call.overtaken:
+            node.last_served[node.membership.session.lease] = self.now
+        self._token(node, opened, strict=self.strict and not call.overtaken)
+        if self.strict and not call.overtaken:
+            self._exclusion(node, opened)
+            self._marked(opened, lock)
+            self._in_order(opened, handle)
+
+    def _served(self, node: SimNode, opened: Open, call: Call) -> None:
+        """A read or a write was answered with success."""
+        if self.strict and not call.overtaken:
+            self._exclusion(node, opened)
+        session = node.membership.session
+        if session is not None and not call.overtaken:
+            node.last_served[session.lease] = self.now
+
+    def _name(self, opened: Open) -> str:
+        lock = b"/".join(opened.lock).decode()
+        how = "try" if opened.trying else "open"
+        return f"{how} {opened.number} {lock} {opened.mode.name} on {opened.node.name}"
+
+    def _exclusion(self, node: SimNode, opened: Open) -> None:
+        """Promise 1: nobody else serves, or would serve at once, an incompatible mode."""
+        for other in self.cluster.nodes:
+            if other is node:
+                continue
+            level = other.serves(opened.lock)
+            if not compatible(level, opened.mode):
+                raise Violation(
+                    f"{self._name(opened)} is served while {other.name} has {level.name}"
+                )
+
+    def _token(self, node: SimNode, opened: Open, *, strict: bool) -> None:
+        """Promise 2: larger than that of every earlier conflicting grant."""
+        seen, token = self.seen(opened.lock), opened.token
+        base = token >> TOKEN_SHIFT
+        granted = self.oracle.lock(opened.lock).granted.get(base, set())
+        if node.name not in granted:
+            raise Violation(f"{self._name(opened)}: no commit granted it its token {token}")
+        if not strict:
+            return
+        floor = seen.max_token if opened.mode is Mode.EX else seen.max_ex_token
+        if token < floor or (token == floor and node.owner is Owner.FILE):
+            raise Violation(f"{self._name(opened)}: its token {token} is not above {floor}")
+        if token == floor and seen.bases.get(base, node.name) != node.name:
+            raise Violation(f"{self._name(opened)}: its token {token} is another node's")
+        seen.bases[base] = node.name
+        seen.max_token = max(seen.max_token, token)
+        if opened.mode is Mode.EX:
+            seen.max_ex_token = max(seen.max_ex_token, token)
+
+    def _marked(self, opened: Open, lock: ClusterLock) -> None:
+        """Promise 4: who gets the lock after a death at EX can see it."""
+        mark = self.oracle.lock(opened.lock).head.abandoned
+        if mark is not None and lock.view.head.abandoned is None:
+            raise Violation(f"{self._name(opened)}: {mark.node} died at EX, and nobody says so")
+
+    def _in_order(self, opened: Open, handle: Handle) -> None:
+        """Promise 5: whoever comes after another node's wish, and conflicts with it, is served after."""
+        if handle.kin or opened.converting or handle.fh <= opened.newest:
+            return  # the last: it took over the place that an interrupted open left behind
+        wishes = self.oracle.lock(opened.lock).wishes
+        for node, revision in opened.ahead:
+            wish = wishes.get(node)
+            if wish is not None and wish.revision == revision:
+                raise Violation(f"{self._name(opened)} was served before the wish of {node}")
+
+    # -- the value ------------------------------------------------------------------------------
+
+    def writing(self, file: OpenFile, offset: int) -> Write:
+        self.writes += 1
+        lock = file.grant.lock
+        data = (b"%08d" % self.writes)[:DATA]
+        write = Write(lock, file.grant.node.name, offset, data)
+        self.oracle.lock(lock).writes.append(write)
+        return write
+
+    def wrote(self, write: Write, reply: Reply) -> None:
+        """Promise 4: a write that returned is durable."""
+        if isinstance(reply, int):
+            return
+        if not write.revision:
+            raise Violation(f"a write to {write.lock!r} returned, and is not in the store")
+        seen = self.seen(write.lock)
+        seen.floor = max(seen.floor, write.revision)
+
+    def reading(self, file: OpenFile) -> int:
+        """What the read must not be older than: all that was acknowledged or read before, and what
+        stood when the reader was granted; in a lenient run the latter only."""
+        seen = self.seen(file.grant.lock)
+        granted = file.grant.token >> TOKEN_SHIFT
+        return max(seen.floor, granted) if self.strict else granted
+
+    def read(self, file: OpenFile, lvb: bytes, floor: int) -> None:
+        """Promise 4: a whole value, and none that is older than `floor`."""
+        self.reads += 1
+        assert len(lvb) == LVB_SIZE
+        lock = file.grant.lock
+        values = self.oracle.lock(lock).values
+        at_floor = max(v.revision for v in values if v.revision <= floor)
+        found = [v.revision for v in values if v.revision >= at_floor and v.lvb == lvb]
+        if not found:
+            known = any(v.lvb == lvb for v in values)
+            what = (
+                "a value that is older than one seen before" if known else "a value never written"
+            )
+            raise Violation(
+                f"read {b'/'.join(lock).decode()} on {file.grant.node.name}: {what}: {lvb!r}"
+            )
+        if self.strict:
+            seen = self.seen(lock)
+            seen.floor = max(seen.floor, found[0])
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def closing(self, file: OpenFile) -> None:
+        """close(2) of the last descriptor begins."""
+        if file.grant.closed is None:
+            over = (
+                file.grant.node.deadline()
+            )  # a node that stands still does not tell that it is lost
+            file.grant.closed = max(min(self.now, over), file.grant.returned or 0.0)
+
+    def lost(self, node: SimNode, domain: bytes | None) -> None:
+        """What the node had open (in one domain, or in all) is lost, since its deadline at the latest."""
+        self.losses += 1
+        at = min(self.now, node.deadline())
+        for lock, seen in self.locks.items():
+            if domain is None or lock[0] == domain:
+                for opened in seen.opens:
+                    if opened.node is node and opened.closed is None and opened.life == node.life:
+                        if opened.outcome == "ok":
+                            opened.closed = max(at, opened.returned or at)
+
+    def lease_ended(self, node: SimNode, lease: int) -> None:
+        """Promise 3: the store lets a lease run out; the node must have stopped serving long before."""
+        served = node.last_served.get(lease)
+        scenario = self.cluster.scenario
+        if served is None or not self.strict or not scenario.leased:
+            return
+        margin = (self.now - served) / scenario.ttl_s
+        rate = node.machine.rate
+        if margin < 1 - 0.67 / rate - 0.001:
+            raise Violation(f"{node.name} served {margin:.2f} ttl before the end of its lease")
+        if self.margin_s is None or margin < self.margin_s:
+            self.margin_s = margin
+
+    # -- the whole history ------------------------------------------------------------------------
+
+    def judge(self) -> int:
+        """Judge the lock as an object, from what programs saw alone; the number of operations."""
+        if not self.strict:
+            return 0
+        count = 0
+        for lock, seen in self.locks.items():
+            ops = [op for opened in seen.opens for op in self._ops(opened)]
+            count += len(ops)
+            verdict = judge(ops)
+            if not verdict.ok:
+                raise Violation(f"{b'/'.join(lock).decode()}: {verdict.why}")
+        return count
+
+    def _ops(self, opened: Open) -> list[Op]:
+        owner: tuple[object, ...] = (opened.node.name, opened.life)
+        if opened.node.owner is Owner.FILE:
+            owner = (*owner, opened.number)
+        kind = "try" if opened.trying else "acquire"
+        invoked = opened.invoked
+        if opened.outcome == "busy":
+            # That the lock came free may be under way to this node still.
+            faults = self.cluster.scenario.faults
+            invoked -= faults.watch_delay_s + 4 * faults.delay_s + NEWS_S
+        returned = None if opened.outcome == "unknown" else opened.returned
+        ops = [
+            Op(
+                opened.process,
+                owner,
+                kind,  # type: ignore[arg-type]
+                opened.mode,
+                invoked,
+                returned,
+                opened.outcome,  # type: ignore[arg-type]
+                opened.number,
+            )
+        ]
+        if opened.outcome == "ok" and opened.closed is not None:
+            done = opened.released
+            ops.append(
+                Op(
+                    opened.process,
+                    owner,
+                    "release",
+                    opened.mode,
+                    opened.closed,
+                    done,
+                    "ok" if done is not None else "unknown",
+                    opened.number,
+                )
+            )
+        return ops

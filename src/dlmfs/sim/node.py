@@ -1,0 +1,250 @@
+"""One simulated node: the real membership, engine, core and file system on a simulated machine.
+
+What `dlmfs.node.Node` joins for a real mount is joined here: a store handle, the membership, the file
+system and a kernel. A node that dies is followed by another life under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, cast
+
+from dlmfs.core.events import Claim
+from dlmfs.core.lease import LeaseState
+from dlmfs.engine.lock import ClusterLock
+from dlmfs.engine.lockspace import Lockspace
+from dlmfs.engine.membership import Config, Membership
+from dlmfs.errors import DlmfsError
+from dlmfs.fs.filesystem import FileSystem
+from dlmfs.fs.openfiles import Handle
+from dlmfs.fs.tree import Tree
+from dlmfs.model import Mode, Owner
+from dlmfs.sim.kernel import Call, Kernel, Reply
+from dlmfs.sim.machine import Machine
+from dlmfs.sim.oracle import Arbiter, Lock
+from dlmfs.sim.programs import Process
+from dlmfs.store.base import Txn, TxnResult
+from dlmfs.store.memory_store import MemoryStore
+from dlmfs.timing import Timing
+
+if TYPE_CHECKING:
+    from dlmfs.sim.checks import Checks
+    from dlmfs.sim.cluster import Cluster
+
+RESTART_S = 1.0
+PATIENCE_S = 3.0
+"""As `dlmfs.node`: how long a clean end waits for a silent store."""
+
+
+class NamedStore(MemoryStore):
+    """A store handle whose transactions carry the node's name, for the oracle."""
+
+    node: SimNode
+
+    def _apply(self, txn: Txn) -> TxnResult | DlmfsError:
+        arbiter = cast("Arbiter", self.server)
+        arbiter.author = self.node.name
+        try:
+            return super()._apply(txn)
+        finally:
+            arbiter.author = None
+
+
+class Files(FileSystem):
+    """The real file system; what it would ask /proc it asks the simulated processes."""
+
+    node: SimNode
+
+    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+        handle = cast("Handle", claim)
+        pids = {holder.pid for holder in holders}
+        process = self.node.processes.get(claim.pid)
+        if process is not None and any(file.ino == handle.file.ino for file in process.files):
+            return True
+        while process is not None:
+            if process.pid in pids:
+                return True
+            process = process.parent
+        return False
+
+    def fate(self, pid: int) -> int | None:
+        process = self.node.processes.get(pid)
+        return None if process is None or process.dying else pid
+
+    def domain_lost(self, domain: bytes, reason: str) -> None:
+        self.node.checks.lost(self.node, domain)
+        super().domain_lost(domain, reason)
+
+    def fenced(self, reason: str) -> None:
+        self.node.cluster.tell(self.node.name, f"is fenced: {reason}")
+        super().fenced(reason)
+
+
+class SimNode:
+    """A name in the cluster and its present life, if it has one."""
+
+    machine: Machine
+    store: NamedStore
+    membership: Membership
+    fs: Files
+    kernel: Kernel
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self.cluster = cluster
+        self.checks: Checks = cluster.checks
+        self.number = number
+        self.name = f"n{number}"
+        self.owner = Owner(cluster.scenario.owners[number])
+        self.rate = cluster.scenario.rates[number]
+        self.life = 0
+        self.up = False
+        """Mounted: programs can use it."""
+        self.leaving = False
+        self.processes: dict[int, Process] = {}
+        self.last_served: dict[int, float] = {}
+        """By lease: when something was last served under it."""
+        self._over: set[int] = set()
+        self._pid = 0
+
+    # -- lives --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """A new daemon begins."""
+        cluster, scenario = self.cluster, self.cluster.scenario
+        self.life += 1
+        self.up = self.leaving = False
+        rng = Random(f"{scenario.seed} {self.name} {self.life}")
+        self.machine = machine = Machine(cluster.loop, rng, self.rate)
+        machine.fitful, machine.nap_s = cluster.fitful, scenario.nap_s
+        self.store = NamedStore(
+            cluster.arbiter,
+            rng,
+            cluster.faults,
+            machine=machine,
+            clock=machine.clock,
+            lag=machine.lag,
+            leased=scenario.leased,
+        )
+        self.store.node = self
+        facts = {"node": self.name, "life": self.life}
+        config = Config(
+            (self.name,), facts, self._is_over, self.owner, scenario.ttl_s, scenario.lock_delay_s
+        )
+        self.membership = Membership(self.store, machine, machine.clock, config)
+        self.fs = Files(Tree(), self.membership, machine, Timing(scenario.ttl_s))
+        self.fs.node = self
+        self.membership.host = self.fs
+        self.kernel = Kernel(machine, self.fs, self._watch)
+        self.fs.device = self.kernel
+        self.processes = {}
+        self.membership.start(partial(self._started, self.life))
+
+    def _started(self, life: int, error: DlmfsError | None) -> None:
+        if life != self.life or self.machine.dead:
+            return
+        if error is None:
+            self.up = True
+            self.cluster.tell(self.name, "is up")
+        else:  # as a service manager does
+            self.cluster.tell(self.name, f"does not start: {error}")
+            self.crash()
+
+    def _is_over(self, facts: Mapping[str, object]) -> bool:
+        return self.cluster.scenario.provable and facts["life"] in self._over
+
+    def crash(self) -> None:
+        """The daemon dies, and its processes with it. Another life begins a little later."""
+        if self.machine.dead:
+            return
+        self.checks.lost(self, None)
+        self._end()
+        self.store.crash()
+        self.cluster.loop.call_later(RESTART_S, self._restart, self.life)
+
+    def _restart(self, life: int) -> None:
+        if life == self.life and not self.cluster.ending:
+            self.start()
+
+    def _end(self) -> None:
+        self.up = False
+        self.machine.crash()
+        self.kernel.die()
+        self._over.add(self.life)
+        for process in list(self.processes.values()):
+            process.dying = process.dead = True
+        self.processes = {}
+
+    def unmount(self) -> bool:
+        """umount(8): refused while a file is open. False: refused."""
+        if not self.up or self.processes or self.fs.handles or self.fs.pending:
+            return False
+        self.up, self.leaving = False, True
+        self.kernel.dead = True
+        self.fs.close_all()
+        self.membership.depart(PATIENCE_S, partial(self._departed, self.life))
+        return True
+
+    def _departed(self, life: int, _error: DlmfsError | None) -> None:
+        if life == self.life and not self.machine.dead:
+            self.cluster.tell(self.name, "has left")
+            self._end()
+            self.store.dead = True
+            self.store.close()
+            self.cluster.loop.call_later(RESTART_S, self._restart, self.life)
+
+    @property
+    def gone(self) -> bool:
+        """Evicted, or its store was another one: only a new daemon helps."""
+        return self.membership.final
+
+    # -- what it would serve ----------------------------------------------------------------------
+
+    def space(self, domain: bytes) -> Lockspace | None:
+        return self.membership.spaces.get(domain)
+
+    def lock(self, lock: Lock) -> ClusterLock | None:
+        space = self.space(lock[0])
+        return None if space is None else space.locks.get(lock[1])
+
+    def deadline(self) -> float:
+        """When, in true time, its lease is over by its own clock; infinity if it does not run out."""
+        session = self.membership.session
+        if session is None or session.renewed_at is None:
+            return float("inf")
+        fence_at = session.renewed_at + self.membership.timing.fence_after_s
+        return self.machine.true_time(fence_at)
+
+    def serves(self, lock: Lock) -> Mode:
+        """The level of a lock that the node would serve a program at this instant."""
+        member = self.membership
+        if self.machine.dead or self.machine.stands_still or not (self.up or self.leaving):
+            return Mode.NL
+        if member.state not in (LeaseState.HEALTHY, LeaseState.SUSPECT):
+            return Mode.NL
+        fence_at = member.fence_at
+        if fence_at is not None and self.machine.boottime() >= fence_at:
+            return Mode.NL
+        found = self.lock(lock)
+        space = self.space(lock[0])
+        return (
+            found.res.level if found is not None and space is not None and space.live else Mode.NL
+        )
+
+    # -- programs -------------------------------------------------------------------------------
+
+    def new_process(self, parent: Process | None = None) -> Process:
+        self._pid += 1
+        process = Process(self, self.number * 10_000 + self._pid, parent)
+        self.processes[process.pid] = process
+        return process
+
+    def _watch(self, what: str, call: Call, reply: Reply | None) -> None:
+        if what == "taken":
+            self.checks.taken(self, call)
+        else:
+            assert reply is not None
+            self.checks.answered(self, call, reply)
+            if self.cluster.trace is not None:
+                self.cluster.tell_answer(self, call, reply)

@@ -1,0 +1,306 @@
+"""What every commit must keep, seen from the store: the heads' invariants, one commit at a time.
+
+The checks of `checks` are a program's; these need nobody to look at the right moment. Each rule stands
+in a method of its own and names the promise (design, section 2) or the engine rule (section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from dlmfs.engine.records import DOMAINS, Abandoned, Head, Member, Wish, decode_head, decode_wish
+from dlmfs.model import EMPTY_LVB, Mode, compatible
+from dlmfs.sim.loop import SimLoop
+from dlmfs.store.base import Event, KeyValue
+from dlmfs.store.memory import MemoryServer
+
+Lock = tuple[bytes, bytes]
+"""Domain and name."""
+
+HEADS: Final = b"h/"
+NONE: Final = Head({})
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass
+class Write:
+    """A write(2) that was begun; `revision` once it is in the store."""
+
+    lock: Lock
+    node: str
+    offset: int
+    data: bytes
+    revision: int = 0
+
+    def onto(self, lvb: bytes) -> bytes:
+        return lvb[: self.offset] + self.data + lvb[self.offset + len(self.data) :]
+
+
+class Value(NamedTuple):
+    revision: int
+    lvb: bytes
+
+
+@dataclass
+class LockRecord:
+    """What stands in the store of one lock, and what stood there."""
+
+    head: Head = NONE
+    head_revision: int = 0
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    values: list[Value] = field(default_factory=lambda: [Value(0, EMPTY_LVB)])
+    granted: dict[int, set[str]] = field(default_factory=dict)
+    """By revision: the nodes that were granted something in that commit."""
+    writes: list[Write] = field(default_factory=list)
+
+
+class Oracle:
+    """Follows all commits. `lock_delay`: nodes leave dead members in the heads for a while."""
+
+    def __init__(self, *, lock_delay: bool) -> None:
+        self.lock_delay = lock_delay
+        self.locks: dict[Lock, LockRecord] = {}
+        self.members: dict[bytes, dict[str, int]] = {}
+        self.commits = 0
+
+    def lock(self, lock: Lock) -> LockRecord:
+        record = self.locks.get(lock)
+        if record is None:
+            record = self.locks[lock] = LockRecord()
+        return record
+
+    def alive(self, domain: bytes, node: str, incarnation: int) -> bool:
+        return self.members.get(domain, {}).get(node) == incarnation
+
+    # -- following ------------------------------------------------------------------------------
+
+    def commit(self, revision: int, events: tuple[Event, ...], author: str | None) -> None:
+        """A commit by `author`; None: the store ended a session."""
+        self.commits += 1
+        heads: list[tuple[Lock, KeyValue | None]] = []
+        before: dict[Lock, dict[str, Wish]] = {}
+        for event in events:
+            key, put = event.kv.key, event.kind == "put"
+            if key.startswith(HEADS):
+                domain, name = key[len(HEADS) :].split(b"/", 1)
+                heads.append(((domain, name), event.kv if put else None))
+            elif key.startswith(DOMAINS):
+                domain, kind, rest = key[len(DOMAINS) :].split(b"/", 2)
+                if kind == b"w":
+                    name, node = rest.split(b"/")
+                    lock = (domain, name)
+                    record = self.lock(lock)
+                    before.setdefault(lock, dict(record.wishes))
+                    if put:
+                        record.wishes[node.decode()] = decode_wish(event.kv, node.decode())
+                    else:
+                        record.wishes.pop(node.decode(), None)
+                elif kind == b"m":
+                    self._member(domain, rest.decode(), event.kv if put else None, author)
+        for lock, kv in heads:
+            record = self.lock(lock)
+            old, new = record.head, NONE if kv is None else decode_head(kv)
+            record.head, record.head_revision = new, 0 if kv is None else revision
+            _Change(self, lock, old, new, revision, author, before.get(lock, record.wishes)).check(
+                deleted=kv is None
+            )
+
+    def _member(self, domain: bytes, node: str, kv: KeyValue | None, author: str | None) -> None:
+        members = self.members.setdefault(domain, {})
+        if kv is not None:
+            members[node] = kv.create_revision
+            return
+        incarnation = members.pop(node, None)
+        if author != node:
+            return
+        # A clean leave with a lock cached looks like a death to the others (protocol-traps 12).
+        for lock, record in self.locks.items():
+            member = record.head.members.get(node)
+            if lock[0] == domain and member is not None and member.incarnation == incarnation:
+                if member.level is not Mode.NL:
+                    raise Violation(
+                        f"{node} left {domain!r} with {lock[1]!r} at {member.level.name}"
+                    )
+
+
+@dataclass
+class _Change:
+    """One head's change, and the rules for it."""
+
+    oracle: Oracle
+    lock: Lock
+    old: Head
+    new: Head
+    revision: int
+    author: str | None
+    wishes: dict[str, Wish]
+    """As they stood before."""
+
+    def check(self, *, deleted: bool) -> None:
+        if deleted:
+            self._deletion()
+        self._compatible()
+        self._members()
+        self._order()
+        self._value()
+        self._mark()
+
+    def _fail(self, what: str) -> None:
+        name = b"/".join(self.lock).decode(errors="replace")
+        raise Violation(f"commit {self.revision} by {self.author}: {name}: {what}")
+
+    def _alive(self, node: str, member: Member) -> bool:
+        return self.oracle.alive(self.lock[0], node, member.incarnation)
+
+    def _compatible(self) -> None:
+        """Promise 1: no two living members at incompatible levels."""
+        living = [(n, m) for n, m in self.new.members.items() if self._alive(n, m)]
+        for place, (one, a) in enumerate(living):
+            for other, b in living[place + 1 :]:
+                if not compatible(a.level, b.level):
+                    self._fail(f"{one} at {a.level.name} and {other} at {b.level.name}")
+
+    def _members(self) -> None:
+        """Promise 2 and rule 12: a raise gets this revision, nothing else changes one; nobody but a
+        member itself lowers or removes it while it lives; nobody is left behind by the dead alone."""
+        record = self.oracle.lock(self.lock)
+        for node, new in self.new.members.items():
+            old = self.old.members.get(node)
+            known = old is not None and old.incarnation == new.incarnation
+            before = old.level if old is not None and known else Mode.NL
+            if new.level > before:
+                if new.revision != self.revision:
+                    self._fail(f"{node} got {new.level.name} with the old revision {new.revision}")
+                record.granted.setdefault(self.revision, set()).add(node)
+            elif new.level < before and node != self.author:
+                self._fail(f"{node} was lowered to {new.level.name} by another")
+            elif old is not None and known and new.revision == self.revision:
+                if node != self.author:
+                    self._fail(f"the revision of {node} was changed by another")
+                record.granted.setdefault(self.revision, set()).add(node)
+            elif old is not None and known and new.revision != old.revision:
+                self._fail(f"the revision of {node} went from {old.revision} to {new.revision}")
+        self._removals()
+
+    def _removals(self) -> None:
+        """The other half of `_members`: who is in the head no more."""
+        for node, old in self.old.members.items():
+            kept = self.new.members.get(node)
+            if kept is None or kept.incarnation != old.incarnation:
+                if node != self.author and self._alive(node, old):
+                    self._fail(f"{node} was removed alive")
+        if self.new.members and not self.oracle.lock_delay:
+            living = any(self._alive(n, m) for n, m in self.new.members.items())
+            if not living and self.new.abandoned is None:
+                self._fail("only dead members are left: nobody looks at it again (traps 9)")
+
+    def _order(self) -> None:
+        """Promise 5 and rule 6: first come, first served; conversions first."""
+        waiting = self.oracle.lock(self.lock).wishes
+        standing = [
+            w
+            for w in waiting.values()
+            if not w.trying and w.node in self.wishes and w.revision == self.wishes[w.node].revision
+        ]
+        for node, new in self.new.members.items():
+            old = self.old.members.get(node)
+            if new.level is Mode.NL or new.revision != self.revision:
+                continue
+            if old is not None and old.incarnation == new.incarnation and old.level >= new.level:
+                continue
+            own = self.wishes.get(node)
+            by_wish = own is not None and node not in waiting
+            for other in standing:
+                if other.node == node or not self.oracle.alive(
+                    self.lock[0], other.node, other.incarnation
+                ):
+                    continue
+                earlier = own is None or (
+                    (not other.convert, other.revision) < (not own.convert, own.revision)
+                )
+                passed = earlier if by_wish else not compatible(other.mode, new.level)
+                if passed:
+                    self._fail(f"{node} got {new.level.name} before the wish of {other.node}")
+
+    def _value(self) -> None:
+        """Promise 4 and rule 13: only an EX member writes, and what it writes is a write(2) begun."""
+        record = self.oracle.lock(self.lock)
+        if self.new.lvb == self.old.lvb:
+            return
+        if self.new == NONE:
+            record.values.append(Value(self.revision, EMPTY_LVB))
+            return
+        member = self.old.members.get(self.author or "")
+        if member is None or member.level is not Mode.EX:
+            self._fail("a value was put by one who does not have the lock exclusively")
+        for write in record.writes:
+            if write.node == self.author and not write.revision:
+                if write.onto(self.old.lvb) == self.new.lvb:
+                    write.revision = self.revision
+                    record.values.append(Value(self.revision, self.new.lvb))
+                    return
+        self._fail(f"a value that nobody wrote: {self.new.lvb!r}")
+
+    def _mark(self) -> None:
+        """Promise 4: a death at EX is marked until somebody writes; no other mark appears."""
+        dead = [
+            Abandoned(node, member.revision)
+            for node, member in self.old.members.items()
+            if member.level is Mode.EX
+            and not self._alive(node, member)
+            and self.new.members.get(node, NO_MEMBER).incarnation != member.incarnation
+        ]
+        mark = self.new.abandoned
+        if self.new.lvb != self.old.lvb and not dead:
+            if mark is not None and mark != self.old.abandoned:
+                self._fail(f"a mark for {mark.node} appeared")
+        elif dead:
+            if mark not in dead:
+                self._fail(f"{dead[0].node} died at EX, and the mark says {mark}")
+        elif mark != self.old.abandoned:
+            self._fail(f"the mark went from {self.old.abandoned} to {mark}")
+
+    def _deletion(self) -> None:
+        """Rule 15: only the last living member removes a head, and not one that tells of a death."""
+        if self.old.abandoned is not None:
+            self._fail("a head with a mark was removed")
+        for node, member in self.old.members.items():
+            if node == self.author:
+                continue
+            if self._alive(node, member):
+                self._fail(f"removed with {node} in it")
+            if member.level is Mode.EX:
+                self._fail(f"removed though {node} died in it at EX")
+
+
+NO_MEMBER: Final = Member(0, Mode.NL, 0)
+
+
+class Arbiter(MemoryServer):
+    """The cluster's memory, with an oracle that sees each commit. `author` is set while a node's
+    transaction is applied; `expired` is called with each lease that runs out, and its node,
+    `told` of each commit."""
+
+    def __init__(self, loop: SimLoop, start_revision: int, oracle: Oracle) -> None:
+        super().__init__(loop, start_revision)
+        self.oracle = oracle
+        self.author: str | None = None
+        self.expired: Callable[[int, str], None] = lambda _lease, _node: None
+        self.told: Callable[[str | None, int, tuple[Event, ...]], None] = lambda *_: None
+
+    def expire(self, lease: int) -> None:
+        record = self.leases.get(lease)
+        if record is not None and record.ttl_s is not None:
+            if self.loop.time() - record.renewed >= record.ttl_s:
+                self.expired(lease, record.node)
+        super().expire(lease)
+
+    def _commit(self, revision: int, events: list[Event]) -> None:
+        super()._commit(revision, events)
+        self.told(self.author, revision, tuple(events))
+        self.oracle.commit(revision, tuple(events), self.author)

@@ -1,0 +1,185 @@
+"""What happens in one run, drawn from its seed: the cluster, its faults, and the steps of the story.
+
+A scenario is data. The same one gives the same run, so a failing one can be kept in a file, and made
+smaller by leaving out steps and faults (`shrink`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import Any, Final, NamedTuple
+
+from dlmfs.model import Owner
+from dlmfs.store.memory_store import Faults
+
+FORMAT: Final = 1
+
+RATIO: Final = 1.45
+"""Clock rates within the stated ratio (design: 1.49), the rounding of renewals left aside."""
+
+
+class Step(NamedTuple):
+    """After `after_s` seconds `verb` happens to node number `node`; `salt` seeds its details."""
+
+    after_s: float
+    verb: str
+    node: int
+    salt: int
+
+
+PROGRAMS: Final = {
+    "open": 30,
+    "act": 40,
+    "signal": 4,
+    "kill": 2,
+    "fork": 2,
+    "unlink": 3,
+    "rmdir": 1,
+}
+"""What programs do, and how often."""
+
+TROUBLE: Final = (
+    "crash",
+    "cut",
+    "cut-up",
+    "cut-down",
+    "heal",
+    "pause",
+    "suspend",
+    "leader",
+    "stale-leader",
+    "compact",
+    "break-watch",
+    "umount",
+    "evict",
+    "full",
+)
+"""The faults that come by a step; `Faults` has those that come with messages."""
+
+BEYOND: Final = "freeze"
+"""A virtual machine stopped together with its clocks: only tokens and values hold."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`lenient`: clocks are beyond the stated ratio, or stand still with their machines; then tokens
+    and values must hold, exclusion in time need not (design, promise 1)."""
+
+    seed: int
+    owners: tuple[str, ...]
+    rates: tuple[float, ...]
+    domains: int
+    locks: int
+    ttl_s: float
+    leased: bool
+    lock_delay_s: float
+    provable: bool
+    """A crashed node's end can be seen by its successor of the same name."""
+    lenient: bool
+    fitful: float
+    nap_s: float
+    faults: Faults
+    steps: tuple[Step, ...]
+
+    @property
+    def nodes(self) -> int:
+        return len(self.owners)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Scenario:
+        """Raises ValueError for another format."""
+        record: dict[str, Any] = json.loads(text)
+        if record.pop("format", None) != FORMAT:
+            raise ValueError(f"this is not a scenario of format {FORMAT}")
+        record["faults"] = Faults(**record["faults"])
+        record["steps"] = tuple(Step(*step) for step in record["steps"])
+        for name in ("owners", "rates"):
+            record[name] = tuple(record[name])
+        return Scenario(**record)
+
+
+def _network(rng: Random) -> Faults:
+    """Each fault may be absent, so that others show alone."""
+
+    def chance(most: float) -> float:
+        return rng.choice([0.0, 0.0, rng.uniform(0, most)])
+
+    return Faults(
+        delay_s=rng.choice([0.0, 0.001, 0.001, 0.02, 0.2]),
+        watch_delay_s=rng.choice([0.0, 0.001, 0.001, 0.05, 0.5]),
+        lose_request=chance(0.1),
+        lose_answer=chance(0.1),
+        apply_late=chance(0.1),
+        repeat=chance(0.2),
+    )
+
+
+def _rates(rng: Random, nodes: int, *, lenient: bool) -> tuple[float, ...]:
+    kind = rng.choice(["true", "near", "edge"])
+    if lenient:
+        return tuple(rng.choice([0.2, 0.5, 1.0, 2.0]) for _ in range(nodes))
+    if kind == "true":
+        return (1.0,) * nodes
+    if kind == "near":
+        return tuple(rng.uniform(0.98, 1.02) for _ in range(nodes))
+    return tuple(rng.choice([1 / RATIO, 1.0, RATIO]) for _ in range(nodes))
+
+
+def _steps(rng: Random, nodes: int, *, lenient: bool, leased: bool) -> tuple[Step, ...]:
+    verbs = {verb: weight * rng.choice([0.3, 1, 1, 3]) for verb, weight in PROGRAMS.items()}
+    trouble = [verb for verb in TROUBLE if rng.random() < 0.35]
+    if lenient:
+        trouble.append(BEYOND)
+    if not leased:  # one host: no network to be cut, no leader to be changed
+        embedded = {"crash", "pause", "suspend", "umount", "evict", "full", "compact"}
+        trouble = [verb for verb in trouble if verb in embedded]
+    share = rng.choice([0.0, 0.02, 0.05, 0.1]) * sum(verbs.values())
+    for verb in trouble:
+        verbs[verb] = share / len(trouble)
+    pace_s = rng.choice([0.001, 0.005, 0.05, 0.5, 5.0])
+    names, weights = list(verbs), list(verbs.values())
+    steps = []
+    for _ in range(rng.choice([40, 80, 80, 160])):
+        after = rng.choice([0.0, pace_s * 0.1, pace_s, rng.expovariate(1 / pace_s)])
+        verb = rng.choices(names, weights)[0]
+        steps.append(Step(round(after, 6), verb, rng.randrange(nodes), rng.randrange(1 << 32)))
+    return tuple(steps)
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed."""
+    rng = Random(f"scenario {seed}")
+    nodes = rng.choice([1, 2, 2, 2, 3, 3, 3, 4, 5, 7])
+    leased = rng.random() < 0.85
+    lenient = leased and rng.random() < 0.15
+    kind = rng.choice(["node", "file", "mixed"])
+    owners = tuple(
+        rng.choice([owner.value for owner in Owner]) if kind == "mixed" else kind
+        for _ in range(nodes)
+    )
+    faults = _network(rng)
+    if not leased:
+        faults = replace(faults, lose_request=0.0, lose_answer=0.0, apply_late=0.0, repeat=0.0)
+    ttl_s = rng.choice([5.0, 15.0, 15.0, 60.0, 600.0])
+    fitful = rng.choice([0.0, 0.0, rng.uniform(0, 0.02)])
+    return Scenario(
+        seed=seed,
+        owners=owners,
+        rates=_rates(rng, nodes, lenient=lenient),
+        domains=rng.choice([1, 1, 1, 2]),
+        locks=rng.choice([1, 1, 2, 3]),
+        ttl_s=ttl_s,
+        leased=leased,
+        lock_delay_s=rng.choice([0.0, 0.0, 0.0, ttl_s / 2]),
+        provable=rng.random() < 0.5,
+        lenient=lenient,
+        fitful=fitful,
+        nap_s=rng.choice([0.01, ttl_s * 0.3, ttl_s * 1.5]),
+        faults=faults,
+        steps=_steps(rng, nodes, lenient=lenient, leased=leased),
+    )

@@ -1,0 +1,135 @@
+"""The faults that come to a node or to the store by a step of the scenario, and how they end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Final
+
+from dlmfs.engine.membership import EVICT, NODES
+from dlmfs.store.base import Put, Txn
+
+if TYPE_CHECKING:
+    from dlmfs.sim.cluster import Cluster
+    from dlmfs.sim.node import SimNode
+
+
+def elect(cluster: Cluster) -> None:
+    """There is a leader again: all that waited for one goes on."""
+    cluster.arbiter.change_leader()
+    cluster.arbiter.available = True
+    for node in cluster.nodes:
+        for watch in node.store.watches:
+            watch.pull()
+
+
+def crash(_cluster: Cluster, node: SimNode, _rng: Random) -> None:
+    node.crash()
+
+
+def cut(
+    cluster: Cluster, node: SimNode, rng: Random, *, up: bool = True, down: bool = True
+) -> None:
+    node.store.cut(up=up, down=down)
+    seconds = rng.choice([0.5, 2.0, rng.uniform(0, 2 * cluster.scenario.ttl_s)])
+    cluster.loop.call_later(seconds, node.store.heal)
+    cluster.disturb(seconds + 2 * cluster.scenario.ttl_s)
+
+
+def pause(cluster: Cluster, node: SimNode, rng: Random) -> None:
+    node.machine.pause(how_long(cluster, rng))
+
+
+def suspend(cluster: Cluster, node: SimNode, rng: Random) -> None:
+    node.machine.suspend(how_long(cluster, rng))
+
+
+def freeze(cluster: Cluster, node: SimNode, rng: Random) -> None:
+    node.machine.freeze(how_long(cluster, rng))
+
+
+def how_long(cluster: Cluster, rng: Random) -> float:
+    ttl_s = cluster.scenario.ttl_s
+    seconds = rng.choice([0.1, ttl_s * 0.5, rng.uniform(0, 2 * ttl_s)])
+    cluster.disturb(seconds + 2 * ttl_s)
+    return seconds
+
+
+def leader(cluster: Cluster, _node: SimNode, rng: Random) -> None:
+    if cluster.arbiter.available:
+        cluster.arbiter.available = False
+        cluster.loop.call_later(rng.uniform(0.1, 3.0), partial(elected, cluster))
+
+
+def elected(cluster: Cluster) -> None:
+    if not cluster.arbiter.available:
+        cluster.tell("store", "has a new leader")
+        elect(cluster)
+
+
+def stale_leader(cluster: Cluster, node: SimNode, rng: Random) -> None:
+    """A new leader, of which the old one, and this node's renewals, learn late."""
+    elect(cluster)
+    node.store.stale = True
+    cluster.loop.call_later(rng.uniform(0, 2 * cluster.scenario.ttl_s), node.store.refresh)
+
+
+def compact(cluster: Cluster, _node: SimNode, _rng: Random) -> None:
+    cluster.arbiter.compact(cluster.arbiter.revision)
+
+
+def break_watch(_cluster: Cluster, node: SimNode, rng: Random) -> None:
+    node.store.break_watches(rng.choice([0.1, 0.5, 2.0]))
+
+
+def umount(_cluster: Cluster, node: SimNode, _rng: Random) -> None:
+    node.unmount()
+
+
+def evict(cluster: Cluster, node: SimNode, _rng: Random) -> None:
+    """As `engine.admin.evict`: a mark, and the lease's end if it is not heard."""
+    member = node.membership
+    if not node.up or member.session is None:
+        return
+    mark = json.dumps({"record": member.record, "by": "an operator"}).encode()
+    key = NODES + node.name.encode()
+    if key in cluster.arbiter.data:
+        cluster.arbiter.apply(Txn((), (Put(key + EVICT, mark),)))
+        cluster.loop.call_later(
+            cluster.scenario.ttl_s + 1, partial(end, cluster), member.session.lease
+        )
+
+
+def end(cluster: Cluster, lease: int) -> None:
+    if lease in cluster.arbiter.leases:
+        cluster.arbiter.expire(lease)
+
+
+def full(cluster: Cluster, _node: SimNode, rng: Random) -> None:
+    cluster.faults.full = True
+    cluster.loop.call_later(rng.choice([0.1, 1.0, 5.0]), partial(room, cluster))
+
+
+def room(cluster: Cluster) -> None:
+    cluster.faults.full = False
+
+
+STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
+    "crash": crash,
+    "cut": cut,
+    "cut-up": partial(cut, down=False),
+    "cut-down": partial(cut, up=False),
+    "heal": lambda _cluster, node, _rng: node.store.heal(),
+    "pause": pause,
+    "suspend": suspend,
+    "freeze": freeze,
+    "leader": leader,
+    "stale-leader": stale_leader,
+    "compact": compact,
+    "break-watch": break_watch,
+    "umount": umount,
+    "evict": evict,
+    "full": full,
+}
