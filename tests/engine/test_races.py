@@ -6,6 +6,8 @@ Every docstring names the race and the promise of the README that it broke.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -15,7 +17,7 @@ from dlmfs.engine.lockspace import Life
 from dlmfs.errors import BadState, DlmfsError, Unavailable
 from dlmfs.model import Mode, Owner
 from dlmfs.store.base import Txn, TxnDone
-from tests.engine.hand import SOON_S, HandCluster, ended, holds, waits
+from tests.engine.hand import LOCK, QUEUE, SOON_S, HandCluster, ended, holds, waits
 
 LONG_S = 60.0
 """Longer than every timer of the protocol: what has not happened by then never does."""
@@ -141,6 +143,90 @@ def test_an_exception_in_a_callback_leaves_no_waiter_of_the_lock_unanswered() ->
     assert waiting.fh in a.reasons
 
 
+def test_an_answer_on_its_way_is_not_the_reading_that_a_gap_asks_for() -> None:
+    """A waiter's reading is answered late. Meanwhile its wish is granted, but the watch that would have
+    told has a gap. Everything must be read anew; the late answer, from before all that, passed for
+    this reading, and the waiter waited for ever.
+    """
+    cluster = HandCluster(2)
+    a, b = cluster.hands
+    held = cluster.hold(a, Mode.EX)
+    claim = cluster.open(b, Mode.EX)
+    late: list[Callable[[], None]] = []
+
+    def keep(txn: Txn, done: TxnDone) -> None:
+        late.append(partial(done, cluster.server.apply(txn)))
+
+    b.answer_next(keep)
+    b.lock.member_gone()  # as after any death in the domain
+    cluster.pass_time()
+    b.network(watch_delay_s=SOON_S)
+    cluster.end(a, held)
+    assert cluster.loop.run_until(lambda: not cluster.wish_stands(), SOON_S / 2)
+    cluster.server.compact(cluster.server.revision)
+    cluster.pass_time(2 * SOON_S)
+    late.pop()()
+    cluster.pass_time()
+    assert holds(claim)
+
+
+def test_a_death_that_only_the_newest_waiter_knows_of_holds_nobody_up() -> None:
+    """A reader dies. Its neighbour's watch lags; a newcomer's does not. The newcomer wishes, the
+    neighbour gives way with the dead one still in its view, and grants nobody. It is told of the
+    death later, but wants nothing any more; the newcomer was told before it came: nobody acted.
+    """
+    cluster = HandCluster(3)
+    a, b, c = cluster.hands
+    dead = cluster.hold(a, Mode.PR)
+    reading = cluster.hold(b, Mode.PR)
+    assert holds(dead)
+    b.network(watch_delay_s=20.0)
+    assert a.session is not None
+    lease = a.session.lease
+    a.crash()
+    cluster.server.expire(lease)
+    cluster.pass_time()
+    cluster.end(b, reading)
+    waiting = cluster.open(c, Mode.EX)
+    assert waits(waiting)
+    b.lock.reread()  # as after an unknown outcome: this tells it of the wish, ahead of its watch
+    b.lock.resume()
+    cluster.pass_time(LONG_S)
+    assert holds(waiting)
+
+
+def test_a_wish_that_only_the_list_after_a_gap_tells_of_is_not_filed_again() -> None:
+    """A wish is filed, and the watch has a gap before it tells so. All answers that name it are older
+    than what the watch tells next. It was filed a second time; if the first had been granted
+    meanwhile, the second stood in the queue and nobody had made it.
+    """
+    cluster = HandCluster(3)
+    a, b, c = cluster.hands
+    cluster.hold(a, Mode.EX)
+    late: list[Callable[[], None]] = []
+
+    def keep(txn: Txn, done: TxnDone) -> None:
+        late.append(partial(done, cluster.server.apply(txn)))
+
+    b.network(watch_delay_s=SOON_S)
+    b.answer_next(keep)
+    cluster.begin(b, Mode.EX)
+    assert cluster.loop.run_until(cluster.wish_stands, SOON_S / 2)
+    key = QUEUE + LOCK + b"/" + b.name.encode()
+    filed = cluster.server.data[key].create_revision
+    cluster.server.compact(cluster.server.revision)
+    cluster.pass_time(2 * SOON_S)
+    b.network()
+    b.answer_next(keep)
+    late.pop()()
+    cluster.pass_time()
+    c.joined._revive()  # something else that every watch tells
+    cluster.pass_time()
+    late.pop()()
+    cluster.pass_time()
+    assert cluster.server.data[key].mod_revision == filed
+
+
 # -- trylocks (promise 6) -------------------------------------------------------------------------
 
 
@@ -221,6 +307,33 @@ def test_an_answer_on_its_way_hides_no_newer_reason_to_look() -> None:
     start = cluster.loop.time()
     assert cluster.loop.run_until(lambda: ended(claim), 20)
     assert cluster.loop.time() - start < 1.0
+
+
+def test_an_answer_older_than_the_watch_still_tells_that_the_own_wish_is_gone() -> None:
+    """A trylock's wish is refused while the answer to its filing is on its way; the reading that
+    follows is overtaken by the watch, which tells of something else. Too old for the queue, it was
+    not asked about our own wish either, and nobody looked again: the trylock waited out its time.
+    """
+    cluster = HandCluster(3)
+    a, b, c = cluster.hands
+    cluster.hold(b, Mode.EX)
+    late: list[Callable[[], None]] = []
+
+    def keep(txn: Txn, done: TxnDone) -> None:
+        late.append(partial(done, cluster.server.apply(txn)))
+
+    a.answer_next(keep)
+    claim = cluster.begin(a, Mode.EX, trying=True)
+    cluster.pass_time()
+    a.answer_next(keep)
+    late.pop()()
+    cluster.pass_time()
+    assert ended(cluster.open(c, Mode.EX, trying=True))
+    assert waits(claim)
+    late.pop()()
+    cluster.pass_time()
+    assert ended(claim)
+    assert a.reasons[claim.fh] == errno.ETXTBSY
 
 
 # -- the mark of an exclusive holder's death (promise 4) -------------------------------------------

@@ -68,7 +68,6 @@ class ClusterLock:
         "_forget_waits",
         "_forgets",
         "_lvb_reads",
-        "_pass_due",
         "_patient",
         "_refuse_try",
         "_seen",
@@ -95,7 +94,6 @@ class ClusterLock:
         self._seen: dict[int, int] | None = None
         self._told = False
         self._patient = False
-        self._pass_due = False
         self._wanted: Wanted | None = NOTHING
         """What the core was told last; None: tell it in any case."""
         self._writes: list[Write] = []
@@ -220,18 +218,16 @@ class ClusterLock:
         self._step()
 
     def member_gone(self) -> None:
-        """A node died or left: its place in the head may have been in our way (rule 6), or in the way
-        of another whom we could not grant when we last changed the head. That one may have learned of
-        the death while we still had the lock, and does not hear of our giving it up: it granted
-        nothing."""
+        """A node died or left: its place in the head may have been in our way (rule 6)."""
         if self.view.wish is not None or self.res.phase is Phase.ASKING:
             self.view.must_look = True
-        self._pass_due = bool(self.view.wishes)
-        self._step()
+            self._step()
 
     def reread(self) -> None:
         """Events were missed, or an outcome is unknown: read everything before doing more."""
         self._unresolved = True
+        # A reading that is under way was sent before this, and must not pass for the one asked for.
+        self.view.must_look = True
 
     def resume(self) -> None:
         self._step()
@@ -328,8 +324,6 @@ class ClusterLock:
             self._refuse_trylocks()
         elif view.surplus_wanted(res.level):
             self._change(level=res.level)
-        elif self._pass_due:
-            self._pass()
         elif self._writes:
             self._write()
         elif self._forgets:
@@ -343,7 +337,7 @@ class ClusterLock:
             return True
         if self.res.phase is not Phase.IDLE or self._writes or self._forgets:
             return False
-        return not (self._unresolved or self.view.must_look or self.view.wishes or self._pass_due)
+        return not (self._unresolved or self.view.must_look or self.view.wishes)
 
     def _hand_over(self) -> None:
         """Give the level up, one turn of the loop from now: a program that closes and opens again is
@@ -353,14 +347,6 @@ class ClusterLock:
             self.space.loop.call_soon(self._step)
         else:
             self._change(level=self.res.level, then=self.res.next_wish())
-
-    def _pass(self) -> None:
-        """Run the grant pass for the others, if it would serve anybody."""
-        self._pass_due = self.view.grants_others(self.res.level)
-        if self._pass_due:
-            self._change(level=self.res.level)
-        else:
-            self._step()
 
     def _ask(self) -> None:
         res, view = self.res, self.view
@@ -376,7 +362,7 @@ class ClusterLock:
                 view, res.asked, trying=res.asked_trying, convert=res.converting
             )
             self._send(txn, partial(self._taken, head=direct))
-        elif view.grantable(res.level):
+        elif view.grantable(res.level) or view.front_of_dead():
             self._change(level=res.level)
         elif not self._told:
             self._told = True

@@ -116,18 +116,28 @@ class View:
             else:
                 assert isinstance(head, KeyValue)
                 self.set_head(decode_head(head), head.mod_revision, at)
-        if at >= max(self.wishes_at, self.space.revision):
+        fresh = at >= max(self.wishes_at, self.space.revision)
+        if fresh:
             self.wishes.clear()
             for kv in queue:
                 assert isinstance(kv, KeyValue)
                 wish = self.space.wish_of(kv)
                 self.wishes[wish.node] = wish
             self.wishes_at = at
-            mine = self.wishes.get(self.space.node)
-            if mine is not None and asking:
-                self.wish = mine
-            elif self.wish is not None:
-                self.vanished, self.wish = self.wish, None
+        mine = self.wishes.get(self.space.node)
+        if mine is not None and asking:
+            # Also if only the list after a gap tells of it: else we would file a second one.
+            self.wish = mine
+        elif self.wish is not None and (fresh or self._is_over(self.wish, queue, at)):
+            self.vanished, self.wish = self.wish, None
+
+    def _is_over(self, wish: Wish, queue: tuple[object, ...], at: int) -> bool:
+        """Whether our wish is absent from a reading that is too old for the rest of the queue. Nobody
+        else files it. The watch may have told us of its end, and of something else since."""
+        key = self.space.keys.wish(self.name, wish.node)
+        return wish.revision <= at and all(
+            isinstance(kv, KeyValue) and kv.key != key for kv in queue
+        )
 
     def committed(self, head: Head, granted: list[Wish], revision: int) -> None:
         """Our head change was applied at `revision`; its compares say what else was true then."""
@@ -217,16 +227,16 @@ class View:
         """Whether our wish is the first that could act: nobody ahead of it but trylocks."""
         return self.wish is not None and not any(not w.trying for w in self.ahead())
 
+    def front_of_dead(self) -> bool:
+        """Whether the first waiter, we, sees a dead member in the head. It is buried even if others are
+        in our way: they may not have heard of the death, hand over to nobody for the dead one's
+        sake, and never look again, as we have heard of it before we came."""
+        return self.is_front() and bury(self.head, self.is_dead) is not self.head
+
     def grantable(self, level: Mode) -> bool:
         """Whether a grant pass now, with us at `level`, would serve our own wish."""
         granted = grant_pass(self.at_level(level), self.wishes.values()).granted
         return any(w.node == self.space.node for w in granted)
-
-    def grants_others(self, level: Mode) -> bool:
-        """Whether a grant pass now, by us as a member at `level`, would serve anybody."""
-        if self.mine() is None:
-            return False
-        return bool(grant_pass(self.at_level(level), self.wishes.values()).granted)
 
     def surplus_wanted(self, level: Mode) -> bool:
         """Whether the head has us above `level` and somebody wishes for it."""

@@ -93,8 +93,8 @@ class Checks:
         self.cluster = cluster
         self.oracle = oracle
         self.locks: dict[Lock, Seen] = {}
-        self.grants = self.reads = self.writes = self.refusals = self.losses = 0
-        self.margin_s: float | None = None
+        self.grants = self.reads = self.writes = self.refusals = self.losses = self.judged = 0
+        self.margin: float | None = None
         """The least share of a lease time between a node's last answer and its lease's end."""
         self._files: dict[tuple[int, int], Open] = {}
         self._numbers = 0
@@ -343,23 +343,21 @@ class Checks:
         rate = node.machine.rate
         if margin < 1 - 0.67 / rate - 0.001:
             raise Violation(f"{node.name} served {margin:.2f} ttl before the end of its lease")
-        if self.margin_s is None or margin < self.margin_s:
-            self.margin_s = margin
+        if self.margin is None or margin < self.margin:
+            self.margin = margin
 
     # -- the whole history ------------------------------------------------------------------------
 
-    def judge(self) -> int:
-        """Judge the lock as an object, from what programs saw alone; the number of operations."""
+    def judge(self) -> None:
+        """Judge the lock as an object, from what programs saw alone."""
         if not self.strict:
-            return 0
-        count = 0
+            return
         for lock, seen in self.locks.items():
             ops = [op for opened in seen.opens for op in self._ops(opened)]
-            count += len(ops)
+            self.judged += len(ops)
             verdict = judge(ops)
             if not verdict.ok:
                 raise Violation(f"{b'/'.join(lock).decode()}: {verdict.why}")
-        return count
 
     def _ops(self, opened: Open) -> list[Op]:
         owner: tuple[object, ...] = (opened.node.name, opened.life)

@@ -194,6 +194,10 @@ class SimNode:
             self.store.close()
             self.cluster.loop.call_later(RESTART_S, self._restart, self.life)
 
+    def network_faults(self) -> int:
+        """Messages of its present life that were lost, late or repeated, and its pauses."""
+        return self.store.mishaps + self.machine.stalls
+
     @property
     def gone(self) -> bool:
         """Evicted, or its store was another one: only a new daemon helps."""

@@ -99,8 +99,8 @@ class MemoryStore:
         self._held: list[_Request] = []
         """Reads that the former leader cannot serve yet."""
         self.dead = False
-        self.lost = 0
-        """Messages that did not arrive."""
+        self.mishaps = 0
+        """Messages that were lost, late or repeated."""
         self.watches: list[MemoryWatch] = []
         self.session: MemorySession | None = None
         self._lease = 0
@@ -161,7 +161,7 @@ class MemoryStore:
         patience = faults.timeout_s if timeout_s is None else timeout_s
         request.timer = self.machine.call_later(patience, self._done, request, None)
         if not self.up or draw < faults.lose_request:
-            self.lost += 1
+            self.mishaps += 1
             return
         if hold:
             self._held.append(request)
@@ -174,7 +174,9 @@ class MemoryStore:
         )
         draw -= faults.apply_late
         lost = not late and draw < faults.lose_answer
-        for _ in range(1 + (faults.repeat > 0 and self.rng.random() < faults.repeat)):
+        again = faults.repeat > 0 and self.rng.random() < faults.repeat
+        self.mishaps += (late > 0) + again
+        for _ in range(1 + again):
             delay = self.lag() + (late or self._delay())
             self.network.call_later(delay, self._arrive, request, lost)
 
@@ -187,7 +189,7 @@ class MemoryStore:
             request.served = True
             request.answer = request.serve()
         if lost:
-            self.lost += 1
+            self.mishaps += 1
         else:
             self.machine.call_later(self._delay(), self._answered, request)
 

@@ -1,0 +1,447 @@
+"""The list of planted bugs (see `planted`): what each breaks, and within how many seeds it is caught.
+
+Most are the simpler rules that the design was warned of (protocol-traps); some are faults that the
+simulation found in this product, put back.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dlmfs.sim.planted import Planted
+
+CHANGES: Final = "engine/changes.py"
+LOCK: Final = "engine/lock.py"
+SPACE: Final = "engine/lockspace.py"
+VIEW: Final = "engine/view.py"
+QUEUE: Final = "engine/queue.py"
+CORE: Final = "core/lockres.py"
+LEASE: Final = "core/lease.py"
+MEMBER: Final = "engine/membership.py"
+OPEN: Final = "fs/openfiles.py"
+STORE: Final = "store/memory_store.py"
+
+BUGS: Final[tuple[Planted, ...]] = (
+    Planted(
+        "blind-change",
+        CHANGES,
+        "        unchanged(keys.head(view.name), view.head_revision),\n",
+        "",
+        200,
+        "heads are changed without comparing what they were (rule 5)",
+    ),
+    Planted(
+        "queue-unseen",
+        CHANGES,
+        "        none_newer(keys.queue(view.name), max(view.wishes_at, view.space.revision)),\n",
+        "",
+        200,
+        "a release does not look whether somebody has queued meanwhile (traps 3)",
+    ),
+    Planted(
+        "dead-wish-granted",
+        CHANGES,
+        "        *(created_at(keys.wish(view.name, w.node), w.revision) for w in granted),\n",
+        "",
+        200,
+        "a wish is granted without comparing that it still stands (rule 5)",
+    ),
+    Planted(
+        "reader-overtakes",
+        CHANGES,
+        "direct = not any(w.node != space.node for w in view.wishes.values())",
+        "direct = True",
+        200,
+        "a free mode is taken past those who queue (rule 7)",
+    ),
+    Planted(
+        "dead-left-behind",
+        CHANGES,
+        "Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted)",
+        "Change(Txn(_guards(view, granted), ops, reading(view)), head, granted)",
+        200,
+        "an unlink leaves a head with dead members only (traps 9)",
+    ),
+    Planted(
+        "mark-dropped-by-unlink",
+        CHANGES,
+        "keep = head.members or head.abandoned",
+        "keep = head.members",
+        200,
+        "the last unlink removes a head that tells of a death (rule 15)",
+    ),
+    Planted(
+        "write-hides-nothing",
+        CHANGES,
+        "head = head._replace(lvb=lvb, abandoned=None)",
+        "head = head._replace(lvb=lvb)",
+        200,
+        "a write under EX leaves the mark of a death standing",
+    ),
+    Planted(
+        "mail-of-old",
+        VIEW,
+        "if self.wish is None or mail.wish_revision != self.wish.revision:",
+        "if self.wish is None:",
+        200,
+        "mail is believed whatever wish it is about (traps 10)",
+    ),
+    Planted(
+        "waiters-sleep",
+        VIEW,
+        """            # else will act (protocol-traps 2).
+            self.must_look = True""",
+        """            # else will act (protocol-traps 2).
+            self.must_look = False""",
+        200,
+        "a waiter does not act when the wish ahead of it vanishes (traps 2)",
+    ),
+    Planted(
+        "older-answer-wins",
+        VIEW,
+        "if at >= self.head_at:",
+        "if True:",
+        200,
+        "an answer older than the view replaces it (traps 8)",
+    ),
+    Planted(
+        "own-former-self",
+        VIEW,
+        "if member is None or member.incarnation != self.space.incarnation:",
+        "if member is None:",
+        200,
+        "a former incarnation's place in the head is taken for one's own (rule 14)",
+    ),
+    Planted(
+        "conversions-in-line",
+        QUEUE,
+        "key=lambda w: (not w.convert, w.revision)",
+        "key=lambda w: w.revision",
+        200,
+        "conversions wait in order of arrival (traps 4)",
+    ),
+    Planted(
+        "mark-forgotten",
+        QUEUE,
+        "if head.members[node].level is Mode.EX:",
+        "if head.members[node].level is Mode.PR:",
+        200,
+        "a death at EX leaves no mark (promise 4)",
+    ),
+    Planted(
+        "value-forgotten",
+        QUEUE,
+        "return Head(members, head.lvb, abandoned)",
+        "return Head(members, bytes(64), abandoned)",
+        200,
+        "a member's death empties the value (promise 4)",
+    ),
+    Planted(
+        "grants-past-the-first",
+        QUEUE,
+        "        elif not wish.trying:\n            break\n",
+        "",
+        200,
+        "the grant pass goes on behind the first that must wait: readers starve writers (rule 6)",
+    ),
+    Planted(
+        "tries-block",
+        QUEUE,
+        "        elif not wish.trying:\n            break\n",
+        "        else:\n            break\n",
+        200,
+        "a trylock in the queue makes others wait (rule 10)",
+    ),
+    Planted(
+        "former-self-overwritten",
+        QUEUE,
+        "if own is not None and own.incarnation != incarnation and own.level is not Mode.NL:",
+        "if False:",
+        400,
+        "a node takes over its dead former self's place, and the mark is lost (found)",
+    ),
+    Planted(
+        "unknown-is-failed",
+        SPACE,
+        """            for lock, _, _ in part:
+                lock.reread()
+            self._revive()""",
+        """            for lock, _, _ in part:
+                lock.resume()""",
+        200,
+        "an unknown outcome is taken for a failure (traps 1)",
+    ),
+    Planted(
+        "no-epoch",
+        SPACE,
+        "            guard = unchanged(self.keys.mine, self.epoch)\n",
+        "            guard = created_at(self.keys.mine, self.incarnation)\n",
+        400,
+        "transactions are not bound to an epoch: a late one still applies (traps 1)",
+    ),
+    Planted(
+        "no-guard",
+        SPACE,
+        "txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))",
+        "txn = Txn((), tuple(t for _, t, _ in part), (Get(self.keys.mine),))",
+        400,
+        "transactions of a node that is out of the domain still apply (rule 2)",
+    ),
+    Planted(
+        "gap-ignored",
+        SPACE,
+        """            self._watch = None
+            self._revive()
+            return""",
+        """            self._watch = None
+            return""",
+        200,
+        "a watch that lost events is not begun anew",
+    ),
+    Planted(
+        "stale-incarnation",
+        SPACE,
+        "return incarnation <= self.revision and self.members.get(node) != incarnation",
+        "return incarnation <= self.revision and node not in self.members",
+        200,
+        "a member's place lives on while a later incarnation of its node does (rule 14)",
+    ),
+    Planted(
+        "two-joins",
+        MEMBER,
+        "            former.give_up_joining()\n",
+        "            pass\n",
+        1000,
+        "two joins of one domain take each other's membership away (found)",
+    ),
+    Planted(
+        "half-a-member",
+        MEMBER,
+        """        if self.state is LeaseState.SUSPECT:
+            self.loop.call_later(RETRY_S, self._join_again, domain)
+            return
+""",
+        """        if self.state is LeaseState.SUSPECT:
+            return
+""",
+        2000,
+        "a node that is suspect when it would rejoin a domain never does (found)",
+    ),
+    Planted(
+        "no-fence",
+        MEMBER,
+        "if state is LeaseState.FENCED:",
+        "if state is None:",
+        200,
+        "a node serves until the store tells it that its lease is over (promise 3)",
+    ),
+    Planted(
+        "fence-by-the-wrong-clock",
+        MEMBER,
+        "state = lease_state(self.timing, session.renewed_at, self.clock())",
+        "state = lease_state(self.timing, session.renewed_at, self.loop.time())",
+        400,
+        "suspended time does not count towards the deadline",
+    ),
+    Planted(
+        "late-fence",
+        "timing.py",
+        "return self.ttl_s * 0.67",
+        "return self.ttl_s * 0.98",
+        400,
+        "the deadline leaves no room for clock rates",
+    ),
+    Planted(
+        "renewal-from-its-answer",
+        STORE,
+        "good = self.renewal.confirmed(sent, term, unbroken)",
+        "good = self.renewal.confirmed(self.store.clock(), term, unbroken)",
+        1000,
+        "a renewal counts from its answer, not from its sending",
+    ),
+    Planted(
+        "two-leaders",
+        LEASE,
+        "same = term == self.term and connection is not None and connection == self.connection",
+        "same = connection is not None and connection == self.connection",
+        2000,
+        "a former leader's renewal counts (traps 15)",
+    ),
+    Planted(
+        "two-members",
+        LEASE,
+        "same = term == self.term and connection is not None and connection == self.connection",
+        "same = term == self.term",
+        2000,
+        "a renewal counts that one member answered and another confirmed (found)",
+    ),
+    Planted(
+        "old-token",
+        CHANGES,
+        """    members[space.node] = Member(space.incarnation, mode, 0)
+    head = head._replace(members=members)
+    ops""",
+        """    own = members.get(space.node)
+    members[space.node] = Member(space.incarnation, mode, own.revision if own else 0)
+    head = head._replace(members=members)
+    ops""",
+        200,
+        "a take keeps the token of the grant before (promise 2)",
+    ),
+    Planted(
+        "one-token-for-two",
+        CORE,
+        "self._counter += exclusive or self._last_exclusive",
+        "self._counter += 0",
+        200,
+        "under owner=file two exclusive holders have one token (rule 12)",
+    ),
+    Planted(
+        "idle-conversion",
+        CORE,
+        "convert = self.pr > 0",
+        "convert = self.level is Mode.PR",
+        200,
+        "a merely cached PR is converted: two nodes refuse each other for nothing (traps 6)",
+    ),
+    Planted(
+        "kin-waits",
+        CORE,
+        """        elif claim.kin:
+            return True
+        return not self._blocked(claim)""",
+        """        return not self._blocked(claim)""",
+        200,
+        "a process that holds the lock waits for itself behind another node (traps 5)",
+    ),
+    Planted(
+        "no-barrier",
+        CORE,
+        "            and claim.seq >= self._barrier\n",
+        "            and claim.seq > 10 * self._barrier\n",
+        200,
+        "local programs pass a wish that came before them (promise 5)",
+    ),
+    Planted(
+        "readers-slip-through",
+        CORE,
+        """        if to is Mode.NL:
+            self._barrier = None""",
+        """        if True:
+            self._barrier = None""",
+        2000,
+        "at a hand-over to readers, later local readers pass a queued writer (found)",
+    ),
+    Planted(
+        "one-notice-for-all",
+        CORE,
+        """            for claim in self.holders.values():
+                self._out.append(Notify(claim))
+        self._notified""",
+        """            for claim in list(self.holders.values())[:1]:
+                self._out.append(Notify(claim))
+        self._notified""",
+        200,
+        "only one of several holders hears that the lock is wanted",
+    ),
+    Planted(
+        "lost-notice",
+        CORE,
+        "        self._notified = contended",
+        "        self._notified = self._notified or contended",
+        400,
+        "who was told once that somebody waits is never told again",
+    ),
+    Planted(
+        "keeps-what-it-sent-away",
+        CORE,
+        """        self.level = to
+        self.phase = Phase.DROPPING""",
+        """        self.phase = Phase.DROPPING""",
+        200,
+        "a level is believed in until its give-up is confirmed (rule 5)",
+    ),
+    Planted(
+        "deaths-of-others",
+        LOCK,
+        "elif view.grantable(res.level) or view.front_of_dead():",
+        "elif view.grantable(res.level):",
+        2000,
+        "the first waiter leaves a dead member in the head, and who gives way grants nobody (found)",
+    ),
+    Planted(
+        "early-reading",
+        LOCK,
+        """ must not pass for the one asked for.
+        self.view.must_look = True
+""",
+        """ must not pass for the one asked for.
+""",
+        2000,
+        "a reading sent before a gap passes for the one that the gap asks for (found)",
+    ),
+    Planted(
+        "own-end-unseen",
+        VIEW,
+        "elif self.wish is not None and (fresh or self._is_over(self.wish, queue, at)):",
+        "elif self.wish is not None and fresh:",
+        2000,
+        "a reading older than the watch does not tell that the own wish is gone (found)",
+    ),
+    Planted(
+        "told-nothing",
+        LOCK,
+        "            self._wanted = None\n",
+        "            self._wanted = NOTHING\n",
+        2000,
+        "the core is not told that nobody wants the lock any more (found)",
+    ),
+    Planted(
+        "patient-trylock",
+        LOCK,
+        "            self._time_try(self.space.timing.try_timeout_s)\n",
+        "            pass\n",
+        400,
+        "a trylock waits for a silent holder (traps 13)",
+    ),
+    Planted(
+        "two-converters",
+        VIEW,
+        "if wish is None or not wish.convert:",
+        "if True:",
+        400,
+        "two processes that hold PR and want EX wait for each other (rule 9)",
+    ),
+    Planted(
+        "unasked-clock",
+        OPEN,
+        "if not self.serving() or handle.stage is not Stage.HELD:\n            raise OSError",
+        "if handle.stage is not Stage.HELD:\n            raise OSError",
+        1000,
+        "reads and writes are served without a look at the clock (promise 3)",
+    ),
+    Planted(
+        "place-kept-for-ever",
+        OPEN,
+        """        if handle.stage is Stage.HELD:
+            handle.lock.close(handle)
+        elif handle.stage is Stage.WAITING:""",
+        """        if handle.stage is Stage.WAITING:""",
+        400,
+        "what was granted while its opener was away is never closed",
+    ),
+    Planted(
+        "granted-to-the-dead",
+        OPEN,
+        """            # release this handle (fuse-notes 2).
+            self._close(handle)""",
+        """            # release this handle (fuse-notes 2).
+            pass""",
+        1000,
+        "an open whose process was killed in the same instant stays open",
+    ),
+)
+
+
+def by_name(name: str) -> Planted | None:
+    return next((bug for bug in BUGS if bug.name == name), None)
