@@ -4,6 +4,7 @@
  *     unlock ID            drop ID                write ID TEXT          read ID
  *     caps                 destroy                statfs PATH            fstatfs PATH
  *     exit N               raise N                fork COMMAND           thread COMMAND
+ *     faults PATH          compat PATH            daemon PATH
  *
  * The answer is "ok ..." or the name of the error.
  */
@@ -14,6 +15,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fsuid.h>
+#include <sys/mman.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -83,6 +86,71 @@ static void describe(int failed, const struct statfs *fs)
 	else
 		printf("ok %lx %ld %ld %ld %ld %ld\n", (unsigned long)fs->f_type, (long)fs->f_bsize,
 		       (long)fs->f_blocks, (long)fs->f_files, (long)fs->f_namelen, (long)fs->f_frsize);
+}
+
+/* What statfs(2) says to addresses and names that are none. */
+static void faults(const char *path)
+{
+	struct statfs fs, *nowhere = (struct statfs *)8;
+	int fd = open(path, O_RDONLY);
+	char *longest = malloc(8192);
+
+	memset(longest, 'x', 8191);
+	longest[8191] = 0;
+	printf("ok %d", statfs(path, nowhere) ? errno : 0);
+	printf(" %d", fstatfs(fd, nowhere) ? errno : 0);
+	printf(" %d", statfs((char *)nowhere, &fs) ? errno : 0);
+	printf(" %d", statfs("", &fs) ? errno : 0);
+	printf(" %d", statfs(longest, &fs) ? errno : 0);
+	printf(" %d", statfs("/nosuch", &fs) ? errno : 0);
+	printf(" %d\n", fstatfs(-1, &fs) ? errno : 0);
+	close(fd);
+	free(longest);
+}
+
+/* A system call of the 32-bit kind with the number of the 64-bit fstatfs: it is setfsuid there. */
+static void compat(const char *path)
+{
+#ifdef __x86_64__
+	int fd = open(path, O_RDONLY), was;
+	struct statfs *fs = mmap(NULL, 4096, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+
+	__asm__ volatile("int $0x80" : "=a"(was) : "0"(138), "b"(fd), "c"(fs) : "memory");
+	printf("ok %d %lx\n", setfsuid(was) == fd, (unsigned long)fs->f_type);
+	close(fd);
+#else
+	printf("%s: not here\n", path);
+#endif
+}
+
+/* A process that outlives this one, reads a line from the fifo and writes the type to a file. */
+static void daemonized(const char *path)
+{
+	char fifo[4096], file[4096], line[4096] = "";
+	struct statfs fs;
+	pid_t pid;
+
+	snprintf(fifo, sizeof fifo, "%s.fifo", path);
+	snprintf(file, sizeof file, "%s.out", path);
+	fflush(stdout);
+	pid = fork();
+	if (pid) {
+		printf("ok %d\n", pid);
+		return;
+	}
+	setsid();
+	for (int fd = 0; fd < 3; fd++)
+		close(fd);
+	FILE *in = fopen(fifo, "r");
+	if (!in || !fgets(line, sizeof line, in))
+		_exit(1);
+	line[strcspn(line, "\n")] = 0;
+	int failed = statfs(line, &fs);
+	FILE *out = fopen(file, "w");
+	fprintf(out, "%lx\n", failed ? 0 : (unsigned long)fs.f_type);
+	fclose(out);
+	_exit(0);
 }
 
 static void obey(char *line);
@@ -167,10 +235,12 @@ static void obey(char *line)
 
 		describe(fd < 0 || fstatfs(fd, &fs), &fs);
 		close(fd);
-	} else if (!strcmp(verb, "nowhere"))
-		tell_errno(fstatfs(0, (struct statfs *)8) || statfs((char *)8, &fs));
-	else if (!strcmp(verb, "badstatfs"))
-		tell_errno(statfs(a, (struct statfs *)8));
+	} else if (!strcmp(verb, "faults"))
+		faults(a);
+	else if (!strcmp(verb, "compat"))
+		compat(a);
+	else if (!strcmp(verb, "daemon"))
+		daemonized(a);
 	else if (!strcmp(verb, "exit"))
 		exit(atoi(a));
 	else if (!strcmp(verb, "raise"))

@@ -23,6 +23,8 @@ BAST: Final = "bast stackglue"
 # <linux/sched.h> and <sys/mount.h>
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWUSER: Final = 0x10000000
+MS_RDONLY: Final = 1
+MS_REMOUNT: Final = 0x20
 MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
 MS_SLAVE: Final = 0x80000
@@ -57,6 +59,8 @@ def _place(at: str) -> str:
         ) from None
     except OSError as error:
         raise UsageError(f"{at} cannot be made: {error.strerror}") from None
+    if not os.path.isdir(at):
+        raise UsageError(f"{at} is not a folder")
     return os.path.realpath(at)
 
 
@@ -99,6 +103,7 @@ def announce_basts() -> None:
     os.makedirs(os.path.dirname(f"{MODULES}/{CAPABILITIES}"))
     with open(f"{MODULES}/{CAPABILITIES}", "w") as file:
         file.write(BAST)
+    _mount(None, MODULES, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID_NODEV_NOEXEC)
 
 
 def _mount(

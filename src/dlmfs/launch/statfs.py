@@ -18,7 +18,7 @@ import struct
 import threading
 from typing import Final
 
-from dlmfs.errors import Unavailable
+from dlmfs.errors import NotPermitted, Unavailable
 from dlmfs.fuse.mountinfo import parse
 from dlmfs.launch import seccomp
 from dlmfs.launch.seccomp import Call
@@ -30,6 +30,12 @@ STATFS_SIZE: Final = 120
 """sizeof(struct statfs) in a 64-bit process; f_type is its first long."""
 
 PATH_MAX: Final = 4096
+PR_SET_PTRACER: Final = 0x59616D61
+
+# What the supervisor says to its maker.
+PID: Final = struct.Struct("=i")
+READY: Final = b"r"
+REFUSED: Final = b"n"
 
 
 def numbers() -> tuple[int, int]:
@@ -49,6 +55,7 @@ def start(mountpoint: str) -> socket.socket:
     `mountpoint` in use, so that umount says EBUSY while the program runs. Raises Unavailable.
     """
     ours, theirs = socket.socketpair()
+    program = os.getpid()
     try:
         child = os.fork()
     except OSError as error:
@@ -56,7 +63,7 @@ def start(mountpoint: str) -> socket.socket:
     if child == 0:
         with contextlib.suppress(BaseException):
             if os.fork() == 0:
-                _supervise(theirs, mountpoint)
+                _supervise(theirs, program, mountpoint)
         os._exit(0)
     os.waitpid(child, 0)
     theirs.close()
@@ -64,28 +71,42 @@ def start(mountpoint: str) -> socket.socket:
 
 
 def hand_over(supervisor: socket.socket, listener: int) -> None:
-    """Give it the listener; returns when it has it. Raises Unavailable."""
-    try:
+    """Give it the listener; returns when it answers. Raises NotPermitted, Unavailable."""
+    word = b""
+    with contextlib.suppress(OSError):
+        (pid,) = PID.unpack(supervisor.recv(PID.size))
+        # Yama's ptrace_scope 1 lets an ordinary user's process into its descendants only; this
+        # admits the supervisor to PROGRAM itself. Fails, as it may, where there is no Yama.
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(pid), *[ctypes.c_ulong(0)] * 3)
         socket.send_fds(supervisor, [b"l"], [listener])
-        if supervisor.recv(1) == b"r":
-            return
-    except OSError:
-        pass
-    raise Unavailable("the process that should answer for the program died: out of memory?")
+        word = supervisor.recv(1)
+    if word == REFUSED:
+        raise NotPermitted(
+            "the supervisor may not write to the program's memory, where the answers go: see "
+            "/proc/sys/kernel/yama/ptrace_scope, or run it as root"
+        )
+    if word != READY:
+        raise Unavailable("the process that should answer for the program died: out of memory?")
 
 
 # -- the supervisor ----------------------------------------------------------------------------------
 
 
-def _supervise(channel: socket.socket, mountpoint: str) -> None:
+def _supervise(channel: socket.socket, program: int, mountpoint: str) -> None:
     os.setsid()
     for sign in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(sign, signal.SIG_IGN)
     os.chdir("/")
     _close_all_but(channel.fileno())
     os.open(mountpoint, os.O_PATH)
+    channel.send(PID.pack(os.getpid()))
     _, (listener,), _, _ = socket.recv_fds(channel, 1, 1)
-    channel.send(b"r")
+    try:
+        os.close(os.open(f"/proc/{program}/mem", os.O_RDWR))
+    except OSError:
+        channel.send(REFUSED)
+        return
+    channel.send(READY)
     channel.close()
     answer_all(listener)
     os._exit(0)  # a thread may be waiting for a daemon that is stopped
