@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from tests.fs.conftest import nodes as nodes
 from tests.fs.nodes import Nodes
 from tests.o2dlm.programs import LINKED, Programs, Run, build, missing, o2dlm_run
 
+Begin = Callable[..., Run]
 Start = Callable[..., Run]
 
 
@@ -47,14 +48,24 @@ def at(nodes: Nodes) -> Path:
 
 
 @pytest.fixture
-def start(nodes: Nodes, programs: Programs, at: Path) -> Iterator[Start]:
-    """`start(mount, linked="dynamic", cwd=None)`: the program of commands on that node."""
+def begin() -> Iterator[Begin]:
+    """`begin(command, cwd=None)`: a run that is over with the test."""
     with contextlib.ExitStack() as stack:
 
-        def begin(where: Path, linked: str = "dynamic", cwd: Path | None = None) -> Run:
-            command = o2dlm_run("-m", where, "--at", at, "--", programs.path("prog", linked))
+        def made(command: Sequence[str | Path], cwd: Path | None = None) -> Run:
             run = Run(command, cwd)
             stack.callback(run.close)
             return run
 
-        yield begin
+        yield made
+
+
+@pytest.fixture
+def start(begin: Begin, programs: Programs, at: Path) -> Start:
+    """`start(mount, linked="dynamic", cwd=None)`: the program of commands on that node."""
+
+    def made(where: Path, linked: str = "dynamic", cwd: Path | None = None) -> Run:
+        program = programs.path("prog", linked)
+        return begin(o2dlm_run("-m", where, "--at", at, "--", program), cwd)
+
+    return made

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fs.nodes import PATIENCE_S, Nodes, dlmfs
-from tests.o2dlm.conftest import Start
+from tests.o2dlm.conftest import Begin, Start
 from tests.o2dlm.programs import Programs, Run, o2dlm_run
 from tests.tools.bench import until
 
@@ -123,7 +123,9 @@ def test_children_and_threads(start: Start, nodes: Nodes, at: Path, linked: str)
         assert run.ask(f"{how} init {at} {how}") == "ok"
 
 
-def test_the_example_counts_on_two_nodes(nodes: Nodes, programs: Programs, at: Path) -> None:
+def test_the_example_counts_on_two_nodes(
+    begin: Begin, nodes: Nodes, programs: Programs, at: Path
+) -> None:
     """examples/o2dlm/counter.c: no count is lost, whoever counts where at once."""
     program = programs.path("counter")
     a, b = nodes.pair()
@@ -133,7 +135,7 @@ def test_the_example_counts_on_two_nodes(nodes: Nodes, programs: Programs, at: P
     counts = []
     for _ in range(3):
         runs = [
-            Run(o2dlm_run("-m", where, "--at", at, program, at, "dom", "orders", "3"))
+            begin(o2dlm_run("-m", where, "--at", at, program, at, "dom", "orders", "3"))
             for where in (a, b)
         ]
         for run in runs:
@@ -143,21 +145,23 @@ def test_the_example_counts_on_two_nodes(nodes: Nodes, programs: Programs, at: P
     assert sorted(counts) == [3, 6, 9, 12, 15, 18]
 
 
-def test_the_example_in_plain_c(nodes: Nodes, programs: Programs) -> None:
+def test_the_example_in_plain_c(begin: Begin, nodes: Nodes, programs: Programs) -> None:
     """examples/c/turns.c: one at a time over two nodes, exit codes, a larger token each time."""
     a, b = nodes.pair()
     log = nodes.folder / "log"
     turns = programs.path("turns")
     script = f"echo in >>{log}; sleep 0.1; echo out >>{log}; exit 3"
-    done = [run.output() for run in [Run([turns, n / "dom/x", "sh", "-c", script]) for n in (a, b)]]
+    done = [
+        run.output() for run in [begin([turns, n / "dom/x", "sh", "-c", script]) for n in (a, b)]
+    ]
     assert [code for code, _, _ in done] == [3, 3]
     assert log.read_text().split() == ["in", "out"] * 2
     assert len({err.split()[-1] for _, _, err in done}) == 2
     holder = nodes.hold(b / "dom/x")
     assert holder.wait() == "held"
-    waiting = Run([turns, a / "dom/x", "sh", "-c", "kill -9 $$"])
+    waiting = begin([turns, a / "dom/x", "sh", "-c", "kill -9 $$"])
     until("it waits", lambda: "wanted by" in dlmfs("status", str(b)).stdout)
     assert waiting.process.poll() is None
     holder.release()
     assert waiting.end()[0] == 128 + 9
-    assert Run([turns]).end()[0] == 2
+    assert begin([turns]).end()[0] == 2

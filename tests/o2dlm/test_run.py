@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import platform
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs.launch import seccomp, statfs
+from dlmfs.launch.seccomp import Call
 from tests.fs.nodes import DLMFS, PATIENCE_S, Nodes
-from tests.o2dlm.conftest import Start
+from tests.o2dlm.conftest import Begin, Start
 from tests.o2dlm.programs import TYPE, Programs, Run, o2dlm_run, supervisors
 from tests.tools.bench import until
 
@@ -33,34 +36,38 @@ def where(nodes: Nodes) -> Path:
     return made
 
 
-def shell(where: Path, at: Path, script: str) -> Run:
-    return Run(o2dlm_run("-m", where, "--at", at, "--", "sh", "-c", script))
+@pytest.fixture
+def outside(begin: Begin, programs: Programs, linked: str) -> Run:
+    """The same program, run as any other."""
+    return begin([programs.path("prog", linked)])
+
+
+def shell(begin: Begin, where: Path, at: Path, script: str) -> Run:
+    return begin(o2dlm_run("-m", where, "--at", at, "--", "sh", "-c", script))
 
 
 # -- the file system's type ---------------------------------------------------------------------------
 
 
 def test_only_the_type_differs(
-    start: Start, where: Path, at: Path, programs: Programs, linked: str
+    outside: Run, start: Start, where: Path, at: Path, linked: str
 ) -> None:
     """All other fields are the mount's own, in its own place and in the fixed one."""
-    outside, inside = Run([programs.path("prog", linked)]), start(where, linked)
+    inside = start(where, linked)
     for call in ("statfs", "fstatfs"):
         own = outside.ask(f"{call} {where}")
         assert own.startswith(f"ok {FUSE_TYPE} ")
         for path in (where, where / "dom", at, at / "dom"):
             assert inside.ask(f"{call} {path}") == own.replace(FUSE_TYPE, TYPE)
-    outside.close()
 
 
 def test_other_file_systems_are_untouched(
-    start: Start, where: Path, programs: Programs, linked: str
+    outside: Run, start: Start, where: Path, linked: str
 ) -> None:
-    outside, inside = Run([programs.path("prog", linked)]), start(where, linked)
+    inside = start(where, linked)
     for path in (p for p in ELSEWHERE if p != "/sys/module"):
         for call in ("statfs", "fstatfs"):
             assert inside.ask(f"{call} {path}") == outside.ask(f"{call} {path}")
-    outside.close()
 
 
 def test_relative_paths_and_links(start: Start, where: Path, nodes: Nodes) -> None:
@@ -96,13 +103,13 @@ def test_nothing_is_seen_outside(start: Start, where: Path, at: Path) -> None:
     assert not Path("/sys/module/ocfs2_dlmfs").exists()
 
 
-def test_other_modules_stay_where_they_are(where: Path, at: Path) -> None:
+def test_other_modules_stay_where_they_are(begin: Begin, where: Path, at: Path) -> None:
     """All that were there, with their parameters; and nobody can make more."""
-    code, out, err = shell(where, at, "ls /sys/module; mkdir /sys/module/x").output()
+    code, out, err = shell(begin, where, at, "ls /sys/module; mkdir /sys/module/x").output()
     assert (code, "Read-only" in err) == (1, True)
     assert set(out.split()) == {*os.listdir("/sys/module"), "ocfs2_dlmfs"}
     parameter = next(Path("/sys/module").glob("*/parameters/*"))
-    assert shell(where, at, f"ls {parameter}").output()[1] == f"{parameter}\n"
+    assert shell(begin, where, at, f"ls {parameter}").output()[1] == f"{parameter}\n"
 
 
 @pytest.fixture
@@ -115,23 +122,23 @@ def dlm() -> Iterator[Path]:
         path.rmdir()
 
 
-def test_the_usual_place(where: Path, programs: Programs, dlm: Path) -> None:
+def test_the_usual_place(begin: Begin, where: Path, programs: Programs, dlm: Path) -> None:
     """/dlm, made where it is missing; the program's files are the mount's."""
-    run = Run(o2dlm_run("-m", where, programs.path("prog")))
+    run = begin(o2dlm_run("-m", where, programs.path("prog")))
     assert run.ask("init /dlm usual") == "ok"
     assert (where / "usual").is_dir()
     assert os.listdir(dlm) == []
-    run.close()
 
 
-def test_a_mount_that_is_in_its_place_already(where: Path) -> None:
+def test_a_mount_that_is_in_its_place_already(begin: Begin, where: Path) -> None:
     command = o2dlm_run("-m", where, "--at", where, "stat", "-f", "--printf=%t", where)
-    assert Run(command).output() == (0, TYPE, "")
+    assert begin(command).output() == (0, TYPE, "")
 
 
 SHARED = """
 set -e
 mount --make-rshared /
+mount -t proc proc /proc
 dlmfs() { "$PYTHON" "$DLMFS" "$@"; }
 dlmfs mount "$SOURCE" "$WHERE"
 mkfifo go
@@ -151,7 +158,7 @@ def test_a_mount_in_use_is_not_unmounted(nodes: Nodes, at: Path) -> None:
     where = nodes.folder / "w"
     where.mkdir()
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", SHARED],
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", SHARED],
         env=os.environ
         | {"PYTHON": DLMFS[0], "DLMFS": DLMFS[1], "WHERE": str(where), "AT": str(at)}
         | {"SOURCE": f"local:{nodes.state}"},
@@ -197,19 +204,21 @@ def test_exit_codes_and_signals(start: Start, where: Path, at: Path) -> None:
         (["--bare", "--", "/etc"], 126, "/etc: Permission denied"),
     ],
 )
-def test_what_cannot_be_run(where: Path, args: list[str], code: int, says: str) -> None:
+def test_what_cannot_be_run(
+    begin: Begin, where: Path, args: list[str], code: int, says: str
+) -> None:
     mine = [] if "-m" in args or not args else ["-m", str(where)]
-    got, out, err = Run(o2dlm_run(*mine, *args)).output()
+    got, out, err = begin(o2dlm_run(*mine, *args)).output()
     assert (got, out) == (code, "")
     assert err.startswith("dlmfs: ")
     assert err.count("\n") == 1
     assert says in err
 
 
-def test_not_twice(where: Path, at: Path) -> None:
+def test_not_twice(begin: Begin, where: Path, at: Path) -> None:
     """The kernel allows one who answers: said, and nothing is run."""
     inner = " ".join(o2dlm_run("-m", where, "--at", at, "--", "echo", "run"))
-    code, out, err = shell(where, at, inner).output()
+    code, out, err = shell(begin, where, at, inner).output()
     assert (code, out) == (EX_UNAVAILABLE, "")
     assert "answered by another program already" in err
 
@@ -217,12 +226,12 @@ def test_not_twice(where: Path, at: Path) -> None:
 # -- the supervisor ------------------------------------------------------------------------------------
 
 
-def test_it_is_not_the_programs_affair(where: Path, at: Path) -> None:
+def test_it_is_not_the_programs_affair(begin: Begin, where: Path, at: Path) -> None:
     """No child of the program's, not in its session, deaf to signals; gone when the program is."""
     script = (
         "import os\ntry: os.wait()\nexcept ChildProcessError: print('none', flush=True)\ninput()"
     )
-    run = Run(o2dlm_run("-m", where, "--at", at, "--", sys.executable, "-c", script))
+    run = begin(o2dlm_run("-m", where, "--at", at, "--", sys.executable, "-c", script))
     assert run.heard() == "none"
     (pid,) = supervisors(where)
     assert os.getsid(pid) != os.getsid(run.process.pid)
@@ -301,13 +310,15 @@ def test_killed_in_the_middle_of_a_call(start: Start, nodes: Nodes, where: Path,
     assert run.heard() == f"errno {errno.ENOSYS}"
 
 
-def test_a_stopped_daemon_stops_only_its_own_callers(nodes: Nodes, where: Path, at: Path) -> None:
+def test_a_stopped_daemon_stops_only_its_own_callers(
+    begin: Begin, nodes: Nodes, where: Path, at: Path
+) -> None:
     """Who asks about its mount waits, and can be killed; others are answered meanwhile."""
     script = f"stat -f {at} & sleep 0.3; stat -f --printf=%t /; echo; read line; kill -9 $!; wait"
     pid = nodes.pid(where)
     os.kill(pid, signal.SIGSTOP)
     try:
-        run = shell(where, at, script)
+        run = shell(begin, where, at, script)
         assert run.heard() is not None
         run.tell("end")
         assert run.output()[:2] == (0, "")
@@ -315,18 +326,18 @@ def test_a_stopped_daemon_stops_only_its_own_callers(nodes: Nodes, where: Path, 
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_program_killed_while_it_asks(start: Start, where: Path, at: Path) -> None:
+def test_a_program_killed_while_it_asks(begin: Begin, start: Start, where: Path, at: Path) -> None:
     """The supervisor goes on for the program's other processes."""
     loop = "while :; do stat -f / >/dev/null; done & echo $!; read line; kill -9 $!"
     script = f"{loop}; stat -f --printf='%t\\n' {at}; read line"
-    run = Run(o2dlm_run("-m", where, "--at", at, "--", "sh", "-c", script))
+    run = begin(o2dlm_run("-m", where, "--at", at, "--", "sh", "-c", script))
     assert run.heard() is not None
     for _ in range(2):
         run.tell("go on")
     assert run.output()[:2] == (0, f"{TYPE}\n")
 
 
-def test_it_answers_many_threads(where: Path, at: Path) -> None:
+def test_it_answers_many_threads(begin: Begin, where: Path, at: Path) -> None:
     """Fifty threads at once, on the mount and beside it: no answer is another's."""
     script = """
 import ctypes, os, sys, threading
@@ -343,4 +354,31 @@ for thread in threads: thread.join()
 print("done")
 """
     command = o2dlm_run("-m", where, "--at", at, "--", sys.executable, "-c", script, at)
-    assert Run(command).output() == (0, "done\n", "")
+    assert begin(command).output() == (0, "done\n", "")
+
+
+def test_only_who_waits_is_answered(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller was killed and its number may be another's: nothing is written there. All that is
+    found by the number was opened before the kernel was asked."""
+    fd = os.open(where, os.O_RDONLY)
+    data = ctypes.create_string_buffer(statfs.STATFS_SIZE)
+    args = (fd, ctypes.addressof(data), 0, 0, 0, 0)
+    call = Call(1, os.getpid(), seccomp.abi().fstatfs, args)
+
+    def answered(waits: bool) -> int | None:
+        with monkeypatch.context() as patch:
+
+            def still_waits(*_: object) -> bool:
+                patch.setattr(os, "open", None)
+                return waits
+
+            patch.setattr(seccomp, "still_waits", still_waits)
+            return statfs._answer(-1, call)
+
+    try:
+        assert answered(False) is None
+        assert data.raw == bytes(statfs.STATFS_SIZE)
+        assert answered(True) == 0
+        assert data.raw[:4] == bytes.fromhex(TYPE)[::-1]
+    finally:
+        os.close(fd)

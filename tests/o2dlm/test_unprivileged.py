@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fs.nodes import PATIENCE_S
+from tests.o2dlm.conftest import Begin
 from tests.o2dlm.programs import TYPE, Programs, Run
 from tests.tools.private import USER, Private, missing, private
 
@@ -78,20 +79,22 @@ def test_all_calls_between_two_nodes(here: Private, pair: tuple[Path, Path], lin
             assert run.ask("destroy") == "ok"
 
 
-def test_the_program_is_who_its_caller_is(here: Private, pair: tuple[Path, Path]) -> None:
+def test_the_program_is_who_its_caller_is(
+    begin: Begin, here: Private, pair: tuple[Path, Path]
+) -> None:
     """No right is gained in the namespace, and the files it makes are the caller's."""
     at = here.home / "at"
     script = f"id -u; id -g; grep CapEff /proc/self/status; mkdir {at}/mine; umount {at}"
-    run = Run(command(here, "-m", pair[0], "--at", at, "--", "sh", "-c", script))
+    run = begin(command(here, "-m", pair[0], "--at", at, "--", "sh", "-c", script))
     code, out, err = run.output()
     assert out.split() == [str(USER), str(USER), "CapEff:", "0" * 16]
     assert (code != 0, "umount" in err) == (True, True)
     assert here.sh(f"stat -c %u {pair[0]}/mine").stdout == f"{USER}\n"
 
 
-def test_a_place_that_is_missing(here: Private, pair: tuple[Path, Path]) -> None:
+def test_a_place_that_is_missing(begin: Begin, here: Private, pair: tuple[Path, Path]) -> None:
     """Only root can make it, and the message says what to do."""
-    run = Run(command(here, "-m", pair[0], "--at", "/nosuch-dlm", "--", "true"))
+    run = begin(command(here, "-m", pair[0], "--at", "/nosuch-dlm", "--", "true"))
     code, out, err = run.output()
     assert (code, out, err.count("\n")) == (EX_NOPERM, "", 1)
     assert "`mkdir /nosuch-dlm` once as root" in err
@@ -114,13 +117,15 @@ def inner(run: Run) -> int:
     return int(children.split()[0]) if children else run.process.pid
 
 
-def test_where_namespaces_are_forbidden(here: Private, pair: tuple[Path, Path]) -> None:
+def test_where_namespaces_are_forbidden(
+    begin: Begin, here: Private, pair: tuple[Path, Path]
+) -> None:
     """Said, with what to do; a user namespace that may hold no further one is such a place."""
     args = command(here, "-m", pair[0], "--at", here.home / "at", "--", "true")
     forbid = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all "
     forbid += '--inh-caps=-all setpriv --no-new-privs "$@"'
     words = here.command("unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh")
-    code, out, err = Run([*words, *args[args.index(here.python) :]]).output()
+    code, out, err = begin([*words, *args[args.index(here.python) :]]).output()
     assert (code, out) == (EX_NOPERM, ""), err
     assert "`--bare` does without" in err
 
