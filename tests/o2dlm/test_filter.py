@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import struct
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from dlmfs.errors import Unavailable
 from dlmfs.launch import seccomp
 from dlmfs.launch.seccomp import ABIS, RET_ALLOW, RET_USER_NOTIF, Abi
+from tests.fs.nodes import PATIENCE_S, ROOT
 
 I386, X32 = 0x40000003, 0x40000000
 
@@ -47,6 +50,22 @@ def test_it_asks_about_two_calls_and_no_other(abi: Abi) -> None:
 def test_the_structures_have_the_kernels_sizes() -> None:
     assert (seccomp.NOTIF.size, seccomp.RESPONSE.size) == (80, 24)
     assert (seccomp.NOTIF_RECV, seccomp.NOTIF_SEND) == (0xC0502100, 0xC0182101)
+
+
+OLDER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from dlmfs.launch import seccomp
+seccomp.FLAG_WAIT_KILLABLE_RECV = 1 << 20
+print(os.readlink(f"/proc/self/fd/{seccomp.install((seccomp.abi().statfs,))}"))
+"""
+
+
+def test_a_kernel_that_lacks_the_latest_flag() -> None:
+    """It is done without. In a process of its own: a filter is for life."""
+    command = [sys.executable, "-I", "-c", OLDER, str(ROOT / "src")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.stdout, done.stderr) == ("anon_inode:seccomp notify\n", "")
 
 
 @pytest.mark.parametrize(

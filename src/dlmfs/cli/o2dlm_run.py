@@ -27,21 +27,21 @@ def run(args: list[str]) -> int:
     """Does not return, but if PROGRAM cannot be started."""
     parser = Parser(
         prog="dlmfs o2dlm-run",
+        usage="dlmfs o2dlm-run [-m MOUNTPOINT] [--at DIR | --bare] [--] PROGRAM [ARG...]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-m", metavar="MOUNTPOINT", help="which mount, where there are several")
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--at", metavar="DIR", default="/dlm", help="where PROGRAM finds it too (default /dlm)"
     )
-    parser.add_argument(
+    how.add_argument(
         "--bare",
         action="store_true",
         help="no namespace: no mount at a fixed place and no BASTs, only the file system's type",
     )
-    parser.add_argument(
-        "program", metavar="PROGRAM [ARG...]", nargs=argparse.REMAINDER, help="after --"
-    )
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(args)
     program = parsed.program[1:] if parsed.program[:1] == ["--"] else parsed.program
     if not program:
