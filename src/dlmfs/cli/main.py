@@ -20,13 +20,14 @@ VERBS: Final = {
     "nodes": "the nodes of a lock space, and the domains each is in",
     "evict": "put a node out of the cluster",
     "domain": "remove what a domain left behind when all its nodes had crashed",
+    "o2dlm-run": "run an unmodified program of OCFS2's dlmfs (libo2dlm) on a mount",
 }
 HELPERS: Final = ("mount.dlmfs", "mount.fuse.dlmfs", "mount.fuse3.dlmfs")
 MOUNTING: Final = ("mount", "umount")
 
 
 def usage() -> str:
-    verbs = "\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb:9} {what}" for verb, what in VERBS.items())
     return f"usage: dlmfs VERB ...   (`dlmfs VERB --help` for each)\n\n{verbs}\n"
 
 
@@ -70,7 +71,7 @@ def _as_mount_calls_us(args: list[str]) -> bool:
 def _run(verb: str, args: list[str]) -> int:
     mounting = verb in MOUNTING
     try:
-        return int(importlib.import_module(f"dlmfs.cli.{verb}").run(args))
+        return int(importlib.import_module(f"dlmfs.cli.{verb.replace('-', '_')}").run(args))
     except DlmfsError as error:
         print(f"dlmfs: {error}", file=sys.stderr)
         return error.mount_exit if mounting else error.exit
