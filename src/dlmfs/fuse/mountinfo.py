@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -139,6 +138,8 @@ def is_stale(entry: MountEntry) -> bool:
     statfs(2) is asked since FUSE never caches it (attributes are, and outlive the daemon), by a
     child process since it sleeps, at times unkillably, while the daemon is stopped.
     """
+    import subprocess
+
     code = "import errno, os, sys\ntry: os.statvfs(sys.argv[1])\n"
     code += "except OSError as error: sys.exit(3 if error.errno == errno.ENOTCONN else 0)"
     command = [sys.executable, "-I", "-S", "-c", code, entry.mountpoint]
