@@ -9,10 +9,10 @@
 `o2dlm` has libo2dlm's calls. docs/library.md is the tour.
 """
 
-from dlmfs.client.logic import Abandoned as Abandoned
-from dlmfs.client.place import find_mount as find_mount
-from dlmfs.client.sync import Domain as Domain
-from dlmfs.client.sync import Lock as Lock
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from dlmfs.errors import Cancelled as Cancelled
 from dlmfs.errors import Deadlock as Deadlock
 from dlmfs.errors import DlmfsError as DlmfsError
@@ -23,3 +23,22 @@ from dlmfs.errors import StaleToken as StaleToken
 from dlmfs.errors import TimedOut as TimedOut
 from dlmfs.errors import Unavailable as Unavailable
 from dlmfs.errors import UsageError as UsageError
+
+if TYPE_CHECKING:
+    from dlmfs.client.logic import Abandoned as Abandoned
+    from dlmfs.client.place import find_mount as find_mount
+    from dlmfs.client.sync import Domain as Domain
+    from dlmfs.client.sync import Lock as Lock
+
+_HOMES = {"Abandoned": "logic", "Domain": "sync", "Lock": "sync", "find_mount": "place"}
+
+
+def __getattr__(name: str) -> object:
+    """The rest when it is asked for: `dlmfs lock`, which must start fast, uses a part only."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"dlmfs.client.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import select
 from collections.abc import Callable, Generator
@@ -32,7 +31,6 @@ from dlmfs.errors import (
     Unavailable,
     UsageError,
 )
-from dlmfs.model import LVB_SIZE
 
 RETRIES: Final = 8
 """Opens that raced with an unlink, or met a lost file's old inode, in a row."""
@@ -212,6 +210,8 @@ def is_wanted(events: int) -> bool:
 
 def padded(value: bytes) -> bytes:
     """A whole value. Raises UsageError if it is too long."""
+    from dlmfs.model import LVB_SIZE
+
     if len(value) > LVB_SIZE:
         raise UsageError(f"a value has {LVB_SIZE} bytes, not {len(value)}")
     return bytes(value).ljust(LVB_SIZE, b"\0")
@@ -233,5 +233,7 @@ def abandonment(text: bytes) -> Abandoned | None:
     """The mark as user.dlmfs.abandoned tells it."""
     if not text:
         return None
+    import json
+
     mark = json.loads(text)
     return Abandoned(str(mark["node"]), int(mark["token"]))

@@ -10,8 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 FSTYPE: Final = "fuse.dlmfs"
 
@@ -22,8 +21,7 @@ SYMLINKS_MAX: Final = 40
 """As in the kernel (path_resolution(7))."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountEntry:
+class MountEntry(NamedTuple):
     """One line of mountinfo (proc_pid_mountinfo(5)). `dev` is "major:minor"."""
 
     id: int
@@ -42,6 +40,8 @@ class MountEntry:
 
 def _unescape(field: bytes) -> str:
     """Undo the octal escapes of space, tab, newline, backslash and '#'."""
+    if b"\\" not in field:
+        return os.fsdecode(field)
     plain = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)
     return os.fsdecode(plain)
 
