@@ -95,7 +95,10 @@ def taking(request: Request) -> Generator[Step, int, int]:
     place = request.place
     fd = yield from _opening(request)
     try:
-        dev = yield Device(fd)
+        try:
+            dev = yield Device(fd)
+        except OSError as error:
+            raise failure(error, place.path) from None
         if f"{os.major(dev)}:{os.minor(dev)}" != place.dev:
             raise Unavailable(f"{place.mountpoint} was unmounted just now: mount it again")
         operation = fcntl.LOCK_SH if request.shared else fcntl.LOCK_EX
