@@ -32,7 +32,7 @@ def run(main: Coroutine[Any, Any, object]) -> None:
 
 
 async def until(true: Any, *args: object) -> None:
-    while not await asyncio.to_thread(true, *args):
+    while not await asyncio.to_thread(true, *args):  # noqa: ASYNC110 - a daemon is asked
         await asyncio.sleep(0.002)
 
 

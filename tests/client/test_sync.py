@@ -175,7 +175,9 @@ def test_a_wait_that_is_over_leaves_nothing_behind(lock: Twice) -> None:
                 Lock(path, timeout=0.05).acquire()
             with pytest.raises(TimedOut):
                 Lock(path).acquire(timeout=0)
+            assert not _keepers_in_wait(path), "its thread waits on"
             assert waiting(path) == []
+            assert len(holding(lock.a)) == 1
     assert free(lock.b)
 
 

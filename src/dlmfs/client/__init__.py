@@ -13,22 +13,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dlmfs.errors import Cancelled as Cancelled
-from dlmfs.errors import Deadlock as Deadlock
-from dlmfs.errors import DlmfsError as DlmfsError
-from dlmfs.errors import LockLost as LockLost
-from dlmfs.errors import NotGranted as NotGranted
-from dlmfs.errors import NotPermitted as NotPermitted
-from dlmfs.errors import StaleToken as StaleToken
-from dlmfs.errors import TimedOut as TimedOut
-from dlmfs.errors import Unavailable as Unavailable
-from dlmfs.errors import UsageError as UsageError
+from dlmfs.errors import (
+    Cancelled,
+    Deadlock,
+    DlmfsError,
+    LockLost,
+    NotGranted,
+    NotPermitted,
+    StaleToken,
+    TimedOut,
+    Unavailable,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from dlmfs.client.logic import Abandoned as Abandoned
     from dlmfs.client.place import find_mount as find_mount
     from dlmfs.client.sync import Domain as Domain
     from dlmfs.client.sync import Lock as Lock
+
+__all__ = [
+    "Abandoned",
+    "Cancelled",
+    "Deadlock",
+    "DlmfsError",
+    "Domain",
+    "Lock",
+    "LockLost",
+    "NotGranted",
+    "NotPermitted",
+    "StaleToken",
+    "TimedOut",
+    "Unavailable",
+    "UsageError",
+    "find_mount",
+]
 
 _HOMES = {"Abandoned": "logic", "Domain": "sync", "Lock": "sync", "find_mount": "place"}
 

@@ -75,6 +75,7 @@ def _catch_wake() -> None:
     if not int(caught.split()[1], 16) >> (WAKE - 1) & 1:
         libc = _libc()
         libc.signal(WAKE, ctypes.cast(libc.abs, ctypes.c_void_p))
+        libc.siginterrupt(WAKE, 1)  # or flock(2) would go on
 
 
 class Keeper(threading.Thread):
