@@ -79,7 +79,7 @@ def test_nobody_is_let_in_beside_an_older_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Path]:
+def database(tmp_path: Path) -> Path:
     path = tmp_path / "stock.db"
     with closing(sqlite3.connect(path)) as conn:
         SqlGuard().create(conn)
