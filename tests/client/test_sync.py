@@ -126,6 +126,37 @@ def test_on_one_node_lock_objects_exclude_each_other(lock: Twice) -> None:
     assert most == 1
 
 
+def test_threads_of_one_process_do_not_keep_another_node_out(lock: Twice) -> None:
+    """The daemon serves a process that has the lock already before all others, lest it waits for
+    itself: so its threads must not ask while one of them has it."""
+    mine = threading.Semaphore(0)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with Lock(lock.a):
+                mine.release()
+
+    threads = [begin(work) for _ in range(3)]
+    try:
+        for _ in range(3):
+            assert mine.acquire(timeout=PATIENCE_S)
+            theirs = Lock(lock.b)
+            asked = begin(theirs.acquire)
+            until(lambda: "b" in wanting(lock.a) or theirs.held, "its wish is known")
+            while mine.acquire(blocking=False):
+                pass
+            turns = 0
+            while not theirs.held:
+                turns += mine.acquire(timeout=0.05)
+                assert turns < 20, "it never has its turn"
+            join(asked)
+            theirs.release()
+    finally:
+        stop.set()
+        join(*threads)
+
+
 def _keepers_in_wait(path: Path) -> list[str]:
     """Threads of ours that stand in open(2) or flock(2) for a lock."""
     from dlmfs.client import keeper

@@ -31,8 +31,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from dlmfs.client import logic
+from dlmfs.client.turns import Turn, turns
 from dlmfs.client.watcher import watcher
-from dlmfs.errors import Cancelled, LockLost
+from dlmfs.errors import Cancelled, LockLost, NotGranted
 from dlmfs.model import LVB_SIZE
 
 AGAIN_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -115,9 +116,11 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, BLOCKED)
         _keepers[id(self)] = self
+        turn: Turn | None = None
         try:
             fd = -1
             try:
+                turn = self._turn()
                 fd = logic.drive(logic.taking(self.request), self._do)
                 self.token = int(os.getxattr(fd, TOKEN))
             except OSError as error:
@@ -133,7 +136,25 @@ class Keeper(threading.Thread):
             while (job := self._jobs.get()) is not None:
                 job()
         finally:
+            if turn is not None:
+                turns.leave(self._lock, turn)
             del _keepers[id(self)]
+
+    @property
+    def _lock(self) -> object:
+        return self.request.place.dev, self.request.place.domain, self.request.place.name
+
+    def _turn(self) -> Turn:
+        """Wait for those of this process that came before. Raises Cancelled, NotGranted."""
+        path, trying = self.request.place.path, self.request.trying
+        turn = turns.enter(
+            self._lock, self.request.shared, trying=trying, given_up=lambda: self._given_up
+        )
+        if turn is None and self._given_up:
+            raise Cancelled(f"the wait for {path} was given up")
+        if turn is None:
+            raise NotGranted(f"{path} is in use in this process")
+        return turn
 
     def _settle(self, fd: int) -> None:
         """Decide, once, what came of it. Watching asks the daemon, so it begins before."""
@@ -210,6 +231,7 @@ class Keeper(threading.Thread):
             if self._given_up:
                 return True
             self._given_up = True
+        turns.look()
         with contextlib.suppress(RuntimeError):  # while the interpreter ends
             threading.Thread(target=self._interrupt, name="dlmfs:cancel", daemon=True).start()
         return True
