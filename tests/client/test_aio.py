@@ -235,7 +235,8 @@ def test_a_loss_ends_the_block(nodes: Nodes) -> None:
                 await other.acquire()
                 nodes.state.unlink()
                 try:
-                    await asyncio.sleep(PATIENCE_S)
+                    async with asyncio.timeout(PATIENCE_S / 2):  # or a TimeoutError comes out
+                        await asyncio.sleep(PATIENCE_S)
                 finally:
                     reached.append("cleaned up")
         assert reached == ["cleaned up"]

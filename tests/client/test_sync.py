@@ -27,6 +27,7 @@ from dlmfs.client import (
     Unavailable,
     UsageError,
 )
+from tests.cli.test_lock import Job
 from tests.client.conftest import Twice
 from tests.fs.nodes import PATIENCE_S, Nodes, dlmfs
 from tests.robust.helpers import daemon_of, kill
@@ -210,6 +211,21 @@ def test_a_wait_that_is_over_leaves_nothing_behind(lock: Twice) -> None:
             assert waiting(path) == []
             assert len(holding(lock.a)) == 1
     assert free(lock.b)
+
+
+def test_a_wait_for_another_program_of_the_node(lock: Twice) -> None:
+    """Under owner=node it stands in flock(2), which a signal must end as well."""
+    job = Job(lock.a, "-c", "echo has; read _")
+    try:
+        assert job.line() == "has"
+        for _ in range(2):
+            with pytest.raises(TimedOut):
+                Lock(lock.a, timeout=0.05).acquire()
+            assert not _keepers_in_wait(lock.a), "its thread waits on"
+        assert not free(lock.a)
+        assert len(holding(lock.a)) == 1
+    finally:
+        job.close()
 
 
 def test_cancel_ends_another_threads_wait(lock: Twice) -> None:
@@ -537,6 +553,20 @@ def test_the_programs_signals_are_its_own(lock: Twice) -> None:
             assert blocked >> (number - 1) & 1
         assert mine.held
     assert signal.getsignal(signal.SIGURG) is signal.SIG_DFL
+
+
+def test_the_file_stays_open_while_it_is_used(lock: Twice) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+    keeper = mine._keeper
+    assert keeper is not None
+    with keeper.using() as fd:
+        mine.release()
+        os.fstat(fd)
+        with pytest.raises(LockLost), keeper.using():
+            pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 def test_use_and_release_by_different_threads(lock: Twice) -> None:
