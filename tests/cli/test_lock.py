@@ -296,6 +296,18 @@ def test_the_command_gets_the_signals_as_they_were(nodes: Nodes) -> None:
 
 
 @fuse
+def test_without_standard_streams_the_lock_is_not_taken_for_one(nodes: Nodes) -> None:
+    x = nodes.mount("a") / "dom/x"
+    words = " ".join([*DLMFS, "lock", str(x), "ls", "-l", "/proc/self/fd"])
+    done = subprocess.run(
+        ["sh", "-c", f"exec {words} <&-"], capture_output=True, text=True, timeout=60, check=True
+    )
+    ours = [line.split()[-3] for line in done.stdout.splitlines() if line.endswith(f"-> {x}")]
+    assert len(ours) == 1
+    assert int(ours[0]) > 2
+
+
+@fuse
 def test_the_command_inherits_the_lock_unless_closed(nodes: Nodes, start: Start) -> None:
     """What it leaves in the background goes on protected, as under flock(1)."""
     x = nodes.mount("a", "owner=file") / "dom/x"

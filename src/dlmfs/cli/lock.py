@@ -223,7 +223,13 @@ def do(step: logic.Step) -> int:
     handler raises."""
     match step:
         case logic.Open(path, flags):
-            return os.open(path, flags, 0o666)
+            fd = os.open(path, flags, 0o666)
+            if fd > 2:
+                return fd
+            # Started without standard streams: the lock must not become the command's input.
+            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.close(fd)
+            return high
         case logic.MakeDomain(path):
             os.mkdir(path)
         case logic.Device(fd):
