@@ -465,6 +465,34 @@ def test_a_forked_child_neither_has_nor_keeps_the_lock(lock: Twice) -> None:
         os.waitpid(pid, 0)
 
 
+def test_a_wait_of_the_parent_is_nothing_to_a_forked_child(lock: Twice) -> None:
+    """It neither waits for the parent's mutexes nor begins threads to end the parent's wait."""
+    waiter = Lock(lock.b)
+
+    def in_vain() -> None:
+        with pytest.raises(Cancelled):
+            waiter.acquire()
+
+    with Lock(lock.a):
+        thread = begin(in_vain)
+        until(lambda: waiting(lock.b), "it waits")
+        keeper = waiter._keeper
+        assert keeper is not None
+
+        def in_the_child() -> None:
+            waiter.cancel()
+            waiter.__del__()
+            assert threading.active_count() == 1
+            assert not waiter.held
+
+        with keeper._mutex:
+            pid, pipe = in_child(in_the_child)
+        os.close(pipe)
+        os.waitpid(pid, 0)
+        waiter.cancel()
+        join(thread)
+
+
 def test_a_forked_child_can_use_the_library(lock: Twice) -> None:
     """Its parent's watching thread does not run in it."""
     with Lock(lock.a):

@@ -225,6 +225,8 @@ class Keeper(threading.Thread):
         """End the wait: nothing will be held. False if it is settled already: held, or failed.
 
         It does not wait for the end itself: if the daemon is stopped, that comes when it goes on."""
+        if self.process != os.getpid():
+            return True  # a forked child: no such thread, and the mutex may stay locked for ever
         with self._mutex:
             if self.settled.is_set():
                 return False
@@ -249,8 +251,10 @@ class Keeper(threading.Thread):
     def using(self) -> Iterator[int]:
         """The open file, which stays open meanwhile. Raises LockLost if it is lost or released."""
         path = self.request.place.path
+        if self.process != os.getpid():
+            raise LockLost(f"{path} is held by the process that this one was forked from")
         with self._mutex:
-            if self._fd < 0 or self.is_lost or self.process != os.getpid():
+            if self._fd < 0 or self.is_lost:
                 raise LockLost(f"{path} is not held any more")
             fd = self._fd
             self._users += 1
