@@ -30,16 +30,18 @@ def proxy(nodes: EtcdNodes) -> Iterator[Proxy]:
         yield made
 
 
-def mounts(nodes: EtcdNodes, proxy: Proxy) -> tuple[Path, Path]:
+def mounts(nodes: EtcdNodes, proxy: Proxy, *options: str) -> tuple[Path, Path]:
     """A node that can be cut off, and one that cannot."""
-    victim = nodes.mount("victim", source=f"etcd://{proxy.endpoint}/{nodes.cluster}")
+    victim = nodes.mount("victim", *options, source=f"etcd://{proxy.endpoint}/{nodes.cluster}")
     return victim, nodes.mount("safe")
 
 
+@pytest.mark.parametrize("how", ["cut off", "stopped"])
 def test_the_commands_tree_is_ended_before_another_is_granted_the_lock(
-    nodes: EtcdNodes, proxy: Proxy
+    nodes: EtcdNodes, proxy: Proxy, how: str
 ) -> None:
-    victim, safe = mounts(nodes, proxy)
+    """A stopped daemon says nothing; its watchdog does (`-o on-lost=`), and kills `dlmfs lock` itself soon."""
+    victim, safe = mounts(nodes, proxy, *(["on-lost=kill"] if how == "stopped" else []))
     job = Job(victim / "dom/x", "--", sys.executable, "-c", TREE, "0")
     handles: list[int] = []
     try:
@@ -55,7 +57,10 @@ def test_the_commands_tree_is_ended_before_another_is_granted_the_lock(
         taker = threading.Thread(target=acquire, daemon=True)
         taker.start()
         until(lambda: bool(nodes.info(victim / "dom/x")["waiters"]))
-        proxy.silence()
+        if how == "stopped":
+            nodes.stop(victim)
+        else:
+            proxy.silence()
         assert job.over()[0] == 75
         assert not other.held, "the lock is another's already"
         taker.join(PATIENCE_S)
@@ -63,6 +68,8 @@ def test_the_commands_tree_is_ended_before_another_is_granted_the_lock(
         assert alive == []
         other.release()
     finally:
+        if how == "stopped":
+            nodes.cont(victim)
         job.close()
         for handle in handles:
             with contextlib.suppress(ProcessLookupError):

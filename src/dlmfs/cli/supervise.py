@@ -31,6 +31,9 @@ GRACE_S: Final = 1.0
 """Between SIGTERM and SIGKILL. A fenced node's locks are granted to others after a third of the lease
 time, 1.65 s at the shortest (timing.py): all must be over by then."""
 
+WATCHDOG_GRACE_S: Final = 0.5
+"""The same after the watchdog's word: with `on-lost=kill` it kills us 0.75 s later, at the shortest."""
+
 LOOK_S: Final = 0.02
 KILLING_S: Final = 10.0
 """For processes that do not even die: asleep in the kernel, or another user's."""
@@ -67,16 +70,17 @@ class _Watch(threading.Thread):
     def __init__(self, locks: Mapping[int, str]) -> None:
         super().__init__(daemon=True)
         self.lost = ""
-        self._locks = locks
+        self.grace_s = GRACE_S
+        self.locks = locks
 
     def run(self) -> None:
         poll = select.poll()
-        for fd in self._locks:
+        for fd in self.locks:
             poll.register(fd, 0)
         while True:
             for fd, events in poll.poll():
                 if is_lost(events):
-                    self.lost = self._locks[fd]
+                    self.lost = self.locks[fd]
                     os.kill(os.getpid(), LOST)
                     return
 
@@ -100,7 +104,7 @@ def supervise(
     if not watch.lost:
         return code if code is not None else 0
     print(f"dlmfs: {watch.lost} was lost: the command is ended", file=sys.stderr)
-    end_all(GRACE_S)
+    end_all(watch.grace_s)
     return LockLost.exit
 
 
@@ -142,10 +146,31 @@ def _await(child: int, watch: _Watch) -> int | None:
         elif number == LOST:
             if watch.lost:
                 return None
+        elif number == signal.SIGTERM and (path := _watchdogs_word(info.si_pid, watch.locks)):
+            watch.lost, watch.grace_s = path, WATCHDOG_GRACE_S
+            return None
         else:
             _pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
             if number in STOPS:
                 _stop(number)
+
+
+def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
+    """The lock that is lost, if SIGTERM comes from the watchdog of its mount (`-o on-lost=`): a
+    process that the daemon has forked. A stopped daemon tells us nothing, and poll(2) neither."""
+    try:
+        with open(f"/proc/{sender}/stat", "rb") as file:
+            parent = int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return ""
+    from dlmfs.control import daemon_pid
+    from dlmfs.fuse.mountinfo import find
+
+    for path in locks.values():
+        entry = find(path)
+        if entry is not None and daemon_pid(entry) == parent:
+            return path
+    return ""
 
 
 def _reap(child: int) -> int | None:
