@@ -40,7 +40,8 @@ def mounts(nodes: EtcdNodes, proxy: Proxy, *options: str) -> tuple[Path, Path]:
 def test_the_commands_tree_is_ended_before_another_is_granted_the_lock(
     nodes: EtcdNodes, proxy: Proxy, how: str
 ) -> None:
-    """A stopped daemon says nothing; its watchdog does (`-o on-lost=`), and kills `dlmfs lock` itself soon."""
+    """A stopped daemon says nothing; its watchdog does (`-o on-lost=`), and soon kills `dlmfs lock`
+    itself."""
     victim, safe = mounts(nodes, proxy, *(["on-lost=kill"] if how == "stopped" else []))
     job = Job(victim / "dom/x", "--", sys.executable, "-c", TREE, "0")
     handles: list[int] = []
