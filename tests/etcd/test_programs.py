@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from dlmfs.client import Lock, LockLost, Unavailable
-from tests.cli.test_lock import TREE, Job
+from tests.cli.jobs import Job
+from tests.cli.test_lock_run import TREE
 from tests.etcd.mounts import EtcdNodes, take, until
 from tests.etcd.proxy import Proxy
 from tests.etcd.server import PATIENCE_S
