@@ -9,7 +9,12 @@
     │   ├── StoreFull                ENOSPC       32         69     nothing was written
     │   └── OutcomeUnknown           ENOLCK       32         69     it may or may not have happened
     ├── BadState                     EIO          32         78     state file corrupt, foreign, misplaced
+    ├── NotGranted                   ETXTBSY      32         1      a trylock met a user of the lock
+    │   ├── TimedOut                 ETIMEDOUT    32         1      ... or the wait was as long as allowed
+    │   ├── Cancelled                ECANCELED    32         1      ... or was ended by the program itself
+    │   └── Deadlock                 EDEADLK      32         1      ... or would never have ended
     ├── LockLost                     EIO          32         75     the lease or the state is gone
+    │   └── StaleToken               ESTALE       32         75     a later holder has been here already
     └── Bug                          EIO          4          70     a broken invariant of ours
 
 A message says what is wrong, where, and what to do, in one line. Whose fault it is shows in
@@ -67,6 +72,32 @@ class LockLost(DlmfsError):
     """This incarnation is over: lease expired, membership removed, or state deleted."""
 
     errno, mount_exit, exit = errno.EIO, 32, 75
+
+
+class StaleToken(LockLost):
+    """A resource has seen a larger token: the lock has been granted to somebody else since."""
+
+    errno = errno.ESTALE
+
+
+class NotGranted(DlmfsError):
+    """The lock was not granted: somebody uses it, and the caller would not wait, or not longer."""
+
+    errno, mount_exit, exit = errno.ETXTBSY, 32, 1
+
+
+class TimedOut(NotGranted):
+    errno = errno.ETIMEDOUT
+
+
+class Cancelled(NotGranted):
+    errno = errno.ECANCELED
+
+
+class Deadlock(NotGranted):
+    """Two processes hold the lock shared and both want it exclusively: this one came later."""
+
+    errno = errno.EDEADLK
 
 
 class Bug(DlmfsError):

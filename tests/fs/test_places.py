@@ -38,6 +38,19 @@ def test_a_thread_that_turns_to_another_open_gives_its_place_up(mount: Mount, fl
     assert mount.counts() == (1, 0)
 
 
+def test_an_open_that_is_refused_gives_the_place_up_and_takes_nothing(mount: Mount) -> None:
+    """How a program lets go of its place when it has stopped waiting."""
+    fh = mount.hold()
+    mount.interrupted()
+    assert mount.counts() == (1, 1)
+    _, reply = mount.open(os.O_RDONLY | os.O_DIRECT)
+    assert reply == errno.EINVAL
+    assert len(mount.fs.places) == 0
+    assert mount.counts() == (1, 0)
+    mount.close(fh)
+    assert not mount.space.locks[LOCK].res.in_use
+
+
 def test_a_place_goes_on_where_it_was(mount: Mount) -> None:
     """What the place is kept for: the same open, tried again, has the lock at once."""
     fh = mount.hold()

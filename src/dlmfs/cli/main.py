@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,6 +14,7 @@ VERBS: Final = {
     "mount": "join a lock service: mount it on a folder",
     "umount": "leave it",
     "status": "who holds what, who waits for whom, on this host's mounts",
+    "lock": "run a command while it has a lock",
     "info": "one lock, as the whole cluster knows it",
     "nodes": "the nodes of a lock space, and the domains each is in",
     "evict": "put a node out of the cluster",
@@ -51,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = args.pop(0)
     if verb not in VERBS:
+        import difflib
+
         close = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         print(f"dlmfs: unknown verb '{verb}'{hint} (`dlmfs help` lists them)", file=sys.stderr)
@@ -82,6 +83,8 @@ def _run(verb: str, args: list[str]) -> int:
         return 141
     except Exception as error:
         if os.environ.get("DLMFS_DEBUG"):
+            import traceback
+
             traceback.print_exc()
         print(
             f"dlmfs: internal error: {type(error).__name__}: {error} (DLMFS_DEBUG=1 shows where)",

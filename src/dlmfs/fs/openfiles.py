@@ -133,6 +133,8 @@ class OpenFiles:
         if not isinstance(file, LockFile):
             return errno.EISDIR if file is not None else errno.ESTALE
         if flags & (os.O_DIRECT | FMODE_EXEC):
+            # Refused, but an open all the same: a way to give up one's place without taking a lock.
+            self.places.leave(h.pid, file.ino, but=None)
             return errno.EINVAL
         if not file.linked:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.

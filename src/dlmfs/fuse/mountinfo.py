@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 FSTYPE: Final = "fuse.dlmfs"
 
@@ -23,8 +21,7 @@ SYMLINKS_MAX: Final = 40
 """As in the kernel (path_resolution(7))."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountEntry:
+class MountEntry(NamedTuple):
     """One line of mountinfo (proc_pid_mountinfo(5)). `dev` is "major:minor"."""
 
     id: int
@@ -43,6 +40,8 @@ class MountEntry:
 
 def _unescape(field: bytes) -> str:
     """Undo the octal escapes of space, tab, newline, backslash and '#'."""
+    if b"\\" not in field:
+        return os.fsdecode(field)
     plain = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)
     return os.fsdecode(plain)
 
@@ -139,6 +138,8 @@ def is_stale(entry: MountEntry) -> bool:
     statfs(2) is asked since FUSE never caches it (attributes are, and outlive the daemon), by a
     child process since it sleeps, at times unkillably, while the daemon is stopped.
     """
+    import subprocess
+
     code = "import errno, os, sys\ntry: os.statvfs(sys.argv[1])\n"
     code += "except OSError as error: sys.exit(3 if error.errno == errno.ENOTCONN else 0)"
     command = [sys.executable, "-I", "-S", "-c", code, entry.mountpoint]

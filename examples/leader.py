@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""Leader election: of all who run this, one leads; when it ends or its node is lost, the next does."""
+
+import os
+import sys
+
+from dlmfs.client import Lock
+
+
+def lead(name: str) -> None:
+    with Lock(name) as leader:  # waits until elected
+        leader.set_value(f"{os.uname().nodename}:{os.getpid()}".encode())
+        while not leader.wait_lost(1.0):
+            print("leading with token", leader.token, flush=True)
+    # Here it ends by LockLost if another may lead by now.
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: leader.py DOMAIN/LOCK")
+    lead(sys.argv[1])

@@ -1,0 +1,252 @@
+"""`dlmfs lock PATH... -- COMMAND`: run a command while it has a lock, after flock(1).
+
+Starts quickly: what takes long to import is left out (argparse), or imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getopt
+import itertools
+import os
+import signal
+import sys
+import time
+from typing import Final, NoReturn
+
+from dlmfs.client import logic
+from dlmfs.client.place import Place, place
+from dlmfs.errors import Deadlock, DlmfsError, LockLost, NotGranted, TimedOut, UsageError
+
+USAGE_EXIT: Final = 64
+"""As flock(1), which takes its codes from sysexits.h: 2 may well be the command's own."""
+
+AGAIN_S: Final = 0.05
+"""The timer goes on: its signal may come just before the system call that it should end."""
+
+HELP: Final = """\
+usage: dlmfs lock [OPTIONS] PATH... -- COMMAND [ARG...]
+       dlmfs lock [OPTIONS] PATH COMMAND [ARG...]
+       dlmfs lock [OPTIONS] PATH -c 'SHELL COMMAND'
+
+Run a command while it has the locks PATH... (MOUNTPOINT/DOMAIN/LOCK, or DOMAIN/LOCK below the only
+mount); made if they are missing. If a lock is lost the command and all its processes are ended.
+
+  -x, -e, --exclusive   alone (the default)
+  -s, --shared          together with others who hold it shared
+  -n, --nonblock        do not wait
+  -w, --wait SECONDS    wait so long at most
+  -E, --conflict-exit-code NUMBER
+                        exit code if the lock was not granted (default 1)
+  -c, --command         COMMAND is one word, for the shell
+  -o, --close           the command does not inherit the lock's open file
+      --verbose         say how long the wait was
+
+Exit code: the command's own, or 128+n if signal n ended it; 1 (-E) not granted; 64 wrong arguments;
+69 unavailable; 75 a lock was lost while the command ran; 77 not permitted; 126 the command cannot be
+executed; 127 it was not found. In its environment: DLMFS_LOCK, DLMFS_MODE (EX, PR), DLMFS_TOKEN.
+"""
+
+SHORT: Final = "sxenw:E:coh"
+LONG: Final = [
+    "shared",
+    "exclusive",
+    "nonblock",
+    "nb",
+    "wait=",
+    "timeout=",
+    "conflict-exit-code=",
+    "command",
+    "close",
+    "verbose",
+    "help",
+]
+
+
+class Order:
+    """What the command line asks for."""
+
+    def __init__(self) -> None:
+        self.shared = False
+        self.trying = False
+        self.wait_s: float | None = None
+        self.conflict_exit = NotGranted.exit
+        self.shell = False
+        self.close = False
+        self.verbose = False
+        self.help = False
+        self.paths: list[str] = []
+        self.command: list[str] = []
+
+
+def parse(args: list[str]) -> Order:
+    """The order that a command line gives. Raises UsageError."""
+    order = Order()
+    try:
+        options, words = getopt.getopt(args, SHORT, LONG)
+    except getopt.GetoptError as error:
+        _refuse(error.msg)
+    for name, value in options:
+        _set(order, name, value)
+    if order.help:
+        return order
+    _split(order, words)
+    if order.shell:
+        if len(order.command) != 1:
+            _refuse("-c takes the command as one word")
+        order.command = [os.environ.get("SHELL") or "/bin/sh", "-c", *order.command]
+    if not order.command:
+        _refuse("no command is given")
+    return order
+
+
+def _set(order: Order, name: str, value: str) -> None:
+    match name:
+        case "-s" | "--shared":
+            order.shared = True
+        case "-x" | "-e" | "--exclusive":
+            order.shared = False
+        case "-n" | "--nonblock" | "--nb":
+            order.trying = True
+        case "-w" | "--wait" | "--timeout":
+            order.wait_s = _seconds(value)
+            order.trying = order.trying or order.wait_s == 0
+        case "-E" | "--conflict-exit-code":
+            if not (value.isascii() and value.isdigit() and int(value) <= 255):
+                _refuse(f"-E takes a number from 0 to 255, not '{value}'")
+            order.conflict_exit = int(value)
+        case "-c" | "--command":
+            order.shell = True
+        case "-o" | "--close":
+            order.close = True
+        case "--verbose":
+            order.verbose = True
+        case _:
+            order.help = True
+
+
+def _seconds(text: str) -> float:
+    plain = text.isascii() and text.replace(".", "", 1).isdigit()
+    if not plain or float(text) > 1e8:
+        _refuse(f"-w takes seconds, not '{text}'")
+    return float(text)
+
+
+def _split(order: Order, words: list[str]) -> None:
+    """The words after the options: PATH... -- COMMAND; or PATH COMMAND as flock(1) has it, with its
+    -c after the PATH."""
+    at = words.index("--") if "--" in words else 1
+    order.paths, order.command = words[:at], words[at:]
+    if order.command[:1] == ["--"]:
+        del order.command[0]
+    if not order.shell and order.command[:1] in (["-c"], ["--command"]):
+        order.shell = True
+        del order.command[0]
+    if not order.paths:
+        _refuse("no PATH is given")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UsageError(f"{what} (see `dlmfs lock --help`)")
+
+
+def arrange(paths: list[str]) -> list[Place]:
+    """The locks in the order in which they are taken, each once. Raises UsageError."""
+    places = sorted({place(path, near=True) for path in paths}, key=lambda p: p.order)
+    for one, other in itertools.pairwise(places):
+        if one.order[:3] == other.order[:3]:
+            raise UsageError(f"{one.path} and {other.path} are one lock by two mounts: name one")
+    if len(places) > 1 and any("\n" in p.path for p in places):
+        raise UsageError("a path with a newline in it cannot be one of several")
+    return places
+
+
+def run(args: list[str]) -> int:
+    """Take the locks, run the command; see HELP for the exit codes."""
+    try:
+        order = parse(args)
+        if order.help:
+            print(HELP, end="")
+            return 0
+        places = arrange(order.paths)
+        begun = time.monotonic()
+        fds = take(places, order)
+    except UsageError as error:
+        print(f"dlmfs: {error}", file=sys.stderr)
+        return USAGE_EXIT if error.exit == UsageError.exit else error.exit
+    except NotGranted as error:
+        if order.verbose or isinstance(error, Deadlock):
+            print(f"dlmfs: {error}", file=sys.stderr)
+        return order.conflict_exit
+    if order.verbose:
+        waited = time.monotonic() - begun
+        print(f"dlmfs: having the lock took {waited:.6f} s", file=sys.stderr)
+    environment = {
+        "DLMFS_LOCK": "\n".join(p.path for p in places),
+        "DLMFS_MODE": "PR" if order.shared else "EX",
+        "DLMFS_TOKEN": "\n".join(
+            str(token(fd, p)) for fd, p in zip(fds.values(), places, strict=True)
+        ),
+    }
+    from dlmfs.cli.supervise import supervise
+
+    if not order.close:
+        for fd in fds.values():
+            os.set_inheritable(fd, True)
+    return supervise(order.command, environment, {fd: p.path for p, fd in fds.items()})
+
+
+def take(places: list[Place], order: Order) -> dict[Place, int]:
+    """The open files of the locks, all of them granted. Raises TimedOut after `order.wait_s`, which
+    is for all of them together."""
+    fds = {}
+    if order.wait_s and not order.trying:
+        signal.signal(signal.SIGALRM, _time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, order.wait_s, AGAIN_S)
+    try:
+        for each in places:
+            request = logic.Request(each, order.shared, order.trying)
+            fds[each] = logic.drive(logic.taking(request), do)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if signal.getsignal(signal.SIGALRM) is _time_is_up:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return fds
+
+
+def _time_is_up(*_: object) -> None:
+    raise TimedOut("the lock could not be had in that time")
+
+
+def do(step: logic.Step) -> int:
+    """One step, in this process's only thread: Python's calls go on after a signal, unless its
+    handler raises."""
+    match step:
+        case logic.Open(path, flags):
+            fd = os.open(path, flags, 0o666)
+            if fd > 2:
+                return fd
+            # Started without standard streams: the lock must not become the command's input.
+            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.close(fd)
+            return high
+        case logic.MakeDomain(path):
+            os.mkdir(path)
+        case logic.Device(fd):
+            return os.fstat(fd).st_dev
+        case logic.Exclude(fd, operation):
+            fcntl.flock(fd, operation)
+        case logic.Close(fd):
+            os.close(fd)
+    return 0
+
+
+def token(fd: int, where: Place) -> int:
+    """The fencing token of an open lock. Raises LockLost."""
+    try:
+        return int(os.getxattr(fd, "user.dlmfs.token"))
+    except (OSError, ValueError) as error:
+        lost: DlmfsError = LockLost(f"{where.path} was lost as soon as it was granted")
+        if isinstance(error, OSError):
+            lost = logic.failure(error, where.path)
+        raise lost from None

@@ -1,0 +1,252 @@
+"""Run one command as flock(1) does, and end all its processes if a lock is lost meanwhile.
+
+Rules of this file
+------------------
+* The command stays in our process group and session: the terminal, its signals and the shell's job
+  control work as if we were not there.
+* Signals are blocked and awaited, in the command's stead: nothing can come between its start and
+  our being ready for it. A signal that the kernel sent to the whole group has reached the command.
+* Processes are found by parentage. We are the subreaper of the tree, so whatever detaches itself,
+  double fork and new session included, becomes our child; when we have no child left, none lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from dlmfs.client.logic import is_lost
+from dlmfs.errors import LockLost
+
+GRACE_S: Final = 1.0
+"""Between SIGTERM and SIGKILL. A fenced node's locks are granted to others after a third of the lease
+time, 1.65 s at the shortest (timing.py): all must be over by then."""
+
+WATCHDOG_GRACE_S: Final = 0.5
+"""The same after the watchdog's word: with `on-lost=kill` it kills us 0.75 s later, at the shortest."""
+
+LOOK_S: Final = 0.02
+KILLING_S: Final = 10.0
+"""For processes that do not even die: asleep in the kernel, or another user's."""
+
+NOT_EXECUTABLE: Final = 126
+NOT_FOUND: Final = 127
+
+SI_KERNEL: Final = 0x80
+PR_SET_CHILD_SUBREAPER: Final = 36
+
+STOPS: Final = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
+PASSED_ON: Final = frozenset(
+    {
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+        signal.SIGCONT,
+        signal.SIGWINCH,
+    }
+)
+LOST: Final = signal.SIGIO
+"""The watching thread's word to the main one."""
+
+AWAITED: Final = PASSED_ON | STOPS | {signal.SIGCHLD, LOST}
+
+
+class _Watch(threading.Thread):
+    """Waits for the loss of a lock. A thread, since poll(2) asks the daemon, which may be stopped."""
+
+    def __init__(self, locks: Mapping[int, str]) -> None:
+        super().__init__(daemon=True)
+        self.lost = ""
+        self.grace_s = GRACE_S
+        self.locks = locks
+
+    def run(self) -> None:
+        poll = select.poll()
+        for fd in self.locks:
+            poll.register(fd, 0)
+        while True:
+            for fd, events in poll.poll():
+                if is_lost(events):
+                    self.lost = self.locks[fd]
+                    os.kill(os.getpid(), LOST)
+                    return
+
+
+def supervise(
+    command: Sequence[str], environment: Mapping[str, str], locks: Mapping[int, str]
+) -> int:
+    """Run the command to its end; its exit code, or what docs/reference.md says of `dlmfs lock`.
+    `locks`: open files and their paths; inheritable ones are the command's too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        child = _spawn(command, {**os.environ, **environment}, before)
+    except OSError as error:
+        print(f"dlmfs: {command[0]}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+    watch = _Watch(locks)
+    watch.start()
+    code = _await(child, watch)
+    if not watch.lost:
+        return code if code is not None else 0
+    print(f"dlmfs: {watch.lost} was lost: the command is ended", file=sys.stderr)
+    end_all(watch.grace_s)
+    return LockLost.exit
+
+
+def _spawn(command: Sequence[str], environment: dict[str, str], mask: set[int]) -> int:
+    """Start it with the signals as we got them; Python had set these two to be ignored."""
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ]
+
+    def spawn(program: str, words: Sequence[str]) -> int:
+        return os.posix_spawnp(
+            program, list(words), environment, setsigmask=mask, setsigdef=defaults
+        )
+
+    try:
+        return spawn(command[0], command)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+    # A script without its first line: execvp(3), which flock(1) uses, gives it to the shell.
+    return spawn("/bin/sh", ["/bin/sh", _found(command[0]), *command[1:]])
+
+
+def _found(program: str) -> str:
+    for folder in os.get_exec_path() if "/" not in program else []:
+        path = os.path.join(folder, program)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    return program
+
+
+def _await(child: int, watch: _Watch) -> int | None:
+    """The command's exit code when it has ended; None when a lock is lost."""
+    while True:
+        info = signal.sigwaitinfo(AWAITED)
+        number = signal.Signals(info.si_signo)
+        if number == signal.SIGCHLD:
+            code = _reap(child)
+            if code is not None:
+                return code
+        elif number == LOST:
+            if watch.lost:
+                return None
+        elif number == signal.SIGTERM and (path := _watchdogs_word(info.si_pid, watch.locks)):
+            watch.lost, watch.grace_s = path, WATCHDOG_GRACE_S
+            return None
+        else:
+            _pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
+            if number in STOPS:
+                _stop(number)
+
+
+def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
+    """The lock that is lost, if SIGTERM comes from the watchdog of its mount (`-o on-lost=`): a
+    process that the daemon has forked. A stopped daemon tells us nothing, and poll(2) neither."""
+    try:
+        with open(f"/proc/{sender}/stat", "rb") as file:
+            parent = int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return ""
+    from dlmfs.control import daemon_pid
+    from dlmfs.fuse.mountinfo import find
+
+    for path in locks.values():
+        entry = find(path)
+        if entry is not None and daemon_pid(entry) == parent:
+            return path
+    return ""
+
+
+def _reap(child: int) -> int | None:
+    """Take the status of whatever has ended; the command's exit code if it is among that."""
+    code = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == child:
+                code = os.waitstatus_to_exitcode(status)
+                code = code if code >= 0 else 128 - code
+    return code
+
+
+def _pass_on(number: signal.Signals, child: int, *, everywhere: bool) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if not everywhere or os.getpgid(child) != os.getpgrp():
+            os.kill(child, number)
+
+
+def _stop(number: signal.Signals) -> None:
+    """Stop as the signal would have stopped us; the shell sees it. Returns when it is continued."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    signal.pthread_kill(threading.get_ident(), number)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+
+# -- the end of all ---------------------------------------------------------------------------------
+
+
+def descendants(root: int) -> Iterator[int]:
+    """The living processes below `root`, as one look at /proc shows them."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                # The command's name, in parentheses, may contain anything.
+                state, parent = file.read().rpartition(b")")[2].split()[:2]
+                if state not in (b"Z", b"X"):
+                    children.setdefault(int(parent), []).append(int(name))
+    below = [root]
+    for pid in below:
+        below += children.get(pid, [])
+    yield from below[1:]
+
+
+def _signal_all(*numbers: int) -> None:
+    for pid in descendants(os.getpid()):
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
+def _none_left() -> bool:
+    """Reap; whether that was the last. Exact, since orphans become our children."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return True
+    return False
+
+
+def end_all(grace_s: float) -> None:
+    """SIGTERM to every process below us, SIGKILL after `grace_s` to those that are left and to those
+    that they make meanwhile."""
+    _signal_all(signal.SIGTERM, signal.SIGCONT)  # a stopped process cannot heed the first
+    killing_at = time.monotonic() + grace_s
+    while not _none_left():
+        now = time.monotonic()
+        if now >= killing_at + KILLING_S:
+            left = ", ".join(map(str, descendants(os.getpid())))
+            print(f"dlmfs: these processes cannot be ended: {left}", file=sys.stderr)
+            return
+        if now >= killing_at:
+            _signal_all(signal.SIGKILL)
+        signal.sigtimedwait([signal.SIGCHLD], LOOK_S)

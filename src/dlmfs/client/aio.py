@@ -1,0 +1,292 @@
+"""Locks and domains for asyncio: the same names as `dlmfs.client`, and nothing blocks the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from dlmfs.client import logic
+from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
+from dlmfs.client.domain import BaseDomain
+from dlmfs.client.keeper import Keeper
+from dlmfs.client.place import AnyPath
+from dlmfs.errors import LockLost, NotGranted, TimedOut
+
+T = TypeVar("T")
+
+
+class Lock(BaseLock):
+    """`async with Lock("jobs/backup"):` has the lock, alone in the cluster.
+
+    If the lock is lost the block is cancelled and raises LockLost. A lock that was got by `acquire`
+    says so by the event `lost`; `wanted` is the event that somebody else waits for it.
+    """
+
+    def __init__(
+        self,
+        path: AnyPath,
+        *,
+        shared: bool = False,
+        timeout: float | None = None,
+        create: bool = True,
+        mount: AnyPath | None = None,
+        on_notice: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(
+            path, shared=shared, timeout=timeout, create=create, mount=mount, on_notice=on_notice
+        )
+        self.lost = asyncio.Event()
+        self.wanted = asyncio.Event()
+        self._block: _Block | None = None
+
+    __init__.__doc__ = BaseLock.__init__.__doc__
+
+    async def acquire(self, timeout: float | None = None) -> None:
+        """Wait for the lock, `timeout` seconds at most (None: as long as the object says).
+
+        Raises TimedOut, Cancelled (see `cancel`), Deadlock; UsageError, NotPermitted, Unavailable
+        where it cannot be had. If the task is cancelled the wait ends, and nothing is held, even if
+        the grant came in the same instant.
+        """
+        await self._take(trying=False, limit=self.timeout if timeout is None else timeout)
+
+    async def try_acquire(self) -> bool:
+        """Have it at once, or not: whether it is held now. Another node's user is never waited for;
+        a lock that is merely cached there is handed over. Raises as `acquire`."""
+        try:
+            await self._take(trying=True, limit=None)
+        except NotGranted as error:
+            if type(error) is NotGranted:
+                return False
+            raise
+        return True
+
+    async def _take(self, *, trying: bool, limit: float | None) -> None:
+        self.lost.clear()
+        self.wanted.clear()
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        event = _Event(loop, self.lost, self.wanted, self.on_notice)
+        keeper = self._begin(trying, _Teller(loop, over), event)
+        try:
+            keeper.start()
+            await self._wait(keeper, over, limit)
+        except BaseException:
+            self._end()
+            await asyncio.wait([over], timeout=ENDS_WITHIN_S)
+            raise
+
+    async def _wait(self, keeper: Keeper, over: asyncio.Future[None], limit: float | None) -> None:
+        await asyncio.wait([over], timeout=limit)
+        if not over.done() and keeper.give_up():
+            raise TimedOut(f"{self.path} could not be had within {limit:g} s")
+        await asyncio.wait([over])  # it comes at once now
+        settled(keeper)
+        self._is_held = True
+
+    async def wait_wanted(self, timeout: float | None = None) -> bool:
+        """Wait until somebody else waits for this lock; False after `timeout` seconds. Raises
+        LockLost when the lock is lost. Clear `wanted` to wait for the next one."""
+        self.check()
+        heard = await _within(self.wanted, timeout)
+        self.check()
+        return heard
+
+    async def wait_lost(self, timeout: float | None = None) -> bool:
+        """Wait until the lock is lost; False after `timeout` seconds."""
+        self._kept()
+        return await _within(self.lost, timeout)
+
+    async def get_value(self) -> bytes:
+        """The value that travels with the lock, without the zeros that pad it to 64 bytes. Raises
+        LockLost."""
+        return await _by(self._kept(), Keeper.read)
+
+    async def set_value(self, value: bytes) -> None:
+        """Replace the whole value; returns when it is durable. Raises LockLost, UsageError if the
+        lock is held shared or the value has more than 64 bytes, StoreFull. If the task is cancelled
+        the write may still happen."""
+        data = logic.padded(value)
+        await _by(self._kept(), lambda keeper: keeper.write(data))
+
+    async def abandoned(self) -> logic.Abandoned | None:
+        """The node that died while it had this lock exclusively, until somebody sets the value."""
+        return await _by(self._kept(), Keeper.abandoned)
+
+    async def __aenter__(self) -> Self:
+        await self.acquire()
+        keeper, task = self._kept(), asyncio.current_task()
+        assert task is not None
+        self._block = _Block(task)
+        event = keeper.on_event
+        assert isinstance(event, _Event)
+        event.block = self._block
+        if keeper.is_lost:
+            self._block.lost()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Drop the lock. Raises LockLost if it was lost meanwhile, unless something else is raised."""
+        keeper = self._end()
+        block, self._block = self._block, None
+        ours = block is not None and block.was_cancelled(kind)
+        if keeper is not None and (kind is None or ours):
+            try:
+                self._lost_by(keeper)
+            except LockLost as lost:
+                raise lost from error
+
+
+class _Block:
+    """A task inside `async with`, to be cancelled when the lock is lost: as asyncio.timeout does."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task: asyncio.Task[Any] | None = task
+        self._before = task.cancelling()
+        self._cancelled = False
+
+    def lost(self) -> None:
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
+
+    def was_cancelled(self, kind: type[BaseException] | None) -> bool:
+        """At the end of the block: whether what it raises is our cancellation, and nobody else's."""
+        task, self._task = self._task, None
+        if not self._cancelled or task is None:
+            return False
+        others = task.uncancel() > self._before
+        return not others and kind is not None and issubclass(kind, asyncio.CancelledError)
+
+
+class _Teller:
+    """Called in the keeper's thread when the wait is over."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, over: asyncio.Future[None]) -> None:
+        self.loop, self.over = loop, over
+
+    def __call__(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: `__del__` releases
+            self.loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+
+
+class _Event:
+    """What a notice sets off, in the loop. Called in the watcher's thread."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        lost: asyncio.Event,
+        wanted: asyncio.Event,
+        on_notice: Callable[[], object] | None,
+    ) -> None:
+        self.loop, self.lost, self.wanted, self.on_notice = loop, lost, wanted, on_notice
+        self.block: _Block | None = None
+
+    def __call__(self, lost: bool) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self._happened, lost)
+
+    def _happened(self, lost: bool) -> None:
+        if lost:
+            self.lost.set()
+        self.wanted.set()  # of a lost lock too: whoever waits for it must not wait for ever
+        if lost and self.block is not None:
+            self.block.lost()
+        if self.on_notice is not None and not lost:
+            self.on_notice()
+
+
+async def _within(event: asyncio.Event, timeout: float | None) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            await event.wait()
+    return event.is_set()
+
+
+async def _by(keeper: Keeper, what: Callable[[Keeper], T]) -> T:
+    """Have the keeper's thread do what may wait for the node."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def job() -> None:
+        result: T | None = None
+        failure: BaseException | None = None
+        try:
+            result = what(keeper)
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, result, failure)
+
+    keeper.submit(job)
+    return await done
+
+
+class Domain(BaseDomain):
+    """`async with Domain("jobs") as jobs:` joins the domain on this node; its locks are
+    `jobs.lock(name)`.
+
+    The end of the block releases what was acquired through it. The node stays in the domain, whose
+    values others may want to find here; `leave` leaves it.
+    """
+
+    async def __aenter__(self) -> Self:
+        await self.join()
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._release_all()
+
+    async def join(self) -> None:
+        """Join it, if this node has not. Raises Unavailable, NotPermitted, UsageError."""
+        await asyncio.to_thread(self._join)
+
+    def lock(
+        self,
+        name: str | bytes,
+        *,
+        shared: bool = False,
+        timeout: float | None = None,
+        create: bool = True,
+        on_notice: Callable[[], object] | None = None,
+    ) -> Lock:
+        """A lock of this domain, not yet acquired: see `Lock`."""
+        path = self._path(name)
+        lock = Lock(path, shared=shared, timeout=timeout, create=create, on_notice=on_notice)
+        self._locks.add(lock)
+        return lock
+
+    async def names(self) -> list[str]:
+        """The locks whose files this node has."""
+        return await asyncio.to_thread(self._names)
+
+    async def forget(self, name: str | bytes) -> None:
+        """Remove a lock's file on this node. With the last node's the value is gone. Raises
+        NotGranted while it is open here."""
+        await asyncio.to_thread(self._forget, name)
+
+    async def leave(self, *, forget: bool = False) -> None:
+        """Leave the domain on this node. Raises NotGranted while there are lock files; `forget`
+        removes those first that nobody here has open."""
+        await asyncio.to_thread(self._leave, forget)

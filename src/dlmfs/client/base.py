@@ -1,0 +1,150 @@
+"""What a lock of the library is, waiting left out: the same for threads and for asyncio."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from dlmfs.client import logic
+from dlmfs.client.keeper import Keeper
+from dlmfs.client.place import AnyPath, Place, place
+from dlmfs.errors import LockLost, UsageError
+
+ENDS_WITHIN_S = 1.0
+"""How long the end of a wait that was given up is awaited. Only a stopped daemon leaves one longer:
+nothing will be held, and the thread ends when the daemon goes on."""
+
+
+class BaseLock:
+    """One lock resource, held or not. Each object holds it once: threads and tasks that are to
+    exclude each other have one each."""
+
+    def __init__(
+        self,
+        path: AnyPath,
+        *,
+        shared: bool = False,
+        timeout: float | None = None,
+        create: bool = True,
+        mount: AnyPath | None = None,
+        on_notice: Callable[[], object] | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        `path`: DOMAIN/LOCK below the mount, which is found by itself, or an absolute path.
+        `shared`: with others who hold it shared; else alone, which a write of the value needs.
+        `timeout`: seconds that `acquire` waits unless told otherwise; None: without end.
+        `create`: make domain and lock where they are missing on this node.
+        `mount`: where there are several (else $DLMFS_MOUNT, else the only one).
+        `on_notice`: called when somebody else waits for the lock that is held.
+
+        Raises UsageError for what is no lock's path, Unavailable where no dlmfs is mounted.
+        """
+        self._given = (path, mount)
+        self._place = place(path, mount)
+        self.shared = shared
+        self.timeout = timeout
+        self.create = create
+        self.on_notice = on_notice
+        self._keeper: Keeper | None = None
+        self._is_held = False
+
+    def __repr__(self) -> str:
+        mode = "shared" if self.shared else "exclusive"
+        state = "held" if self.held else "lost" if self._is_held else "not held"
+        return f"<{type(self).__name__} {self.path} {mode}, {state}>"
+
+    def __del__(self) -> None:
+        keeper = getattr(self, "_keeper", None)
+        if keeper is not None:
+            keeper.give_up()
+            keeper.release()
+
+    @property
+    def path(self) -> str:
+        """The lock's file."""
+        return self._place.path
+
+    @property
+    def place(self) -> Place:
+        return self._place
+
+    @property
+    def held(self) -> bool:
+        """Whether this object has the lock: acquired, and neither released nor lost."""
+        keeper = self._keeper
+        if keeper is None or not self._is_held:
+            return False
+        return not keeper.is_lost and keeper.process == os.getpid()
+
+    @property
+    def token(self) -> int:
+        """The fencing token: larger than that of every earlier conflicting grant of this lock.
+
+        Under owner=node the node is the holder, and programs on it that have the lock one after the
+        other may be given the same token. Raises UsageError if the lock was not acquired."""
+        return self._kept().token
+
+    def check(self) -> None:
+        """Raises LockLost if the lock was lost, UsageError if it was not acquired. It asks nobody:
+        what is known here came from the node by notice."""
+        self._lost_by(self._kept())
+
+    def fileno(self) -> int:
+        """The open file, as for poll(2), or to be inherited. It stays the library's to close."""
+        with self._kept().using() as fd:
+            return fd
+
+    def release(self) -> None:
+        """Drop the lock. Raises UsageError if it was not acquired; nothing if it was lost."""
+        self._kept()
+        self._end()
+
+    def cancel(self) -> None:
+        """End another thread's or task's `acquire`, which raises Cancelled; no effect without one."""
+        keeper = self._keeper
+        if keeper is not None and not self._is_held:
+            keeper.give_up()
+
+    # -- for the two kinds ---------------------------------------------------------------------
+
+    def _kept(self) -> Keeper:
+        if self._keeper is None or not self._is_held:
+            raise UsageError(f"{self.path} was not acquired")
+        return self._keeper
+
+    def _lost_by(self, keeper: Keeper) -> None:
+        if keeper.process != os.getpid():
+            raise LockLost(f"{self.path} is held by the process that this one was forked from")
+        if keeper.is_lost:
+            raise LockLost(f"{self.path} was lost: stop what it protects")
+
+    def _begin(
+        self, trying: bool, told: Callable[[], object], event: Callable[[bool], object]
+    ) -> Keeper:
+        """A keeper that is about to start."""
+        keeper = self._keeper
+        if keeper is not None and keeper.process == os.getpid():
+            what = "held" if self._is_held else "waited for"
+            raise UsageError(f"{self.path} is {what} by this object: make one for each holder")
+        self._place = place(*self._given)  # anew: it may have been mounted again
+        request = logic.Request(self._place, self.shared, trying, self.create)
+        self._is_held = False
+        self._keeper = Keeper(request, told, event)
+        return self._keeper
+
+    def _end(self) -> Keeper | None:
+        """Drop whatever is held; gives who held it."""
+        keeper = self._keeper
+        if keeper is not None:
+            keeper.give_up()
+            keeper.release()
+        self._keeper = None
+        self._is_held = False
+        return keeper
+
+
+def settled(keeper: Keeper) -> None:
+    """Raises what the wait came to, if not to a grant."""
+    if keeper.error is not None:
+        raise keeper.error

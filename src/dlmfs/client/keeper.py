@@ -1,0 +1,341 @@
+"""A thread that waits in open(2) for one lock and then stands for its holder.
+
+An open that waits can only be ended by a signal to its thread, and the daemon knows a holder by the
+thread that opened (for `dlmfs status`, and for whom to signal when the node is fenced). So each
+lock has a thread of its own for as long as it is awaited or held. It also keeps the program's own
+threads clean: an exception in them (Ctrl-C, a cancelled task) can come at any instant, also between
+the grant and the line that would have noted it; here none can.
+
+Rules of this file
+------------------
+* `_mutex` guards the race of grant and giving up: whoever comes first decides, once.
+* A thread is signalled only under `_mutex` while it says that it is in a call: never one that ended.
+* A signal may come just before the system call that it should end: it is repeated until the wait is
+  over. The thread's retries keep its place in the queue (docs/reference.md, "Signals").
+* The open file is closed exactly once, and not while a read or write of it is under way: its number
+  may be another file's a moment later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import itertools
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from dlmfs.client import logic
+from dlmfs.client.turns import Turn, turns
+from dlmfs.client.watcher import watcher
+from dlmfs.errors import Cancelled, LockLost, NotGranted
+from dlmfs.model import LVB_SIZE
+
+AGAIN_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""When a wait that was given up is interrupted again; later, as often as the last."""
+
+WAKE: Final = signal.SIGURG
+"""Ends a wait. It is ignored by default, and whoever uses it expects it to come for nothing."""
+
+BLOCKED: Final = signal.valid_signals() - {
+    WAKE,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+}
+"""The program's signals are for its own threads."""
+
+TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
+ABANDONED: Final = "user.dlmfs.abandoned"
+
+_keepers: dict[int, Keeper] = {}
+"""All that wait or hold, by id(): for a forked child."""
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """Its calls return EINTR; Python's own would go on for ever (PEP 475)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal.restype = ctypes.c_void_p
+    return libc
+
+
+def _catch_wake() -> None:
+    """A signal must be caught to end a system call. A C function that does nothing will do: a Python
+    handler would run in the main thread, and only the main thread may set one."""
+    with open("/proc/self/status", "rb") as file:
+        caught = next(line for line in file if line.startswith(b"SigCgt:"))
+    if not int(caught.split()[1], 16) >> (WAKE - 1) & 1:
+        libc = _libc()
+        libc.signal(WAKE, ctypes.cast(libc.abs, ctypes.c_void_p))
+        libc.siginterrupt(WAKE, 1)  # or flock(2) would go on
+
+
+class Keeper(threading.Thread):
+    """Waits for the lock and keeps it until `release`. `told` is called from this thread once
+    it is `settled`; `event`, from the watcher's, when the lock is wanted or lost."""
+
+    def __init__(
+        self,
+        request: logic.Request,
+        told: Callable[[], object],
+        event: Callable[[bool], object],
+    ) -> None:
+        super().__init__(name=f"dlmfs:{request.place.name}", daemon=True)
+        self.request = request
+        self.process = os.getpid()
+        self.token = 0
+        self.error: BaseException | None = None
+        """Why it came to nothing."""
+        self.settled = threading.Event()
+        """The wait is over, one way or the other."""
+        self.is_lost = False
+        self._told = told
+        self.on_event = event
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._mutex = threading.Lock()
+        self._in_call = False
+        self._given_up = False
+        self._fd = -1
+        self._users = 0
+        self._leaving = -1
+        """The descriptor that is released, and closed by its last user."""
+        self._early = 0
+        """Events that came before it was settled."""
+
+    # -- this thread ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, BLOCKED)
+        _keepers[id(self)] = self
+        turn: Turn | None = None
+        try:
+            fd = -1
+            try:
+                turn = self._turn()
+                fd = logic.drive(logic.taking(self.request), self._do)
+                self.token = int(os.getxattr(fd, TOKEN))
+            except OSError as error:
+                self.error = logic.failure(error, self.request.place.path)
+            except ValueError:
+                self.error = LockLost(f"{self.request.place.path} was lost as soon as granted")
+            except BaseException as error:
+                self.error = error
+            self._settle(fd)
+            self._told()
+            if self._early:
+                self.happened(self._early)
+            while (job := self._jobs.get()) is not None:
+                job()
+        finally:
+            if turn is not None:
+                turns.leave(self._lock, turn)
+            del _keepers[id(self)]
+
+    @property
+    def _lock(self) -> object:
+        return self.request.place.dev, self.request.place.domain, self.request.place.name
+
+    def _turn(self) -> Turn:
+        """Wait for those of this process that came before. Raises Cancelled, NotGranted."""
+        path, trying = self.request.place.path, self.request.trying
+        turn = turns.enter(
+            self._lock, self.request.shared, trying=trying, given_up=lambda: self._given_up
+        )
+        if turn is None and self._given_up:
+            raise Cancelled(f"the wait for {path} was given up")
+        if turn is None:
+            raise NotGranted(f"{path} is in use in this process")
+        return turn
+
+    def _settle(self, fd: int) -> None:
+        """Decide, once, what came of it. Watching asks the daemon, so it begins before."""
+        if self.error is None:
+            try:
+                watcher().add(fd, self)
+            except OSError as error:
+                self.error = logic.failure(error, self.request.place.path)
+        with self._mutex:
+            if self._given_up and self.error is None:
+                watcher().remove(fd)
+                self.error = Cancelled(f"the wait for {self.request.place.path} was given up")
+            if self.error is None:
+                self._fd = fd
+            elif fd >= 0:
+                os.close(fd)
+            self.settled.set()
+        if self.error is not None:
+            self._jobs.put(None)
+
+    def _do(self, step: logic.Step) -> int:
+        match step:
+            case logic.Open(path, flags):
+                try:
+                    return self._call(_libc().open, os.fsencode(path), flags, 0o666)
+                except Cancelled:
+                    self._give_up_place(path)
+                    raise
+            case logic.Exclude(fd, operation):
+                return self._call(_libc().flock, fd, operation)
+            case logic.MakeDomain(path):
+                os.mkdir(path)
+            case logic.Device(fd):
+                return os.fstat(fd).st_dev
+            case logic.Close(fd):
+                os.close(fd)
+        return 0
+
+    def _call(self, function: Any, *arguments: object) -> int:
+        """A call that may wait. Raises Cancelled instead of calling again once it was given up."""
+        while True:
+            with self._mutex:
+                if self._given_up:
+                    raise Cancelled(f"the wait for {self.request.place.path} was given up")
+                self._in_call = True
+            try:
+                result: int = function(*arguments)
+                code = ctypes.get_errno()
+            finally:
+                with self._mutex:
+                    self._in_call = False
+            if result >= 0:
+                return result
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+
+    @staticmethod
+    def _give_up_place(path: str) -> None:
+        """An interrupted open's place is kept for a second, in case it is tried again: until then
+        nobody else would be served. Any other open shows that it is not; O_DIRECT is refused."""
+        fd = _libc().open(os.fsencode(path), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        if fd >= 0:
+            os.close(fd)
+
+    # -- any thread ----------------------------------------------------------------------------
+
+    def give_up(self) -> bool:
+        """End the wait: nothing will be held. False if it is settled already: held, or failed.
+
+        It does not wait for the end itself: if the daemon is stopped, that comes when it goes on."""
+        if self.process != os.getpid():
+            return True  # a forked child: no such thread, and the mutex may stay locked for ever
+        with self._mutex:
+            if self.settled.is_set():
+                return False
+            if self._given_up:
+                return True
+            self._given_up = True
+        turns.look()
+        with contextlib.suppress(RuntimeError):  # while the interpreter ends
+            threading.Thread(target=self._interrupt, name="dlmfs:cancel", daemon=True).start()
+        return True
+
+    def _interrupt(self) -> None:
+        _catch_wake()
+        for pause in itertools.chain(AGAIN_S, itertools.repeat(AGAIN_S[-1])):
+            with self._mutex:
+                if self._in_call and self.ident is not None:
+                    signal.pthread_kill(self.ident, WAKE)
+            if self.settled.wait(pause):
+                return
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[int]:
+        """The open file, which stays open meanwhile. Raises LockLost if it is lost or released."""
+        path = self.request.place.path
+        if self.process != os.getpid():
+            raise LockLost(f"{path} is held by the process that this one was forked from")
+        with self._mutex:
+            if self._fd < 0 or self.is_lost:
+                raise LockLost(f"{path} is not held any more")
+            fd = self._fd
+            self._users += 1
+        try:
+            yield fd
+        except OSError as error:
+            raise logic.failure(error, path) from None
+        finally:
+            with self._mutex:
+                self._users -= 1
+            self._close_unused()
+
+    def read(self) -> bytes:
+        with self.using() as fd:
+            return logic.stripped(os.pread(fd, LVB_SIZE, 0))
+
+    def write(self, value: bytes) -> None:
+        data = logic.padded(value)
+        with self.using() as fd:
+            os.pwrite(fd, data, 0)
+
+    def abandoned(self) -> logic.Abandoned | None:
+        with self.using() as fd:
+            return logic.abandonment(os.getxattr(fd, ABANDONED))
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Have the thread do it: for those who may not wait themselves."""
+        self._jobs.put(job)
+
+    def happened(self, events: int) -> None:
+        """From the watcher."""
+        lost = logic.is_lost(events)
+        with self._mutex:
+            if not self.settled.is_set():
+                self._early |= events
+                return
+            if self._fd < 0:
+                return
+            self.is_lost = self.is_lost or lost
+        self.on_event(lost)
+
+    def release(self) -> None:
+        """Drop the lock. May be repeated; never waits."""
+        if self.process != os.getpid():
+            return  # closed already, by `_forked`
+        with self._mutex:
+            if self._fd < 0:
+                return
+            watcher().remove(self._fd)
+            self._fd, self._leaving = -1, self._fd
+        self._close_unused()
+        self._jobs.put(None)
+
+    def _close_unused(self) -> None:
+        with self._mutex:
+            if self._leaving >= 0 and not self._users:
+                os.close(self._leaving)
+                self._leaving = -1
+
+
+def _forked() -> None:
+    """A forked child has copies of the open files, and with them would keep its parent's locks for
+    as long as it lives. No thread of ours runs here, so no mutex may be asked for."""
+    keepers = list(_keepers.values())
+    _keepers.clear()
+    for keeper in keepers:
+        for fd in (keeper._fd, keeper._leaving):  # noqa: SLF001 - its own module
+            _close_copy(fd, {keeper.request.place.path})
+    if any(not keeper.settled.is_set() for keeper in keepers):
+        # Opened in the parent just before the fork, and noted nowhere yet. A descriptor that the
+        # program itself has on such a file goes too: it had asked the library for that lock.
+        paths = {keeper.request.place.path for keeper in keepers}
+        for name in os.listdir("/proc/self/fd"):
+            _close_copy(int(name), paths)
+
+
+def _close_copy(fd: int, paths: set[str]) -> None:
+    """Close it if it is one of these files: the parent may have closed it just before the fork."""
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)") in paths:
+            os.close(fd)
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,242 @@
+"""How a lock is taken and what the mount's answers mean: no system call, no thread, no clock.
+
+`taking` says one step at a time what is to be done; whoever drives it (a keeper's thread, the
+command `dlmfs lock`, a test) does it and tells the result, or throws what went wrong.
+
+Rules of this file
+------------------
+* The open comes first, then flock(2) on the open file. The open is in the cluster's queue; an open
+  that comes after another node's wish waits behind it, so a row of local users, which flock(2)
+  puts in order, cannot keep other nodes out.
+* A file that was opened is closed on every way out but the last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+from collections.abc import Callable, Generator
+from typing import Final, NamedTuple
+
+from dlmfs.client.place import Place
+from dlmfs.errors import (
+    Deadlock,
+    DlmfsError,
+    LockLost,
+    NotGranted,
+    NotPermitted,
+    StoreFull,
+    Unavailable,
+    UsageError,
+)
+
+RETRIES: Final = 8
+"""Opens that raced with an unlink, or met a lost file's old inode, in a row."""
+
+GONE: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV, errno.ENXIO})
+"""What calls on a mount answer when its daemon has ended."""
+
+
+class Request(NamedTuple):
+    """What is asked for. `trying`: at once or not at all. `create`: make domain and lock's file."""
+
+    place: Place
+    shared: bool = False
+    trying: bool = False
+    create: bool = True
+
+    @property
+    def flags(self) -> int:
+        """Of open(2). A program that is executed must not inherit the lock by accident."""
+        flags = os.O_CLOEXEC | (os.O_RDONLY if self.shared else os.O_RDWR)
+        flags |= os.O_CREAT if self.create else 0
+        return flags | (os.O_NONBLOCK if self.trying else 0)
+
+
+class Open(NamedTuple):
+    """open(2); tell the descriptor."""
+
+    path: str
+    flags: int
+
+
+class MakeDomain(NamedTuple):
+    """mkdir(2); tell anything. EEXIST is no error."""
+
+    path: str
+
+
+class Device(NamedTuple):
+    """fstat(2); tell st_dev."""
+
+    fd: int
+
+
+class Exclude(NamedTuple):
+    """flock(2); tell anything."""
+
+    fd: int
+    operation: int
+
+
+class Close(NamedTuple):
+    """close(2); tell anything."""
+
+    fd: int
+
+
+Step = Open | MakeDomain | Device | Exclude | Close
+
+
+def taking(request: Request) -> Generator[Step, int, int]:
+    """Take the lock; gives the open file. Raises what `refusal` says."""
+    place = request.place
+    fd = yield from _opening(request)
+    try:
+        try:
+            dev = yield Device(fd)
+        except OSError as error:
+            raise failure(error, place.path) from None
+        if f"{os.major(dev)}:{os.minor(dev)}" != place.dev:
+            raise Unavailable(f"{place.mountpoint} was unmounted just now: mount it again")
+        operation = fcntl.LOCK_SH if request.shared else fcntl.LOCK_EX
+        try:
+            yield Exclude(fd, operation | (fcntl.LOCK_NB if request.trying else 0))
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise NotGranted(f"{place.path} is in use on this node") from None
+            raise refusal(error, place.path) from None
+    except BaseException:
+        yield Close(fd)
+        raise
+    return fd
+
+
+def _opening(request: Request) -> Generator[Step, int, int]:
+    path = request.place.path
+    for attempt in range(RETRIES + 1):
+        try:
+            return (yield Open(path, request.flags))
+        except OSError as error:
+            if error.errno == errno.ENOENT and request.create and attempt < RETRIES:
+                yield from _joining(path)
+            elif error.errno not in (errno.EAGAIN, errno.ESTALE) or attempt == RETRIES:
+                raise refusal(error, path) from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _joining(path: str) -> Generator[Step, int, None]:
+    folder = os.path.dirname(path)
+    try:
+        yield MakeDomain(folder)
+    except OSError as error:
+        if error.errno != errno.EEXIST:
+            raise refusal(error, folder) from None
+
+
+def drive(steps: Generator[Step, int, int], do: Callable[[Step], int]) -> int:
+    """Do step after step until the lock's file is open; gives its descriptor."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                told = do(step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(told)
+    except StopIteration as end:
+        fd = end.value
+        assert isinstance(fd, int)
+        return fd
+
+
+_REFUSALS: Final[dict[int, tuple[type[DlmfsError], str]]] = {
+    errno.ETXTBSY: (NotGranted, "is in use"),
+    errno.EDEADLK: (
+        Deadlock,
+        "is held shared here, and another node's process that holds it shared asked before",
+    ),
+    errno.EINVAL: (UsageError, "is no name for it (31 bytes, a domain 63; no leading '$')"),
+    errno.ENAMETOOLONG: (UsageError, "is no name for it (31 bytes, a domain 63)"),
+    errno.ENOENT: (UsageError, "does not exist"),
+    errno.EISDIR: (UsageError, "is not a lock but a domain"),
+    errno.ENOTDIR: (UsageError, "is not in a domain"),
+    errno.ENOTEMPTY: (NotGranted, "has lock files in it"),
+    errno.EBUSY: (NotGranted, "is in use on this node"),
+    errno.EACCES: (NotPermitted, "may not be used by this user: see its mode and owner"),
+    errno.EPERM: (NotPermitted, "may not be used by this user: see its mode and owner"),
+    errno.EROFS: (NotPermitted, "is mounted read-only"),
+    errno.ENOLCK: (
+        Unavailable,
+        "cannot be had: the node is fenced, or the store does not answer (`dlmfs status` says why)",
+    ),
+    errno.EAGAIN: (Unavailable, "cannot be had: a limit of the mount is reached (`dlmfs status`)"),
+    errno.EDQUOT: (Unavailable, "cannot be had: this user's share of a limit is used up"),
+    errno.ENOSPC: (StoreFull, "cannot be made: the state is full (`dlmfs status`)"),
+    errno.EMFILE: (Unavailable, "cannot be opened: this process has too many open files"),
+}
+
+
+def refusal(error: OSError, path: str) -> DlmfsError:
+    """The exception for a call that failed, about what is not held (docs/reference.md, "Errors")."""
+    code = error.errno or errno.EIO
+    if code in _REFUSALS:
+        kind, words = _REFUSALS[code]
+        return kind(f"{path} {words}")
+    if code in GONE or code == errno.EIO:
+        return Unavailable(f"{path}: its mount's daemon is gone: `dlmfs mount` it again")
+    return Unavailable(f"{path}: {os.strerror(code)}")
+
+
+def failure(error: OSError, path: str) -> DlmfsError:
+    """The exception for a call that failed on the open file of a lock that was held."""
+    code = error.errno or errno.EIO
+    if code in GONE or code == errno.EIO:
+        return LockLost(f"{path} was lost: stop what it protects (`dlmfs status` says why)")
+    if code == errno.EBADF:
+        return UsageError(f"{path} is held shared: its value can only be read")
+    return refusal(error, path)
+
+
+def is_lost(events: int) -> bool:
+    """Whether poll(2) or epoll(7) said that the lock is gone for good."""
+    return bool(events & (select.POLLERR | select.POLLHUP | select.POLLNVAL))
+
+
+def is_wanted(events: int) -> bool:
+    """Whether it said that somebody else waits for the lock."""
+    return bool(events & select.POLLIN)
+
+
+def padded(value: bytes) -> bytes:
+    """A whole value. Raises UsageError if it is too long."""
+    from dlmfs.model import LVB_SIZE
+
+    if len(value) > LVB_SIZE:
+        raise UsageError(f"a value has {LVB_SIZE} bytes, not {len(value)}")
+    return bytes(value).ljust(LVB_SIZE, b"\0")
+
+
+def stripped(value: bytes) -> bytes:
+    """The value without its padding; `padded` restores it."""
+    return value.rstrip(b"\0")
+
+
+class Abandoned(NamedTuple):
+    """Who died while it had the lock exclusively, and with which token."""
+
+    node: str
+    token: int
+
+
+def abandonment(text: bytes) -> Abandoned | None:
+    """The mark as user.dlmfs.abandoned tells it."""
+    if not text:
+        return None
+    import json
+
+    mark = json.loads(text)
+    return Abandoned(str(mark["node"]), int(mark["token"]))

@@ -1,0 +1,92 @@
+"""Where a lock lies: the mount it is on, found by the mount table alone, its domain and its name.
+
+A path that only looks like a lock's would be an ordinary file, and lock nothing. So every path is
+placed on a dlmfs mount before it is used, and the open file is checked to be on that mount.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from dlmfs.errors import Unavailable, UsageError
+from dlmfs.fuse import mountinfo
+from dlmfs.fuse.mountinfo import MountEntry
+
+ENVIRONMENT = "DLMFS_MOUNT"
+"""Names the mount for programs that do not, where there are several."""
+
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+class Place(NamedTuple):
+    """A lock as one mount shows it. `dev` is the mount's device, "major:minor"."""
+
+    mountpoint: str
+    dev: str
+    source: str
+    domain: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.mountpoint.rstrip('/')}/{self.domain}/{self.name}"
+
+    @property
+    def order(self) -> tuple[str, str, str, str]:
+        """The order in which several locks are taken. The same on every node, wherever it has its
+        mount, so that two takers of the same locks never wait for each other."""
+        return self.domain, self.name, space(self.source), self.mountpoint
+
+
+def space(source: str) -> str:
+    """What a SOURCE names, however its servers are listed."""
+    if source.startswith("etcd://"):
+        return f"etcd://{source.rpartition('/')[2]}"
+    return source
+
+
+def find_mount(where: AnyPath | None = None) -> MountEntry:
+    """The dlmfs mount that the path `where` lies on; without it the one that $DLMFS_MOUNT names, or
+    else the only one there is. Raises UsageError where the answer is not one mount, Unavailable
+    where nothing is mounted."""
+    named = os.fsdecode(where) if where is not None else os.environ.get(ENVIRONMENT, "")
+    if named:
+        entry = mountinfo.find(named)
+        if entry is None:
+            raise UsageError(f"{named} is not on a dlmfs mount: `dlmfs status` lists them")
+        return entry
+    # A mount covered by another one at the same place cannot be reached: the later one counts.
+    entries = {entry.mountpoint: entry for entry in mountinfo.mounts() if entry.is_dlmfs}
+    if not entries:
+        raise Unavailable("no dlmfs is mounted here: `dlmfs mount SOURCE DIR` mounts one")
+    if len(entries) > 1:
+        raise UsageError(
+            f"there are {len(entries)} dlmfs mounts: give an absolute path, or name one in "
+            f"${ENVIRONMENT} (`dlmfs status` lists them)"
+        )
+    return next(iter(entries.values()))
+
+
+def place(path: AnyPath, mount: AnyPath | None = None, *, near: bool = False) -> Place:
+    """The place of a lock: an absolute path, or DOMAIN/LOCK below `mount` (see `find_mount`).
+
+    `near`: a relative path counts from the current folder first, as a shell's words do.
+
+    Raises UsageError for what is no lock's path, Unavailable where nothing is mounted.
+    """
+    text = os.fsdecode(path)
+    if "\0" in text:
+        raise UsageError("a path cannot contain a NUL character")
+    if os.path.isabs(text) or (near and mountinfo.find(text) is not None):
+        real, entry = mountinfo.resolve(text)
+        if entry is None or not entry.is_dlmfs:
+            raise UsageError(f"{text} is not on a dlmfs mount: `dlmfs status` lists them")
+        below = os.path.relpath(real, entry.mountpoint)
+    else:
+        entry = find_mount(mount)
+        below = os.path.normpath(text)
+    parts = below.split("/")
+    if len(parts) != 2 or ".." in parts or text.endswith("/"):
+        raise UsageError(f"{text} is not a lock: give DOMAIN/LOCK, or MOUNTPOINT/DOMAIN/LOCK")
+    return Place(entry.mountpoint, entry.dev, entry.source, *parts)

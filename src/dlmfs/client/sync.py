@@ -1,0 +1,199 @@
+"""Locks and domains for programs with threads. `dlmfs.client.aio` has the same for asyncio."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from dlmfs.client import logic
+from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
+from dlmfs.client.domain import BaseDomain
+from dlmfs.client.keeper import Keeper
+from dlmfs.client.place import AnyPath
+from dlmfs.errors import NotGranted, TimedOut
+
+
+class Lock(BaseLock):
+    """`with Lock("jobs/backup"):` has the lock, alone in the cluster.
+
+    `lost` and `wanted` are events: the lock is gone for good; somebody else waits for it.
+    Under owner=node, too, Lock objects exclude each other, and `dlmfs lock`, on one node: they lock
+    the lock's file with flock(2). Programs that only open it do not.
+    """
+
+    def __init__(
+        self,
+        path: AnyPath,
+        *,
+        shared: bool = False,
+        timeout: float | None = None,
+        create: bool = True,
+        mount: AnyPath | None = None,
+        on_notice: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(
+            path, shared=shared, timeout=timeout, create=create, mount=mount, on_notice=on_notice
+        )
+        self.lost = threading.Event()
+        self.wanted = threading.Event()
+
+    __init__.__doc__ = BaseLock.__init__.__doc__
+
+    def acquire(self, timeout: float | None = None) -> None:
+        """Wait for the lock, `timeout` seconds at most (None: as long as the object says).
+
+        Raises TimedOut, Cancelled (see `cancel`), Deadlock; UsageError, NotPermitted, Unavailable
+        where it cannot be had. Whatever is raised, by a signal's handler too: nothing is held.
+        """
+        self._take(trying=False, limit=self.timeout if timeout is None else timeout)
+
+    def try_acquire(self) -> bool:
+        """Have it at once, or not: whether it is held now. Another node's user is never waited for;
+        a lock that is merely cached there is handed over. Raises as `acquire`."""
+        try:
+            self._take(trying=True, limit=None)
+        except NotGranted as error:
+            if type(error) is NotGranted:
+                return False
+            raise
+        return True
+
+    def _take(self, *, trying: bool, limit: float | None) -> None:
+        self.lost.clear()
+        self.wanted.clear()
+        # The keeper must not keep this object alive: what nobody can reach is to be released.
+        event = _Event(self.lost, self.wanted, self.on_notice)
+        keeper = self._begin(trying, _nothing, event)
+        try:
+            keeper.start()
+            self._wait(keeper, limit)
+        except BaseException:
+            self._end()
+            keeper.settled.wait(ENDS_WITHIN_S)
+            raise
+
+    def _wait(self, keeper: Keeper, limit: float | None) -> None:
+        if not keeper.settled.wait(limit) and keeper.give_up():
+            raise TimedOut(f"{self.path} could not be had within {limit:g} s")
+        keeper.settled.wait()  # it comes at once now
+        settled(keeper)
+        self._is_held = True
+
+    def wait_wanted(self, timeout: float | None = None) -> bool:
+        """Wait until somebody else waits for this lock; False after `timeout` seconds. Raises
+        LockLost when the lock is lost. Clear `wanted` to wait for the next one."""
+        self.check()
+        heard = self.wanted.wait(timeout)
+        self.check()
+        return heard
+
+    def wait_lost(self, timeout: float | None = None) -> bool:
+        """Wait until the lock is lost; False after `timeout` seconds."""
+        self._kept()
+        return self.lost.wait(timeout)
+
+    def get_value(self) -> bytes:
+        """The value that travels with the lock, without the zeros that pad it to 64 bytes. Raises
+        LockLost."""
+        return self._kept().read()
+
+    def set_value(self, value: bytes) -> None:
+        """Replace the whole value; returns when it is durable. Raises LockLost, UsageError if the
+        lock is held shared or the value has more than 64 bytes, StoreFull."""
+        self._kept().write(value)
+
+    def abandoned(self) -> logic.Abandoned | None:
+        """The node that died while it had this lock exclusively, until somebody sets the value."""
+        return self._kept().abandoned()
+
+    def __enter__(self) -> Self:
+        try:
+            self.acquire()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Drop the lock. Raises LockLost if it was lost meanwhile, unless something else is raised."""
+        keeper = self._end()
+        if kind is None and keeper is not None:
+            self._lost_by(keeper)
+
+
+class _Event:
+    """What a notice sets off."""
+
+    def __init__(
+        self,
+        lost: threading.Event,
+        wanted: threading.Event,
+        on_notice: Callable[[], object] | None,
+    ) -> None:
+        self.lost, self.wanted, self.on_notice = lost, wanted, on_notice
+
+    def __call__(self, lost: bool) -> None:
+        if lost:
+            self.lost.set()
+        self.wanted.set()  # of a lost lock too: whoever waits for it must not wait for ever
+        if self.on_notice is not None and not lost:
+            self.on_notice()
+
+
+def _nothing() -> None:
+    """Who waits in a thread of its own need not be told."""
+
+
+class Domain(BaseDomain):
+    """`with Domain("jobs") as jobs:` joins the domain on this node; its locks are `jobs.lock(name)`.
+
+    The end of the block releases what was acquired through it. The node stays in the domain, whose
+    values others may want to find here; `leave` leaves it.
+    """
+
+    def __enter__(self) -> Self:
+        self.join()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._release_all()
+
+    def join(self) -> None:
+        """Join it, if this node has not. Raises Unavailable, NotPermitted, UsageError."""
+        self._join()
+
+    def lock(
+        self,
+        name: str | bytes,
+        *,
+        shared: bool = False,
+        timeout: float | None = None,
+        create: bool = True,
+        on_notice: Callable[[], object] | None = None,
+    ) -> Lock:
+        """A lock of this domain, not yet acquired: see `Lock`."""
+        path = self._path(name)
+        lock = Lock(path, shared=shared, timeout=timeout, create=create, on_notice=on_notice)
+        self._locks.add(lock)
+        return lock
+
+    def names(self) -> list[str]:
+        """The locks whose files this node has."""
+        return self._names()
+
+    def forget(self, name: str | bytes) -> None:
+        """Remove a lock's file on this node. With the last node's the value is gone. Raises
+        NotGranted while it is open here."""
+        self._forget(name)
+
+    def leave(self, *, forget: bool = False) -> None:
+        """Leave the domain on this node. Raises NotGranted while there are lock files; `forget`
+        removes those first that nobody here has open."""
+        self._leave(forget)

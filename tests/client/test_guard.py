@@ -1,0 +1,358 @@
+"""Resources that refuse the past: files, SQL, HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import io
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlmfs.client import StaleToken, UsageError
+from dlmfs.client.guard import (
+    HEADER,
+    AsgiGuard,
+    FileGuard,
+    Register,
+    SqlGuard,
+    WsgiGuard,
+    check,
+    headers,
+)
+from dlmfs.errors import BadState
+from tests.fs.nodes import PATIENCE_S
+
+# -- files --------------------------------------------------------------------------------------------
+
+
+def test_a_file_refuses_older_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    guard = FileGuard(path)
+    guard.replace(5, b"five")
+    path.chmod(0o640)
+    guard.replace(5, b"five again")
+    FileGuard(path).replace(7, b"seven")
+    with pytest.raises(StaleToken, match="has seen the token 7"):
+        guard.replace(6, b"late")
+    assert path.read_bytes() == b"seven"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report", "report.token"]
+    for wrong in (0, -1, 1 << 64):
+        with pytest.raises(UsageError, match="no fencing token"):
+            guard.replace(wrong, b"")
+
+
+def test_work_that_fails_leaves_the_token_behind(tmp_path: Path) -> None:
+    """Noted before the work: whatever a crash leaves undone, the older holder does not do it."""
+    guard = FileGuard(tmp_path / "x")
+    with pytest.raises(ValueError, match="half"), guard.admit(9):
+        raise ValueError("half")
+    with pytest.raises(StaleToken), guard.admit(8):
+        pass
+    (tmp_path / "x.token").write_text("hello")
+    with pytest.raises(BadState, match="holds no token"), guard.admit(10):
+        pass
+
+
+def test_nobody_is_let_in_beside_an_older_one(tmp_path: Path) -> None:
+    guard = FileGuard(tmp_path / "x")
+    with guard.admit(1):
+        fd = os.open(guard.token_path, os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(fd)
+
+
+# -- SQL ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    path = tmp_path / "stock.db"
+    with closing(sqlite3.connect(path)) as conn:
+        SqlGuard().create(conn)
+        conn.execute("CREATE TABLE log (word TEXT)")
+        conn.commit()
+    return path
+
+
+def words(database: Path) -> list[str]:
+    with closing(sqlite3.connect(database)) as conn:
+        return [row[0] for row in conn.execute("SELECT word FROM log ORDER BY rowid")]
+
+
+def test_a_database_refuses_older_tokens(database: Path) -> None:
+    guard = SqlGuard()
+    with closing(sqlite3.connect(database)) as conn:
+        for token, word in ((5, "a"), (5, "b"), ((1 << 63) - 1, "c")):
+            with guard.transaction(conn, "jobs/stock", token) as cursor:
+                cursor.execute("INSERT INTO log VALUES (?)", (word,))
+        with (
+            pytest.raises(StaleToken, match="jobs/stock"),
+            guard.transaction(conn, "jobs/stock", 6) as cursor,
+        ):
+            cursor.execute("INSERT INTO log VALUES ('late')")
+        with guard.transaction(conn, "jobs/other", 6) as cursor:
+            cursor.execute("INSERT INTO log VALUES ('d')")
+    assert words(database) == ["a", "b", "c", "d"]
+
+
+def test_a_transaction_that_fails_takes_its_token_back(database: Path) -> None:
+    guard = SqlGuard()
+    with closing(sqlite3.connect(database)) as conn:
+        with (
+            pytest.raises(ValueError, match="half"),
+            guard.transaction(conn, "r", 9) as cursor,
+        ):
+            cursor.execute("INSERT INTO log VALUES ('half')")
+            raise ValueError("half")
+        with guard.transaction(conn, "r", 8):
+            pass
+    assert words(database) == []
+
+
+def test_the_row_is_locked_until_the_commit(database: Path) -> None:
+    guard = SqlGuard()
+    with (
+        closing(sqlite3.connect(database)) as one,
+        closing(sqlite3.connect(database, timeout=0)) as two,
+    ):
+        with (
+            guard.transaction(one, "r", 1),
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+            guard.transaction(two, "r", 2),
+        ):
+            pass
+        with guard.transaction(two, "r", 2):
+            pass
+        with pytest.raises(StaleToken), guard.transaction(one, "r", 1):
+            pass
+
+
+def test_autocommit_and_names_are_refused(database: Path) -> None:
+    with (
+        closing(sqlite3.connect(database, isolation_level=None)) as conn,
+        pytest.raises(UsageError, match="commits each statement"),
+        SqlGuard().transaction(conn, "r", 1),
+    ):
+        pass
+    with pytest.raises(UsageError, match="name of a table"):
+        SqlGuard(table="x; DROP TABLE log")
+    with pytest.raises(UsageError, match="paramstyle"):
+        SqlGuard(paramstyle="named")
+
+
+class Uncounted:
+    """A cursor of a module that counts only changed rows, or none."""
+
+    def __init__(self, cursor: sqlite3.Cursor, count: int) -> None:
+        self._cursor, self.rowcount = cursor, count
+
+    def execute(self, text: str, values: tuple[object, ...]) -> None:
+        self._cursor.execute(text, values)
+
+    def fetchone(self) -> Any:
+        return self._cursor.fetchone()
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_modules_that_count_otherwise(database: Path, count: int) -> None:
+    with closing(sqlite3.connect(database)) as conn:
+        cursor = Uncounted(conn.cursor(), count)
+        for token in (5, 5, 6):
+            SqlGuard().admit(cursor, "r", token)
+        with pytest.raises(StaleToken):
+            SqlGuard().admit(cursor, "r", 5)
+
+
+# -- the register ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5)), max_size=40))
+def test_inside_are_only_requests_of_one_token_and_it_never_falls(
+    moves: list[tuple[bool, int]],
+) -> None:
+    register = Register()
+    inside: list[int] = []
+    entered: list[int] = []
+    for leaving, token in moves:
+        if leaving and inside:
+            inside.pop()
+            register.leave("r")
+        elif not leaving:
+            with suppress(StaleToken):
+                if register.enter("r", token):
+                    inside.append(token)
+                    entered.append(token)
+        assert len(set(inside)) <= 1
+    assert entered == sorted(entered)
+
+
+def test_a_register_outlives_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    assert Register(path).enter("r", 7)
+    again = Register(path)
+    with pytest.raises(StaleToken):
+        again.enter("r", 6)
+    assert again.enter("r", 7)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
+    path.write_text("[1]")
+    with pytest.raises(BadState):
+        Register(path)
+
+
+# -- HTTP -----------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """As far as `headers` needs it."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+
+def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [])
+    return [environ["wsgi.input"].read()]
+
+
+def wsgi(app: Any, method: str, path: str = "/", **more: str) -> tuple[int, dict[str, str], bytes]:
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, **more}
+    environ["wsgi.input"] = io.BytesIO(b"done")
+    setup_testing_defaults(environ)
+    told: list[Any] = []
+    body = app(environ, lambda *args: told.extend(args))
+    try:
+        text = b"".join(body)
+    finally:
+        if hasattr(body, "close"):
+            body.close()
+    return int(told[0].split()[0]), dict(told[1]), text
+
+
+def test_a_wsgi_server_refuses_older_tokens() -> None:
+    app = WsgiGuard(application, Register(), resource=lambda path: path.split("/")[1])
+
+    def put(token: str, path: str = "/a/x") -> int:
+        status, answer, _ = wsgi(app, "PUT", path, HTTP_DLMFS_TOKEN=token)
+        check(status if status != 400 else 200, {} if status == 400 else answer)
+        return status
+
+    assert put("5") == put("5") == put("7") == 200
+    with pytest.raises(StaleToken, match="larger token"):
+        put("6")
+    assert put("6", "/b/x") == 200
+    for wrong in ("", "x", "-1", "0", "٣", "1" * 30):
+        assert put(wrong) == 400
+    status, answer, text = wsgi(app, "DELETE")
+    assert (status, text) == (428, b"the header Dlmfs-Token is missing\n")
+    with pytest.raises(UsageError, match="missing"):
+        check(status, answer)
+    assert wsgi(app, "GET")[0] == 200
+    assert headers(Lock(8)) == {HEADER: "8"}
+    check(412, {"Content-Type": "text/plain"})  # the application's own
+
+
+def test_a_newer_request_waits_for_an_older_one_and_then_shuts_it_out() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        token = environ["HTTP_DLMFS_TOKEN"]
+        if token == "1":
+            begun.set()
+            assert go_on.wait(PATIENCE_S)
+        order.append(token)
+        start_response("200 OK", [])
+        return [b""]
+
+    app = WsgiGuard(slow, Register())
+    answers: list[int] = []
+
+    def request(token: str) -> None:
+        answers.append(wsgi(app, "POST", HTTP_DLMFS_TOKEN=token)[0])
+
+    old = threading.Thread(target=request, args=("1",))
+    new = threading.Thread(target=request, args=("2",))
+    old.start()
+    assert begun.wait(PATIENCE_S)
+    new.start()
+    while app.register._seen.get("") != 2:
+        pass
+    request("1")
+    assert answers == [412], "the newer token counts as soon as it is seen"
+    assert order == []
+    go_on.set()
+    for thread in (old, new):
+        thread.join(PATIENCE_S)
+    assert order == ["1", "2"]
+    assert answers[1:] == [200, 200]
+
+
+def test_an_application_that_fails_leaves() -> None:
+    def fail(_environ: dict[str, Any], _start: Any) -> Iterable[bytes]:
+        raise ValueError("mine")
+
+    register = Register()
+    with pytest.raises(ValueError, match="mine"):
+        wsgi(WsgiGuard(fail, register), "POST", HTTP_DLMFS_TOKEN="1")
+    assert wsgi(WsgiGuard(application, register), "POST", HTTP_DLMFS_TOKEN="2")[0] == 200
+
+
+def test_an_asgi_server_refuses_older_tokens() -> None:
+    order: list[bytes] = []
+    go_on = asyncio.Event()
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        token = dict(scope["headers"]).get(b"dlmfs-token", b"")
+        if token == b"1":
+            await go_on.wait()
+        order.append(token)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    guarded = AsgiGuard(app, Register())
+
+    async def request(token: str, method: str = "PUT") -> int:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        async def receive() -> None: ...
+
+        given = [(b"Dlmfs-Token".lower(), token.encode())] if token else []
+        scope = {"type": "http", "method": method, "path": "/", "headers": given}
+        await guarded(scope, receive, send)
+        return int(sent[0]["status"])
+
+    async def main() -> None:
+        old = asyncio.create_task(request("1"))
+        await asyncio.sleep(0)
+        new = asyncio.create_task(request("2"))
+        await asyncio.sleep(0)
+        cancelled = asyncio.create_task(request("2"))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        assert await request("1") == 412
+        go_on.set()
+        assert (await old, await new) == (200, 200)
+        assert await request("") == 428
+        assert await request("x") == 400
+        assert await request("", "GET") == 200
+        assert await request("3") == 200
+
+    asyncio.run(main())
+    assert order == [b"1", b"2", b"", b"3"]

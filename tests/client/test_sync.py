@@ -1,0 +1,418 @@
+"""Locks for programs with threads, on real mounts, under both owner rules."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dlmfs.client import (
+    Cancelled,
+    Domain,
+    Lock,
+    LockLost,
+    NotGranted,
+    NotPermitted,
+    TimedOut,
+    Unavailable,
+    UsageError,
+)
+from tests.cli.jobs import Job
+from tests.client.conftest import Twice
+from tests.client.threads import awaited, begin, free, join
+from tests.fs.nodes import PATIENCE_S, Nodes, dlmfs
+from tests.robust.helpers import daemon_of, kill
+from tests.waiting.agents import holding, until, waiting, wanting
+
+pytestmark = pytest.mark.fuse
+
+
+# -- having it ---------------------------------------------------------------------------------------
+
+
+def test_a_lock_and_its_value(lock: Twice) -> None:
+    with Lock(lock.a) as mine:
+        assert mine.held
+        mine.check()
+        assert mine.get_value() == b""
+        mine.set_value(b"hello")
+        assert mine.abandoned() is None
+        assert not free(lock.b)
+        assert str(mine.token) == os.getxattr(lock.a, "user.dlmfs.token").decode()
+        assert "held" in repr(mine)
+    assert not mine.held
+    with Lock(lock.b, shared=True) as theirs:
+        assert theirs.get_value() == b"hello"
+        assert theirs.token > 0
+        with pytest.raises(UsageError, match="held shared"):
+            theirs.set_value(b"x")
+        with Lock(lock.a, shared=True) as too:
+            assert too.get_value() == b"hello"
+    with mine:  # again, by the same object
+        assert mine.token > 0
+        with pytest.raises(UsageError, match="64 bytes, not 65"):
+            mine.set_value(bytes(65))
+
+
+def test_tokens_grow_between_nodes(lock: Twice) -> None:
+    tokens = []
+    for path in (lock.a, lock.b) * 3:
+        with Lock(path) as mine:
+            tokens.append(mine.token)
+    assert tokens == sorted(set(tokens))
+
+
+def test_what_is_not_held_says_so(lock: Twice) -> None:
+    mine = Lock(lock.a)
+    for use in (mine.release, mine.get_value, mine.check, mine.fileno, lambda: mine.token):
+        with pytest.raises(UsageError, match="not acquired"):
+            use()
+    mine.cancel()
+    mine.acquire()
+    with pytest.raises(UsageError, match="held by this object"):
+        mine.acquire()
+    mine.release()
+
+
+def test_on_one_node_lock_objects_exclude_each_other(lock: Twice) -> None:
+    """Threads of one process, and `dlmfs lock`; under owner=node too."""
+    inside: list[int] = []
+    most = 0
+
+    def work() -> None:
+        nonlocal most
+        for _ in range(5):
+            with Lock(lock.a):
+                inside.append(1)
+                most = max(most, len(inside))
+                inside.pop()
+
+    with Lock(lock.a):
+        assert not free(lock.a)
+        assert dlmfs("lock", "-n", str(lock.a), "true", check=False).returncode == 1
+        threads = [begin(work) for _ in range(4)]
+        until(lambda: len(awaited()) == 4, "all four wait")
+        assert not inside
+    join(*threads)
+    assert most == 1
+
+
+def test_threads_of_one_process_do_not_keep_another_node_out(lock: Twice) -> None:
+    """The daemon serves a process that has the lock already before all others, lest it waits for
+    itself: so its threads must not ask while one of them has it."""
+    mine = threading.Semaphore(0)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with Lock(lock.a):
+                mine.release()
+
+    threads = [begin(work) for _ in range(3)]
+    try:
+        for _ in range(3):
+            assert mine.acquire(timeout=PATIENCE_S)
+            theirs = Lock(lock.b)
+            asked = begin(theirs.acquire)
+            until(lambda it=theirs: it.held or wanting(lock.a), "its wish is known")  # type: ignore[misc]
+            while mine.acquire(blocking=False):
+                pass
+            turns = 0
+            while not theirs.held:
+                turns += mine.acquire(timeout=0.05)
+                assert turns < 20, "it never has its turn"
+            join(asked)
+            theirs.release()
+    finally:
+        stop.set()
+        join(*threads)
+
+
+def test_the_status_tells_of_this_process(lock: Twice) -> None:
+    with Lock(lock.a):
+        (thread,) = holding(lock.a)
+        assert Path(f"/proc/self/task/{thread}").exists()
+
+
+def test_what_cannot_be_had(lock: Twice) -> None:
+    with pytest.raises(UsageError, match="no name"):
+        Lock(lock.a.parent / ("n" * 32)).acquire()
+    with pytest.raises(UsageError, match="does not exist"):
+        Lock(lock.a.parent / "never-made", create=False).acquire()
+    with pytest.raises(UsageError, match="not on a dlmfs mount"):
+        Lock("/tmp/x/y")
+
+
+@pytest.mark.root
+def test_a_mode_that_forbids_it(lock: Twice) -> None:
+    lock.a.touch()
+    lock.a.chmod(0o600)
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(65534)
+        try:
+            Lock(lock.a).acquire()
+        except NotPermitted:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+# -- waiting -----------------------------------------------------------------------------------------
+
+
+def test_a_wait_that_is_over_leaves_nothing_behind(lock: Twice) -> None:
+    """Not even the place that an interrupted open keeps for a second: others would wait for it."""
+    with Lock(lock.a):
+        for path in lock:
+            with pytest.raises(TimedOut, match=r"within 0\.05 s"):
+                Lock(path, timeout=0.05).acquire()
+            with pytest.raises(TimedOut):
+                Lock(path).acquire(timeout=0)
+            assert not awaited(), "its thread waits on"
+            assert waiting(path) == []
+            assert len(holding(lock.a)) == 1
+    assert free(lock.b)
+
+
+def test_a_wait_for_another_program_of_the_node(lock: Twice) -> None:
+    """Under owner=node it stands in flock(2), which a signal must end as well."""
+    job = Job(lock.a, "-c", "echo has; read _")
+    try:
+        assert job.line() == "has"
+        for _ in range(2):
+            with pytest.raises(TimedOut):
+                Lock(lock.a, timeout=0.05).acquire()
+            assert not awaited(), "its thread waits on"
+        assert not free(lock.a)
+        assert len(holding(lock.a)) == 1
+    finally:
+        job.close()
+
+
+def test_cancel_ends_another_threads_wait(lock: Twice) -> None:
+    outcome: list[object] = []
+    waiter = Lock(lock.b)
+
+    def wait() -> None:
+        try:
+            waiter.acquire()
+        except Cancelled as error:
+            outcome.append(error)
+
+    with Lock(lock.a):
+        thread = begin(wait)
+        until(lambda: waiting(lock.b), "it waits")
+        waiter.cancel()
+        join(thread)
+        assert len(outcome) == 1
+        assert not waiter.held
+        assert waiting(lock.b) == []
+
+
+def test_ctrl_c_ends_a_wait(lock: Twice) -> None:
+    def interrupt() -> None:
+        until(lambda: waiting(lock.b), "it waits")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    waiter = Lock(lock.b)
+    with Lock(lock.a):
+        thread = begin(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            waiter.acquire()
+        join(thread)
+        assert waiting(lock.b) == []
+        assert not waiter.held
+    waiter.acquire()
+    waiter.release()
+
+
+def test_a_grant_in_the_instant_of_cancelling_does_not_leak(lock: Twice) -> None:
+    """Whoever comes first decides; in no case is the lock kept by nobody."""
+    draw = random.Random(6)
+    held = cancelled = 0
+    for _ in range(60):
+        holder, waiter = Lock(lock.a), Lock(lock.b)
+        holder.acquire()
+        failed: list[BaseException] = []
+
+        def wait(waiter: Lock = waiter, failed: list[BaseException] = failed) -> None:
+            try:
+                waiter.acquire()
+            except Cancelled as error:
+                failed.append(error)
+
+        thread = begin(wait)
+        until(lambda: waiting(lock.b), "it waits")
+        holder.release()
+        time.sleep(draw.random() * 0.01)  # as long as a grant takes, about
+        waiter.cancel()
+        join(thread)
+        assert waiter.held == (not failed)
+        if waiter.held:
+            held += 1
+            waiter.release()
+        else:
+            cancelled += 1
+    assert held
+    assert cancelled
+
+
+def test_a_stopped_daemon_does_not_hold_up_who_would_not_wait(nodes: Nodes) -> None:
+    """The thread in open(2) cannot be woken then; it ends later, and nothing is held."""
+    a = nodes.mount("a")
+    with Lock(a / "dom/x"):
+        pass
+    waiter = Lock(a / "dom/x")
+    with daemon_of(a) as daemon:
+        signal.pidfd_send_signal(daemon, signal.SIGSTOP)
+        try:
+            with pytest.raises(TimedOut):
+                waiter.acquire(timeout=0.1)
+        finally:
+            signal.pidfd_send_signal(daemon, signal.SIGCONT)
+    until(lambda: not holding(a / "dom/x") and not waiting(a / "dom/x"), "nothing is left")
+    with waiter:
+        assert waiter.held
+
+
+# -- notices and loss ----------------------------------------------------------------------------------
+
+
+def test_notices_by_callback_and_by_waiting(lock: Twice) -> None:
+    heard = threading.Semaphore(0)
+    mine = Lock(lock.a, on_notice=heard.release)
+    other = Lock(lock.b)
+
+    def in_vain() -> None:
+        with pytest.raises(Cancelled):
+            other.acquire()
+
+    with mine:
+        assert not mine.wait_wanted(0)
+        for _ in range(2):  # each waiter anew
+            waiter = begin(in_vain)
+            assert heard.acquire(timeout=PATIENCE_S)
+            assert mine.wait_wanted(PATIENCE_S)
+            mine.wanted.clear()
+            until(lambda: waiting(lock.b), "it waits")
+            other.cancel()
+            join(waiter)
+            until(lambda: wanting(lock.a) == [], "the wish is gone")
+        assert not mine.lost.is_set()
+
+
+@pytest.mark.allow_warnings
+def test_a_callback_that_fails_does_not_end_the_notices(
+    lock: Twice, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("mine")
+
+    with Lock(lock.a, on_notice=fail) as mine:
+        with pytest.raises(TimedOut):
+            Lock(lock.b).acquire(0.05)
+        assert mine.wait_wanted(PATIENCE_S)
+    with Lock(lock.a) as mine:
+        with pytest.raises(TimedOut):
+            Lock(lock.b).acquire(0.05)
+        assert mine.wait_wanted(PATIENCE_S)
+    assert "callback failed" in caplog.text
+
+
+def lose_state(nodes: Nodes, _where: Path) -> None:
+    nodes.state.unlink()
+
+
+def lose_daemon(_nodes: Nodes, where: Path) -> None:
+    kill(where)
+
+
+@pytest.mark.parametrize("lose", [lose_state, lose_daemon])
+def test_a_lost_lock(nodes: Nodes, lose: Callable[[Nodes, Path], None]) -> None:
+    a = nodes.mount("a")
+    mine, shared = Lock(a / "dom/x"), Lock(a / "dom/y", shared=True)
+    with pytest.raises(LockLost, match="was lost"), mine:
+        shared.acquire()
+        mine.set_value(b"before")
+        lose(nodes, a)
+        assert mine.wait_lost(PATIENCE_S)
+        assert shared.wait_lost(PATIENCE_S)
+        assert mine.wanted.is_set(), "who waits for a notice waits no more"
+        with pytest.raises(LockLost):
+            mine.wait_wanted()
+        for use in (mine.get_value, mine.abandoned, mine.check, shared.get_value):
+            with pytest.raises(LockLost):
+                use()
+        with pytest.raises(LockLost):
+            mine.set_value(b"late")
+        assert not mine.held
+        assert mine.token > 0, "the token stays, for the report"
+    shared.release()
+    with pytest.raises((Unavailable, LockLost)):
+        mine.acquire()
+
+
+def test_a_loss_does_not_hide_what_went_wrong_before(nodes: Nodes) -> None:
+    a = nodes.mount("a")
+    with pytest.raises(ValueError, match="mine"), Lock(a / "dom/x") as mine:
+        kill(a)
+        mine.wait_lost(PATIENCE_S)
+        raise ValueError("mine")
+
+
+def test_after_a_remount_the_same_object_works_again(nodes: Nodes) -> None:
+    a = nodes.mount("a")
+    mine = Lock(a / "dom/x")
+    with pytest.raises(LockLost), mine:
+        mine.set_value(b"before")
+        kill(a)
+        assert mine.wait_lost(PATIENCE_S)
+    nodes.mount("a")
+    with mine:
+        mark = mine.abandoned()
+        assert mark is not None
+        assert mark.node == "a"
+        assert 0 < mark.token < mine.token
+        assert mine.get_value() == b"before"
+        mine.set_value(b"after")
+        assert mine.abandoned() is None
+
+
+# -- domains -------------------------------------------------------------------------------------------
+
+
+def test_a_domain(lock: Twice) -> None:
+    mount = lock.a.parent.parent
+    with Domain("library") as jobs:
+        assert (mount / "library").is_dir()
+        held = jobs.lock("x")
+        held.acquire()
+        with jobs.lock("y", shared=True, timeout=1) as other:
+            assert other.held
+        assert jobs.names() == ["x", "y"]
+        with pytest.raises(NotGranted):
+            jobs.forget("x")
+        with pytest.raises(NotGranted, match="lock files"):
+            jobs.leave()
+        with pytest.raises(UsageError):
+            jobs.lock("a/b")
+    assert not held.held, "the end of the block lets go of all"
+    jobs.forget("x")
+    assert jobs.names() == ["y"]
+    again = Domain(mount / "library")
+    assert (again.name, again.path) == ("library", jobs.path)
+    again.leave(forget=True)
+    assert not (mount / "library").exists()
+
+
+def test_a_name_that_is_no_domains() -> None:
+    with pytest.raises(UsageError):
+        Domain("/tmp/x")
