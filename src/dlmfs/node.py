@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, identity, report
+from dlmfs import __version__, facts, identity, report, why
 from dlmfs.config import EtcdSource
 from dlmfs.control import ControlServer
 from dlmfs.engine import admin, membership
@@ -79,7 +79,12 @@ class Node:
             await self._answering()
             control = ControlServer(
                 self._entry,
-                {"status": self._status, "info": self._info, "nodes": self._nodes},
+                {
+                    "status": self._status,
+                    "info": self._info,
+                    "nodes": self._nodes,
+                    "why": self._why,
+                },
                 {"evict": self._evict, "remove-domain": self._remove_domain},
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
             )
@@ -153,6 +158,7 @@ class Node:
             watchdog=self.watchdog,
         )
         member.host = self.fs
+        member.questions.reply = partial(facts.reply, self)
         await self._finish(member.start)
         undo.push_async_callback(self._leave)
         if isinstance(self.store, SqliteStore):
@@ -278,6 +284,9 @@ class Node:
 
     async def _nodes(self, _request: dict[str, object]) -> object:
         return await report.nodes(self)
+
+    async def _why(self, request: dict[str, object]) -> object:
+        return await why.why(self, str(request["domain"]), str(request["lock"]))
 
     async def _evict(self, request: dict[str, object]) -> object:
         name = str(request["node"])

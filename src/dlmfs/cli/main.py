@@ -17,6 +17,7 @@ VERBS: Final = {
     "umount": "leave it",
     "status": "who holds what, who waits for whom, on this host's mounts",
     "info": "one lock, as the whole cluster knows it",
+    "why": "why a lock is not free: who blocks whom, across nodes, and deadlocks",
     "nodes": "the nodes of a lock space, and the domains each is in",
     "evict": "put a node out of the cluster",
     "domain": "remove what a domain left behind when all its nodes had crashed",

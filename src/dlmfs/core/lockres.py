@@ -284,6 +284,10 @@ class Lockres:
         """Whether any local program holds or awaits the lock (unlink: EBUSY)."""
         return bool(self.holders or self.waiters)
 
+    def before_others(self, claim: Claim) -> bool:
+        """Whether the claim came before the oldest of the other nodes' wishes."""
+        return self._barrier is None or claim.seq < self._barrier
+
     @property
     def contended(self) -> bool:
         """Whether poll(2) on a held descriptor says POLLIN."""

@@ -2,6 +2,7 @@
 
     n/<node>         the node's record, on its session's lease: who it is, for takeover and `dlmfs nodes`
     n/<node>/evict   an operator's mark: the node with this record must go
+    n/<node>/ask/    other nodes' questions, and n/<node>/answer/ what they answer (`questions`)
 
 Rules of this file
 ------------------
@@ -24,7 +25,9 @@ from typing import Final, Protocol
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.lockspace import Host as LockHost
 from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import FORMAT
+from dlmfs.engine.records import NODES as NODES
 from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
@@ -46,7 +49,6 @@ from dlmfs.timing import Clock, Scheduler, Timer, Timing
 log = logging.getLogger("dlmfs.node")
 
 RETRY_S: Final = 0.5
-NODES: Final = b"n/"
 EVICT: Final = b"/evict"
 
 Done = Callable[[DlmfsError | None], None]
@@ -98,6 +100,7 @@ class Membership:
         """It was fenced for good: the store is another one, or an operator wants it out."""
         self.fences = 0
         self.spaces: dict[bytes, Lockspace] = {}
+        self.questions = Questions(self)
         self._names = config.names
         self._former: set[int] = set()
         self._tick: Timer | None = None
@@ -455,6 +458,8 @@ class Membership:
                 self._marked(event.kv)
             elif event.kv.key == own and event.kind == "delete" and self._up:
                 self._fence(LockLost("the node's record was removed from the store"))
+            else:
+                self.questions.told(event)
 
     def _look_for_mark(self) -> None:
         key = NODES + self.name.encode() + EVICT

@@ -181,6 +181,10 @@ class Store(Protocol):
         """End another session, whose owner is known to be over: its keys vanish in one revision.
         None also if it had ended before; OutcomeUnknown."""
 
+    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
+        """Seconds until a session ends if it is not renewed any more, 0 if it has ended; None: it cannot
+        run out (one host). OutcomeUnknown."""
+
     def describe(self) -> dict[str, object]:
         """Facts for `dlmfs status`: where the state is, its health, who holds it up."""
 

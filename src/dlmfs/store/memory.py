@@ -351,6 +351,14 @@ class MemoryStore:
             self.server.expire(lease)
         self.loop.call_later(self._delay(), self.call_back, done, error)
 
+    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
+        left: float | DlmfsError = OutcomeUnknown("no answer from the store")
+        if self.connected:
+            record = self.server.leases.get(lease)
+            now = self.loop.time()
+            left = 0.0 if record is None else record.renewed + record.ttl_s - now
+        self.loop.call_later(self._delay(), self.call_back, done, left)
+
     def describe(self) -> dict[str, object]:
         return {"store": "memory", "connected": self.connected}
 
