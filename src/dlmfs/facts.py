@@ -110,7 +110,7 @@ def claim_facts(node: Node, claim: Claim) -> Facts:
 
 
 Root = tuple[int, int, "Handle | None"]
-"""A process whose waits are looked for, the thread that opened a lock, and the open file if it is here."""
+"""A process whose waits are sought, the thread that opened a lock, and its open file if that is here."""
 
 
 def _holding(node: Node, names: Iterable[tuple[str, str]]) -> list[Root]:

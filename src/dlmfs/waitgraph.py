@@ -1,4 +1,4 @@
-"""Who waits for whom, out of what the nodes told, and who waits for himself in the end. Pure.
+"""Who waits for whom, out of what `why` tells, and who waits for himself in the end. Pure.
 
 Rules of this file
 ------------------
@@ -42,10 +42,6 @@ class Edge(NamedTuple):
     its_node: str
     its: Facts
     blocker: Party
-
-    def key(self) -> tuple[str, int, str, int]:
-        """Names the edge: two open files."""
-        return self.node, self.claim["id"], self.its_node, self.its["id"]
 
 
 class Link(NamedTuple):
@@ -100,14 +96,24 @@ def _blockers(
                 if _conflict(holder, claim):
                     yield "holds", other, holder
     if each_file:
-        for earlier in own["waiters"][:place]:
-            if _conflict(earlier, claim) and not earlier["try"]:
-                yield "ahead", name, earlier
-    for other in _nodes_ahead(lock, name, claim):
-        first = lock["claims"].get(other, {}).get("waiters", [])[:1]
-        for earlier in first:
-            if _conflict(earlier, claim):
-                yield "ahead", other, earlier
+        for earlier in _in_the_way([(name, c) for c in own["waiters"][:place]], claim):
+            yield "ahead", *earlier
+    firsts = [
+        (other, earlier)
+        for other in _nodes_ahead(lock, name, claim)
+        for earlier in lock["claims"].get(other, {}).get("waiters", [])[:1]
+    ]
+    for ahead in _in_the_way(firsts, claim):
+        yield "ahead", *ahead
+
+
+def _in_the_way(ahead: list[tuple[str, Facts]], claim: Facts) -> Iterator[tuple[str, Facts]]:
+    """Those ahead that must have had it first, back to the first who waits for all before himself."""
+    for node, earlier in reversed(ahead):
+        if _conflict(earlier, claim) and not earlier["try"]:
+            yield node, earlier
+            if earlier["mode"] == "EX":
+                return
 
 
 def _nodes_ahead(lock: Facts, name: str, claim: Facts) -> list[str]:
@@ -130,9 +136,6 @@ class Cycle(NamedTuple):
     @property
     def certain(self) -> bool:
         return all(how in CERTAIN for how in self.by)
-
-    def key(self) -> frozenset[tuple[str, int, str, int]]:
-        return frozenset(edge.key() for edge in self.edges)
 
 
 class _Ways:
@@ -161,14 +164,9 @@ class _Ways:
 
 def cycles(all_edges: list[Edge], links: list[Link]) -> list[Cycle]:
     """The deadlocks, each set of processes once, the certain ones first."""
-    left = all_edges
-    while True:  # what leads nowhere, and what nothing leads to, is in no circle
-        ways = _Ways(left, links)
-        led_to = {id(on) for edge in left for on, _ in ways.on(edge)}
-        kept = [e for e in left if id(e) in led_to and next(ways.on(e), None) is not None]
-        if len(kept) == len(left):
-            break
-        left = kept
+    ways = _Ways(all_edges, links)
+    following = [[on for on, _ in ways.on(edge)] for edge in all_edges]
+    left = _circling(all_edges, following)
     found: dict[frozenset[Party], Cycle] = {}
     for certain in (True, False):
         for start in left[:STARTS_MAX]:
@@ -176,6 +174,27 @@ def cycles(all_edges: list[Edge], links: list[Link]) -> list[Cycle]:
             if cycle is not None:
                 found.setdefault(frozenset(edge.waiter for edge in cycle.edges), cycle)
     return list(found.values())[:CYCLES_MAX]
+
+
+def _circling(all_edges: list[Edge], following: list[list[Edge]]) -> list[Edge]:
+    """The edges without those that lead nowhere and those that nothing leads to."""
+    number = {id(edge): i for i, edge in enumerate(all_edges)}
+    onward = [[number[id(on)] for on in some] for some in following]
+    backward: list[list[int]] = [[] for _ in all_edges]
+    for i, some in enumerate(onward):
+        for j in some:
+            backward[j].append(i)
+    out: set[int] = set()
+    for counts, others in ((list(map(len, onward)), backward), (list(map(len, backward)), onward)):
+        todo = [i for i, count in enumerate(counts) if not count]
+        while todo:
+            i = todo.pop()
+            out.add(i)
+            for j in others[i]:
+                counts[j] -= 1
+                if not counts[j]:
+                    todo.append(j)
+    return [edge for i, edge in enumerate(all_edges) if i not in out]
 
 
 def _circle(start: Edge, ways: _Ways, *, certain: bool) -> Cycle | None:
@@ -193,3 +212,51 @@ def _circle(start: Edge, ways: _Ways, *, certain: bool) -> Cycle | None:
                 seen.add(id(edge))
                 todo.append(Cycle((*so_far.edges, edge), (*so_far.by, by)))
     return None
+
+
+def deadlocks(report: Facts) -> list[Facts]:
+    """The deadlocks in an answer of `why`, JSON-ready; layout: docs/reference.md."""
+    nodes: dict[str, Facts] = {n: told for n, told in report["nodes"].items() if "place" in told}
+    known = [edge for lock in report["locks"] for edge in edges(lock, nodes)]
+    links = [
+        Link(
+            Party(nodes[row["node"]]["place"], row["pid"]),
+            party(nodes[row["node"]], row["claim"]),
+            row["by"],
+        )
+        for row in report["waits"]
+        if row["claim"]["pid"] != row["pid"]
+    ]
+    return [_told(cycle) for cycle in cycles(known, links)]
+
+
+def _told(cycle: Cycle) -> Facts:
+    rows = [
+        {
+            "domain": edge.domain,
+            "lock": edge.lock,
+            "node": edge.node,
+            "waiter": edge.claim,
+            "why": edge.why,
+            "its_node": edge.its_node,
+            "its": edge.its,
+            "by": by,
+        }
+        for edge, by in zip(cycle.edges, cycle.by, strict=True)
+    ]
+    return {"certain": cycle.certain, "edges": rows}
+
+
+def in_both(before: list[Facts], now: list[Facts]) -> list[Facts]:
+    """The deadlocks of now that stood before: the nodes are asked one after the other, and a circle in
+    passing is none the second time."""
+    known = {_key(cycle) for cycle in before}
+    return [cycle for cycle in now if _key(cycle) in known]
+
+
+def _key(cycle: Facts) -> frozenset[tuple[str, int, str, int]]:
+    """The open files of a deadlock."""
+    return frozenset(
+        (row["node"], row["waiter"]["id"], row["its_node"], row["its"]["id"])
+        for row in cycle["edges"]
+    )

@@ -13,8 +13,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from dlmfs import facts, identity, waitgraph
-from dlmfs.engine.questions import ASKED_MAX, Answers
+from dlmfs import facts, identity
+from dlmfs.engine.questions import ASKED_MAX, PATIENCE_S, Answers
 from dlmfs.engine.queue import ordered
 from dlmfs.engine.records import NODES, Head, Keys, decode_head, decode_wish
 from dlmfs.errors import DlmfsError, UsageError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ROUNDS_MAX: Final = 16
 LOCKS_MAX: Final = 64
 """Locks told of: a chain this long is told up to there, and that it goes on."""
+STORE_S: Final = 5.0
+"""How long the store may take. Its own patience follows from the lease time, which may be an hour."""
 
 Facts = dict[str, Any]
 Name = tuple[str, str]
@@ -34,17 +36,6 @@ Name = tuple[str, str]
 
 async def why(node: Node, domain: str, lock: str) -> Facts:
     """The chain from one lock on. Raises UsageError for a domain that nobody is in."""
-    story = await _gather(node, domain, lock)
-    if not story["deadlocks"]:
-        return story
-    # Each node was asked at another moment: what was a circle in passing is none the second time.
-    again = await _gather(node, domain, lock)
-    before = {tuple(map(tuple, cycle["key"])) for cycle in story["deadlocks"]}
-    again["deadlocks"] = [c for c in again["deadlocks"] if tuple(map(tuple, c["key"])) in before]
-    return again
-
-
-async def _gather(node: Node, domain: str, lock: str) -> Facts:
     search = _Search(node)
     todo: list[Name] = [(domain, lock)]
     rounds = 0
@@ -54,7 +45,7 @@ async def _gather(node: Node, domain: str, lock: str) -> Facts:
         todo = search.open_names()
     if search.trouble is None and search.is_nowhere:
         raise UsageError(f"no node is in a domain {domain!r}: mkdir it first")
-    report = {
+    return {
         "domain": domain,
         "lock": lock,
         "node": node.membership.name,
@@ -64,7 +55,6 @@ async def _gather(node: Node, domain: str, lock: str) -> Facts:
         "locks": list(search.locks.values()),
         "waits": list(search.waits.values()),
     }
-    return report | {"deadlocks": search.deadlocks()}
 
 
 class _Search:
@@ -89,9 +79,10 @@ class _Search:
     async def round(self, names: list[Name]) -> None:
         """Learn all of these locks."""
         try:
-            await self._read(names)
-        except DlmfsError as error:
-            self.trouble = str(error)
+            async with asyncio.timeout(STORE_S):
+                await self._read(names)
+        except (DlmfsError, TimeoutError) as error:
+            self.trouble = str(error) or f"it has said nothing for {STORE_S:g} s"
             for name in names:
                 self.locks[name] = self._from_here(name)
         own = self.node.membership.name
@@ -178,7 +169,11 @@ class _Search:
 
         asked = {name: self._records[name].create_revision for name in names}
         self.node.membership.questions.ask(asked, question, done)
-        result = await answered
+        try:
+            async with asyncio.timeout(PATIENCE_S + STORE_S):
+                result = await answered
+        except TimeoutError:
+            return dict.fromkeys(names)
         if isinstance(result, DlmfsError):
             return {name: {"error": str(result)} for name in names}
         return result
@@ -213,34 +208,6 @@ class _Search:
         """Whether no node is in the first lock's domain, nor ever was."""
         first = next(iter(self.locks.values()))
         return not first["nodes"] and not first["members"]
-
-    def deadlocks(self) -> list[Facts]:
-        edges = [e for lock in self.locks.values() for e in waitgraph.edges(lock, self.nodes)]
-        links = []
-        for row in self.waits.values():
-            place = self.nodes[row["node"]]["place"]
-            if row["claim"]["pid"] != row["pid"]:
-                holder = waitgraph.Party(place, row["pid"])
-                waiter = waitgraph.party(self.nodes[row["node"]], row["claim"])
-                links.append(waitgraph.Link(holder, waiter, row["by"]))
-        return [_cycle(cycle) for cycle in waitgraph.cycles(edges, links)]
-
-
-def _cycle(cycle: waitgraph.Cycle) -> Facts:
-    rows = [
-        {
-            "domain": edge.domain,
-            "lock": edge.lock,
-            "node": edge.node,
-            "waiter": edge.claim,
-            "why": edge.why,
-            "its_node": edge.its_node,
-            "its": edge.its,
-            "by": by,
-        }
-        for edge, by in zip(cycle.edges, cycle.by, strict=True)
-    ]
-    return {"certain": cycle.certain, "edges": rows, "key": sorted(map(list, cycle.key()))}
 
 
 # -- what the store says ------------------------------------------------------------------------------
@@ -340,5 +307,9 @@ async def lease_left(node: Node, lease: int) -> float | None:
             answer.set_result(result)
 
     node.store.lease_left(lease, done)
-    result = await answer
+    try:
+        async with asyncio.timeout(STORE_S):
+            result = await answer
+    except TimeoutError:
+        return None
     return None if isinstance(result, DlmfsError) else result

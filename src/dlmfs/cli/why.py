@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from dlmfs import waitgraph
 from dlmfs.cli.choice import lock_at
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.text import age, plain, who
 from dlmfs.control import ask
+from dlmfs.fuse.mountinfo import MountEntry
 
 PATIENCE_S: Final = 60.0
 """A round of questions takes 2 s where a node is silent, and no node is waited for twice."""
@@ -29,10 +31,21 @@ def run(args: list[str]) -> int:
     parser.add_argument("path", metavar="PATH", help="a lock's file, such as /dlm/jobs/backup")
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
-    report = ask(entry, {"cmd": "why", "domain": domain, "lock": lock}, timeout_s=PATIENCE_S)
+    report = look(entry, domain, lock)
     print(json.dumps(report) if parsed.json else "\n".join(story(report)))
     silent = any("silent" in node for node in report["nodes"].values())
     return 69 if silent or report["trouble"] else 0
+
+
+def look(entry: MountEntry, domain: str, lock: str) -> Facts:
+    """The daemon's answer, and the deadlocks in it. Raises what `ask` does."""
+    question: dict[str, object] = {"cmd": "why", "domain": domain, "lock": lock}
+    report: Facts = ask(entry, question, timeout_s=PATIENCE_S)
+    deadlocks = waitgraph.deadlocks(report)
+    if deadlocks:
+        report = ask(entry, question, timeout_s=PATIENCE_S)
+        deadlocks = waitgraph.in_both(deadlocks, waitgraph.deadlocks(report))
+    return report | {"deadlocks": deadlocks}
 
 
 def story(report: Facts) -> list[str]:
@@ -80,12 +93,12 @@ class _Teller:
 
     def deadlock(self, cycle: Facts) -> list[str]:
         edges = cycle["edges"]
-        if len(edges) == 1:
-            head = "DEADLOCK: a process waits for itself and will never go on:"
-        elif cycle["certain"]:
-            head = f"DEADLOCK: {len(edges)} processes wait for each other; none will ever go on:"
+        if not cycle["certain"]:
+            head = "DEADLOCK, unless another thread, or the parent of a child, gives its lock back:"
+        elif len(edges) == 1:
+            head = "DEADLOCK: a process waits for a lock that it has itself; it will never go on:"
         else:
-            head = "DEADLOCK, unless one of these gives a lock back by another thread or process:"
+            head = f"DEADLOCK: {len(edges)} processes wait for each other; none will ever go on:"
         lines = [head]
         for edge, before in zip(edges, edges[-1:] + edges[:-1], strict=True):
             wish = WISHES[edge["waiter"]["mode"]]
