@@ -18,6 +18,7 @@ VERBS: Final = {
     "status": "who holds what, who waits for whom, on this host's mounts",
     "info": "one lock, as the whole cluster knows it",
     "why": "why a lock is not free: who blocks whom, across nodes, and deadlocks",
+    "value": "get, set or watch the 64 bytes that travel with a lock",
     "nodes": "the nodes of a lock space, and the domains each is in",
     "evict": "put a node out of the cluster",
     "domain": "remove what a domain left behind when all its nodes had crashed",
