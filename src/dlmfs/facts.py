@@ -26,22 +26,26 @@ LOCKS_MAX: Final = 8
 """Locks per question."""
 CLAIMS_MAX: Final = 16
 """Holders, and waiters, told of each lock; of the others only how many there are."""
-PROCESSES_MAX: Final = 64
-"""Processes that are looked for among the waiters."""
+THREADS_MAX: Final = 64
+"""Threads of whose processes the waits are asked for."""
 FAMILY_MAX: Final = 2048
 """Threads looked at for one answer."""
 WAITS_MAX: Final = 64
 
 
 def reply(node: Node, question: Facts) -> Facts:
-    """The answer to {"locks": [[domain, lock], ...], "threads": [[pid, thread], ...]}: the node, what it
-    knows of those locks, and what those processes and the locks' holders wait for here themselves."""
+    """The answer to {"locks": [[domain, lock], ...], "threads": [[place, pid, thread], ...]}: the node,
+    what it knows of those locks, and what the locks' holders, and those threads that are of its place,
+    wait for here themselves."""
     names = [(str(domain), str(lock)) for domain, lock in question["locks"][:LOCKS_MAX]]
     locks = [lock_facts(node, *name) for name in names]
+    own = node_facts(node)
     roots: list[Root] = [
-        (int(pid), int(thread), None) for pid, thread in question["threads"][:PROCESSES_MAX]
+        (int(pid), int(thread), None)
+        for place, pid, thread in question["threads"][:THREADS_MAX]
+        if place == own["place"]
     ]
-    return {**node_facts(node), "locks": locks, "waits": waits(node, roots + _holding(node, names))}
+    return {**own, "locks": locks, "waits": waits(node, roots + _holding(node, names))}
 
 
 def node_facts(node: Node) -> Facts:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from dlmfs import facts, identity
-from dlmfs.engine.questions import ASKED_MAX, PATIENCE_S, Answers
+from dlmfs import facts, inquiry
+from dlmfs.engine.questions import ASKED_MAX, Answers
 from dlmfs.engine.queue import ordered
 from dlmfs.engine.records import NODES, Head, Keys, decode_head, decode_wish
 from dlmfs.errors import DlmfsError, UsageError
@@ -27,11 +26,10 @@ if TYPE_CHECKING:
 ROUNDS_MAX: Final = 16
 LOCKS_MAX: Final = 64
 """Locks told of: a chain this long is told up to there, and that it goes on."""
-STORE_S: Final = 5.0
-"""How long the store may take. Its own patience follows from the lease time, which may be an hour."""
-
 Facts = dict[str, Any]
 Name = tuple[str, str]
+Thread = tuple[str, int, int]
+"""Its place (host and pid namespace), its process, itself."""
 
 
 async def why(node: Node, domain: str, lock: str) -> Facts:
@@ -39,7 +37,7 @@ async def why(node: Node, domain: str, lock: str) -> Facts:
     search = _Search(node)
     todo: list[Name] = [(domain, lock)]
     rounds = 0
-    while todo and rounds < ROUNDS_MAX and len(search.locks) < LOCKS_MAX:
+    while (todo or search.threads()) and rounds < ROUNDS_MAX and len(search.locks) < LOCKS_MAX:
         rounds += 1
         await search.round(todo[: facts.LOCKS_MAX])
         todo = search.open_names()
@@ -72,28 +70,31 @@ class _Search:
         self.trouble: str | None = None
         """Why the store could not be read."""
         self._records: dict[str, KeyValue] = {}
-        self._asked_for: set[tuple[str, int]] = set()
+        self._asked_for: set[Thread] = set()
 
     # -- one round ------------------------------------------------------------------------------
 
     async def round(self, names: list[Name]) -> None:
         """Learn all of these locks."""
         try:
-            async with asyncio.timeout(STORE_S):
+            async with asyncio.timeout(inquiry.STORE_S):
                 await self._read(names)
         except (DlmfsError, TimeoutError) as error:
-            self.trouble = str(error) or f"it has said nothing for {STORE_S:g} s"
+            self.trouble = str(error) or f"it has said nothing for {inquiry.STORE_S:g} s"
             for name in names:
                 self.locks[name] = self._from_here(name)
         own = self.node.membership.name
-        threads = self._threads()
+        threads = self.threads()
+        self._asked_for.update(threads)
         asked = [] if self.trouble is not None else self._concerned(names, threads)
-        question: Facts = {"locks": names, "threads": [list(t) for _, t in threads]}
+        question: Facts = {"locks": names, "threads": threads}
         answers: Answers = {own: facts.reply(self.node, question)}
         if asked:
-            answers |= await self._ask(asked[:ASKED_MAX], question)
+            answers |= await inquiry.ask(self.node, self._records, asked[:ASKED_MAX], question)
         for other in asked[ASKED_MAX:]:
-            self.silent[other] = _unheard("unasked", f"no more than {ASKED_MAX} nodes are asked")
+            self.silent[other] = inquiry.unheard(
+                "unasked", f"no more than {ASKED_MAX} nodes are asked"
+            )
         for other, answer in answers.items():
             await self._take(other, answer)
 
@@ -131,60 +132,38 @@ class _Search:
             ],
         }
 
-    def _threads(self) -> list[tuple[str, tuple[int, int]]]:
-        """Holders' processes whose waits on other mounts of their hosts are not known yet."""
+    def threads(self) -> list[Thread]:
+        """Holders whose waits on other mounts of their hosts have not been asked for."""
+        places = [inquiry.place(kv) for kv in self._records.values()]
         found = []
         for lock in self.locks.values():
             for name, claims in lock["claims"].items():
-                place = self.nodes[name]["place"]
+                where = self.nodes[name]["place"]
                 for claim in claims["holders"]:
-                    if claim["pid"] and (place, claim["thread"]) not in self._asked_for:
-                        self._asked_for.add((place, claim["thread"]))
-                        found.append((place, (claim["pid"], claim["thread"])))
-        return found[: facts.PROCESSES_MAX]
+                    thread = (where, claim["pid"], claim["thread"])
+                    if claim["pid"] and places.count(where) > 1 and thread not in self._asked_for:
+                        found.append(thread)
+        return found[: facts.THREADS_MAX]
 
-    def _concerned(
-        self, names: list[Name], threads: list[tuple[str, tuple[int, int]]]
-    ) -> list[str]:
+    def _concerned(self, names: list[Name], threads: list[Thread]) -> list[str]:
         """The other nodes that have or want one of the locks, or share a host with a holder."""
         wanted: list[str] = []
         for name in names:
             lock = self.locks[name]
             wanted += [m["node"] for m in lock["members"] if m["alive"] and m["level"] != "NL"]
             wanted += [wish["node"] for wish in lock["queue"]]
-            # Under owner=file a node's own processes may wait for each other without a wish.
-            wanted += [m["node"] for m in lock["members"] if m["alive"]]
-        places = {place for place, _ in threads}
-        wanted += [name for name, kv in self._records.items() if _place(kv) in places]
-        own = self.node.membership.name
-        known = set(self._records) - set(self.silent) - {own}
+        places = {where for where, _, _ in threads}
+        wanted += [name for name, kv in self._records.items() if inquiry.place(kv) in places]
+        known = set(self._records) - set(self.silent) - {self.node.membership.name}
         return [name for name in dict.fromkeys(wanted) if name in known]
-
-    async def _ask(self, names: list[str], question: Facts) -> Answers:
-        answered: asyncio.Future[Answers | DlmfsError] = self.node.loop.create_future()
-
-        def done(result: Answers | DlmfsError) -> None:
-            if not answered.done():
-                answered.set_result(result)
-
-        asked = {name: self._records[name].create_revision for name in names}
-        self.node.membership.questions.ask(asked, question, done)
-        try:
-            async with asyncio.timeout(PATIENCE_S + STORE_S):
-                result = await answered
-        except TimeoutError:
-            return dict.fromkeys(names)
-        if isinstance(result, DlmfsError):
-            return {name: {"error": str(result)} for name in names}
-        return result
 
     async def _take(self, name: str, answer: Facts | None) -> None:
         if answer is None:
-            self.silent[name] = await _silence(self.node, self._records[name])
+            self.silent[name] = await inquiry.silence(self.node, self._records[name])
             return
         if "gone" in answer or "error" in answer:
-            gone = _unheard("gone", "it has just left")
-            error = _unheard("refused", f"it cannot say: {answer.get('error')}")
+            gone = inquiry.unheard("gone", "it has just left")
+            error = inquiry.unheard("refused", f"it cannot say: {answer.get('error')}")
             self.silent[name] = gone if "gone" in answer else error
             return
         with contextlib.suppress(
@@ -249,67 +228,3 @@ def _stored(name: Name, record: object, queue: object, members: object) -> Facts
         "abandoned": mark and {"node": mark.node, "token": mark.revision << TOKEN_SHIFT},
         "claims": {},
     }
-
-
-# -- who does not answer ------------------------------------------------------------------------------
-
-
-def _facts_of(kv: KeyValue) -> Facts:
-    with contextlib.suppress(ValueError):
-        found = json.loads(kv.value)
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def _place(kv: KeyValue) -> str:
-    found = _facts_of(kv)
-    return f"{found.get('boot')}/{found.get('pidns')}"
-
-
-def _unheard(why_not: str, says: str) -> Facts:
-    return {"host": None, "pid": None, "left_s": None, "why": why_not, "says": says}
-
-
-async def _silence(node: Node, kv: KeyValue) -> Facts:
-    """What can be known of a node that does not answer: `why` in a word and what it `says` in more, its
-    daemon's `host` and `pid`, and `left_s`, the seconds until its lease ends if it is not renewed
-    (None: it has none that can)."""
-    found = _facts_of(kv)
-    left_s = await lease_left(node, kv.lease)
-    told = {"host": found.get("host"), "pid": found.get("pid"), "left_s": left_s}
-    pid, ttl_s = told["pid"], float(found.get("ttl") or 0)
-    if identity.is_over(found):
-        return told | {"why": "dead", "says": f"its daemon (pid {pid}) is dead"}
-    state = identity.state_here(found)
-    if state is not None and state in "Tt":
-        return told | {"why": "stopped", "says": f"its daemon (pid {pid}) is stopped"}
-    if left_s is not None and left_s < ttl_s * STALE:
-        return told | {
-            "why": "unreachable",
-            "says": f"it has not renewed its lease for {ttl_s - left_s:.0f} s: dead, stopped or cut off",
-        }
-    if state is not None:
-        return told | {"why": "busy", "says": f"its daemon (pid {pid}) runs, but does not answer"}
-    return told | {"why": "silent", "says": "it does not answer: stopped, or of an older version?"}
-
-
-STALE: Final = 0.7
-"""A living node renews its lease before less than this part of it is left."""
-
-
-async def lease_left(node: Node, lease: int) -> float | None:
-    """Seconds until the lease ends if nobody renews it; None if it cannot, or it is not known."""
-    answer: asyncio.Future[float | DlmfsError | None] = node.loop.create_future()
-
-    def done(result: float | DlmfsError | None) -> None:
-        if not answer.done():
-            answer.set_result(result)
-
-    node.store.lease_left(lease, done)
-    try:
-        async with asyncio.timeout(STORE_S):
-            result = await answer
-    except TimeoutError:
-        return None
-    return None if isinstance(result, DlmfsError) else result

@@ -88,6 +88,21 @@ def test_a_chain_over_three_nodes_is_told_link_by_link(nodes: Nodes) -> None:
         at = text.index(words, at) + 1
 
 
+def test_a_deadlock_across_two_mounts_of_one_host(nodes: Nodes) -> None:
+    """One has x through node a and waits through node b: the nodes know each half of it."""
+    a, b = nodes.pair("owner=file")
+    one = Opener(nodes, ("x", a / "dom/x"), ("x", b / "dom/y")).has(1)
+    two = Opener(nodes, ("x", b / "dom/y"), ("x", a / "dom/x")).has(1)
+    one.go()
+    queued(a / "dom/y", 1)
+    two.go()
+    queued(a / "dom/x", 1)
+    (cycle,) = why(a / "dom/x")["deadlocks"]
+    assert cycle["certain"]
+    assert {edge["waiter"]["pid"] for edge in cycle["edges"]} == {one.pid, two.pid}
+    two.end()
+
+
 def test_a_process_that_waits_for_itself(nodes: Nodes) -> None:
     """Under owner=file each open file is an owner; under owner=node the second open is granted."""
     a = nodes.mount("a", "owner=file")

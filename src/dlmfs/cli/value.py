@@ -263,8 +263,11 @@ def _watch(parsed: argparse.Namespace) -> None:
             if follower.follow():
                 return
             complained = False
-        except (Unavailable, LockLost) as error:
-            # No silent state: it may have missed values, and does not know the present one.
+        except DlmfsError as error:
+            if not follower.printed:
+                raise
+            # No silent state: it may have missed values, and does not know the present one. The
+            # mount may be made anew, and be without the domain for a while.
             if not complained:
                 print(f"dlmfs: {error}; trying again", file=sys.stderr, flush=True)
             complained = True

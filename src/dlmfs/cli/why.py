@@ -73,7 +73,8 @@ class _Teller:
         self.waits: list[Facts] = report["waits"]
         self.locks = {(k["domain"], k["lock"]): k for k in report["locks"]}
         self.told: set[tuple[str, int]] = set()
-        self.shares = False
+        self.sharing: list[str] = []
+        """Nodes whose processes share what they hold."""
 
     # -- words ----------------------------------------------------------------------------------
 
@@ -181,7 +182,8 @@ class _Teller:
                 lines.append("    `fuser -v` on the lock's file there names it")
         if claims["more_holders"]:
             lines.append(f"  and {claims['more_holders']} more at node {node}")
-        self.shares |= self.nodes[node]["owner"] == "node"
+        if self.nodes[node]["owner"] == "node" and node not in self.sharing:
+            self.sharing.append(node)
         return lines
 
     def _unknown(self, node: str, level: str) -> list[str]:
@@ -285,10 +287,9 @@ class _Teller:
                 )
             elif self.silence(name) and node["silent"]["why"] not in ("unasked", "gone"):
                 lines.append(f"node {name} did not answer: {node['silent']['says']}")
-        sharing = [name for name, node in self.nodes.items() if node.get("owner") == "node"]
-        if self.shares and sharing:
+        if self.sharing:
             lines.append(
-                f"owner=node at {', '.join(sharing)}: the processes of such a node share its locks; only "
+                f"owner=node at {', '.join(self.sharing)}: the processes of such a node share its locks; only "
                 "other nodes are kept out"
             )
         return ["", *lines] if lines else []
