@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, identity, report, why
+from dlmfs import __version__, facts, health, identity, report, why
 from dlmfs.config import EtcdSource
 from dlmfs.control import ControlServer
 from dlmfs.engine import admin, membership
@@ -84,6 +84,7 @@ class Node:
                     "info": self._info,
                     "nodes": self._nodes,
                     "why": self._why,
+                    "health": self._health,
                 },
                 {"evict": self._evict, "remove-domain": self._remove_domain},
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
@@ -287,6 +288,9 @@ class Node:
 
     async def _why(self, request: dict[str, object]) -> object:
         return await why.why(self, str(request["domain"]), str(request["lock"]))
+
+    async def _health(self, _request: dict[str, object]) -> object:
+        return await health.health(self)
 
     async def _evict(self, request: dict[str, object]) -> object:
         name = str(request["node"])

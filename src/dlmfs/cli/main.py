@@ -19,6 +19,7 @@ VERBS: Final = {
     "info": "one lock, as the whole cluster knows it",
     "why": "why a lock is not free: who blocks whom, across nodes, and deadlocks",
     "value": "get, set or watch the 64 bytes that travel with a lock",
+    "doctor": "is everything there that a mount and a cluster need; how to mend what is not",
     "nodes": "the nodes of a lock space, and the domains each is in",
     "evict": "put a node out of the cluster",
     "domain": "remove what a domain left behind when all its nodes had crashed",

@@ -289,7 +289,7 @@ class _Teller:
                 lines.append(f"node {name} did not answer: {node['silent']['says']}")
         if self.sharing:
             lines.append(
-                f"owner=node at {', '.join(self.sharing)}: the processes of such a node share its locks; only "
-                "other nodes are kept out"
+                f"owner=node at {', '.join(self.sharing)}: the processes of such a node share its locks; "
+                "only other nodes are kept out"
             )
         return ["", *lines] if lines else []
