@@ -34,6 +34,7 @@ from dlmfs.store.base import Txn, TxnResult
 from dlmfs.store.sqlite import SqliteStore
 from dlmfs.store.statefile import default_path
 from dlmfs.timing import Timing
+from dlmfs.traffic import Traffic
 
 if TYPE_CHECKING:
     from dlmfs.config import MountConfig, MountOptions
@@ -61,6 +62,7 @@ class Node:
         self.membership: Membership
         self.fs: FileSystem
         self.device: Device
+        self.traffic: Traffic
         self._ended: asyncio.Future[str]
 
     # -- life -----------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class Node:
                     "nodes": self._nodes,
                     "why": self._why,
                     "health": self._health,
+                    "top": self._top,
                 },
                 {"evict": self._evict, "remove-domain": self._remove_domain},
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
@@ -159,6 +162,7 @@ class Node:
             watchdog=self.watchdog,
         )
         member.host = self.fs
+        self.traffic = Traffic(self)
         member.questions.reply = partial(facts.reply, self)
         await self._finish(member.start)
         undo.push_async_callback(self._leave)
@@ -291,6 +295,9 @@ class Node:
 
     async def _health(self, _request: dict[str, object]) -> object:
         return await health.health(self)
+
+    def _top(self, request: dict[str, object]) -> object:
+        return self.traffic.look(str(request.get("filter", "")), idle=bool(request.get("idle")))
 
     async def _evict(self, request: dict[str, object]) -> object:
         name = str(request["node"])

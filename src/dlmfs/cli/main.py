@@ -16,6 +16,7 @@ VERBS: Final = {
     "mount": "join a lock service: mount it on a folder",
     "umount": "leave it",
     "status": "who holds what, who waits for whom, on this host's mounts",
+    "top": "the busy locks, live",
     "info": "one lock, as the whole cluster knows it",
     "why": "why a lock is not free: who blocks whom, across nodes, and deadlocks",
     "value": "get, set or watch the 64 bytes that travel with a lock",

@@ -58,6 +58,7 @@ class Lockres:
         "converting",
         "ex",
         "front",
+        "grants",
         "holders",
         "level",
         "owner",
@@ -79,6 +80,8 @@ class Lockres:
         self.holders: dict[int, Claim] = {}
         self.ex = 0
         self.pr = 0
+        self.grants = 0
+        """Of claims here, since this resource was made."""
         self.waiters: dict[int, Claim] = {}
         self.front = Mode.NL
         self.strongest = Mode.NL
@@ -362,6 +365,7 @@ class Lockres:
             self._last_exclusive = exclusive
         claim.token = (self.revision << TOKEN_SHIFT) + self._counter
         claim.stage = Stage.HELD
+        self.grants += 1
         self.holders[claim.fh] = claim
 
     def _settle(self) -> list[Action]:
