@@ -494,3 +494,20 @@ def test_leases_differ(driver: Driver) -> None:
     clients = [Client(driver, str(number)) for number in range(3)]
     assert len({client.session.lease for client in clients}) == 3
     assert all(client.session.lease > 0 for client in clients)
+
+
+def test_how_long_a_session_would_last(driver: Driver) -> None:
+    """Up to its lease time, nothing once it has ended; None where none can run out."""
+    asker, other = Client(driver, "asker"), Client(driver, "other")
+
+    def left() -> object:
+        return asker.get(lambda done: asker.store.lease_left(other.session.lease, done))
+
+    if other.session.renewed_at is None:
+        assert left() is None
+        return
+    seconds = left()
+    assert isinstance(seconds, float)
+    assert 0 < seconds <= 15.0
+    other.get(other.session.close)
+    assert left() == 0.0

@@ -119,7 +119,6 @@ class Screen:
     def _key(self, key: int) -> bool:
         """Act on a key; False: the end."""
         if key == curses.KEY_RESIZE:
-            curses.update_lines_cols()
             self.window.clear()
         elif key == ord("\f"):
             self.window.redrawwin()

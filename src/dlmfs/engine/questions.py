@@ -184,7 +184,7 @@ class Questions:
 
     @staticmethod
     def _note(asked: _Question, kv: KeyValue) -> None:
-        node = kv.key.rpartition(b"/")[2].decode()
+        node = kv.key.rpartition(b"/")[2].decode("utf-8", "replace")
         try:
             facts = json.loads(kv.value)
         except ValueError:
@@ -199,22 +199,23 @@ class Questions:
             return  # put by hand: an answer without a lease would stay for ever
         own = self._member.name.encode()
         key = NODES + asker + ANSWER + number + b"/" + own
-        answer = json.dumps(self._reply(kv)).encode()
+        answer = self._reply(kv)
         if len(answer) > ANSWER_MAX:
             answer = json.dumps({"error": f"an answer of {len(answer)} bytes is too long"}).encode()
         stands = created_at(kv.key, kv.create_revision)
         txn = Txn((stands,), (Delete(kv.key), Put(key, answer, kv.lease)))
         self._member.store.txn(txn, _ignore)
 
-    def _reply(self, kv: KeyValue) -> Facts:
+    def _reply(self, kv: KeyValue) -> bytes:
+        answer: Facts = {"error": "the question is of another version"}
         try:
             record = json.loads(kv.value)
-            if record["v"] != FORMAT or self.reply is None:
-                return {"error": "the question is of another version"}
-            return self.reply(record["question"])
+            if record["v"] == FORMAT and self.reply is not None:
+                answer = self.reply(record["question"])
+            return json.dumps(answer).encode()
         except Exception as error:
             # Whatever is wrong with a question or with our answer: this node's locks are worth more.
-            return {"error": f"{type(error).__name__}: {error}"}
+            return json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
 
 
 def _ignore(_result: TxnResult | DlmfsError) -> None:
