@@ -24,7 +24,8 @@ from dlmfs.errors import DlmfsError, LockLost
 from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Session
-from dlmfs.store.memory import Faults, MemoryServer, MemorySession, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import Faults, MemorySession, MemoryStore
 from dlmfs.timing import Timing
 
 TTL_S = 15.0
@@ -78,6 +79,9 @@ class SimNode:
         self.store.open_session(self.name, TTL_S, self.session_lost, self._open)
 
     def _open(self, session: Session | DlmfsError) -> None:
+        if isinstance(session, DlmfsError):
+            self.cluster.loop.call_later(0.5, self.start)
+            return
         assert isinstance(session, MemorySession)
         self.session = session
         space = Lockspace(

@@ -15,7 +15,7 @@ from dlmfs.engine.records import Head
 from dlmfs.errors import DlmfsError
 from dlmfs.model import Mode, Owner
 from dlmfs.store.base import Txn, TxnDone
-from dlmfs.store.memory import Faults
+from dlmfs.store.memory_store import Faults
 from tests.engine.cluster import Program, SimCluster, SimNode
 
 LOCK = b"lock0"

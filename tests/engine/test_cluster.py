@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from dlmfs.model import Owner
-from dlmfs.store.memory import Faults
+from dlmfs.store.memory_store import Faults
 from tests.engine.cluster import SimCluster
 
 SEEDS = int(os.environ.get("DLMFS_SEEDS", "40"))

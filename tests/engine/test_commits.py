@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dlmfs.core.events import Claim, Stage
 from dlmfs.model import Mode, Owner
-from dlmfs.store.memory import Faults
+from dlmfs.store.memory_store import Faults
 from tests.engine.cluster import Program, SimCluster, SimNode
 
 LOCK = b"lock0"

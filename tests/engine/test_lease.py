@@ -16,7 +16,8 @@ from dlmfs.errors import DlmfsError, NodeNameInUse
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Put, Txn
-from dlmfs.store.memory import MemoryServer, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import MemoryStore
 from dlmfs.timing import Timing
 
 TTL_S = 15.0

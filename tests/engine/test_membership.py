@@ -12,7 +12,8 @@ from dlmfs.engine.membership import Config, Membership
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store.memory import Faults, MemoryServer, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import Faults, MemoryStore
 from tests.engine.hand import holds, waits
 
 DOMAIN, LOCK = b"dom", b"lock"
@@ -114,7 +115,7 @@ def test_a_join_that_is_answered_after_a_fence_joins_nothing(pair: tuple[Node, N
     """
     a, _ = pair
     said: list[Lockspace | DlmfsError] = []
-    a.store.faults = Faults(delay_s=1.0)
+    a.store.faults = Faults(delay_s=0.4)
     a.membership.join(DOMAIN, said.append)
     assert a.loop.run_until(lambda: any(b"/m/" in key for key in a.store.server.data), PATIENCE_S)
     assert not said

@@ -12,7 +12,8 @@ from dlmfs.engine.records import NODES
 from dlmfs.errors import DlmfsError
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Put, Txn
-from dlmfs.store.memory import Faults, MemoryServer
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import Faults
 from tests.engine.hand import Steady
 from tests.engine.test_lease import TTL_S, Node, run
 

@@ -18,7 +18,8 @@ from dlmfs.fuse.device import Device
 from dlmfs.model import Owner
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Session
-from dlmfs.store.memory import MemoryServer, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import MemoryStore
 from dlmfs.timing import Timing
 
 DOMAIN, LOCK, NODE = b"dom", b"x", "a"

@@ -25,7 +25,8 @@ from dlmfs.fuse import opcodes as op
 from dlmfs.fuse.device import Device
 from dlmfs.model import Limits, Owner
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store.memory import Faults, MemoryServer, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import Faults, MemoryStore
 from tests.fuse import fuzz_requests, messages
 from tests.fuse.fuzz_kernel import INTERRUPTIBLE, WAITS, Kernel, PlayedOs
 

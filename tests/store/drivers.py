@@ -22,7 +22,8 @@ from dlmfs.store import statefile
 from dlmfs.store.base import Session, Store, Txn, TxnResult
 from dlmfs.store.etcd.rpc import Access
 from dlmfs.store.etcd.store import EtcdStore
-from dlmfs.store.memory import MemoryServer, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import MemoryStore
 from dlmfs.store.sqlite import SqliteStore
 
 

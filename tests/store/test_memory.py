@@ -7,7 +7,8 @@ import pytest
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Delete, Get, Put, Txn, WatchBatch, WatchGap
-from dlmfs.store.memory import Faults, MemoryServer, MemorySession, MemoryStore
+from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_store import Faults, MemorySession, MemoryStore
 
 WRITE = Txn((), (Put(b"a", b"1"),))
 
@@ -164,7 +165,7 @@ def test_a_closed_session_is_not_lost(world: World) -> None:
 
 def test_nothing_calls_back_after_a_crash(world: World) -> None:
     session, lost = world.session()
-    world.server.apply(Txn((), (Put(b"a", b"", session.lease),)))
+    world.server.apply(Txn((), (Put(b"leased", b"", session.lease),)))
     world.watch()
     world.store.txn(WRITE, world.answers.append)
     world.store.crash()
@@ -172,7 +173,7 @@ def test_nothing_calls_back_after_a_crash(world: World) -> None:
     assert not world.answers
     assert not world.seen
     assert not lost
-    assert b"a" not in world.server.data
+    assert b"leased" not in world.server.data
 
 
 def test_compaction_ends_a_watch_that_fell_behind(world: World) -> None:

@@ -1,19 +1,14 @@
-"""The store for tests and simulation: exact semantics, and every fault on command.
+"""The store for tests and simulation: the cluster's memory, with exact semantics and no delay.
 
-`MemoryServer` is the cluster's memory; `MemoryStore` is one node's way to it. Between them lies a
-network whose faults are drawn from a seeded generator: a request or its answer is late or lost, a
-transaction is applied after its sender was told "unknown", the watch lags, the node is cut off,
-the lease runs out.
+A node's way to it, with a network between them that has every fault, is `memory_store`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from random import Random
-from typing import Final
 
-from dlmfs.errors import Bug, DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
+from dlmfs.errors import Bug, LockLost
 from dlmfs.store.base import (
     Compare,
     Delete,
@@ -24,30 +19,11 @@ from dlmfs.store.base import (
     Put,
     Range,
     Response,
-    Session,
     Txn,
-    TxnDone,
     TxnResult,
     WatchBatch,
-    WatchGap,
 )
 from dlmfs.timing import Scheduler, Timer
-
-RECONNECT_S: Final = 0.5
-
-
-@dataclass
-class Faults:
-    """What the network does. Probabilities per transaction; delays in seconds, drawn evenly."""
-
-    delay_s: float = 0.001
-    watch_delay_s: float = 0.001
-    lose_request: float = 0.0
-    lose_answer: float = 0.0
-    apply_late: float = 0.0
-    late_s: float = 5.0
-    timeout_s: float = 1.0
-    full: bool = False
 
 
 def writes(txn: Txn) -> bool:
@@ -85,15 +61,20 @@ def check(txn: Txn) -> None:
 
 @dataclass
 class _Lease:
+    """`ttl_s` is None for a session that does not run out (the embedded engine's)."""
+
     node: str
-    ttl_s: float
+    ttl_s: float | None
     renewed: float
     keys: set[bytes] = field(default_factory=set)
     timer: Timer | None = None
 
 
 class MemoryServer:
-    """The data, its history and its leases. All calls are instantaneous and definite."""
+    """The data, its history and its leases. All calls are instantaneous and definite.
+
+    `term` counts the leaders; with `available` false nobody is answered, as during an election.
+    """
 
     def __init__(self, loop: Scheduler, start_revision: int = 0) -> None:
         self.loop = loop
@@ -104,7 +85,11 @@ class MemoryServer:
         self.leases: dict[int, _Lease] = {}
         self.watchers: list[Callable[[], None]] = []
         self.commits = 0
+        self.term = 1
+        self.available = True
         self._next_lease = 1
+        self._last_leaders: set[int] = set()
+        """The leases that the leader before this one knew."""
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -195,6 +180,10 @@ class MemoryServer:
         for watcher in list(self.watchers):
             watcher()
 
+    def since(self, revision: int) -> list[WatchBatch]:
+        """The history from `revision` on. Every revision is there, unless it was compacted."""
+        return self.history[max(0, revision - self.compacted - 1) :]
+
     def compact(self, revision: int) -> None:
         """Forget the history up to and including `revision`."""
         self.compacted = max(self.compacted, revision)
@@ -202,26 +191,49 @@ class MemoryServer:
 
     # -- leases ---------------------------------------------------------------------------------
 
-    def grant(self, node: str, ttl_s: float) -> int:
+    def grant(self, node: str, ttl_s: float | None) -> int:
         lease = self._next_lease
         self._next_lease += 1
         self.leases[lease] = _Lease(node, ttl_s, self.loop.time())
-        self._arm(lease)
+        self._watch_over(lease)
         return lease
+
+    def left(self, lease: int) -> float | None:
+        """Seconds until the lease ends if nobody renews it; 0: it has ended; None: it does not run out."""
+        record = self.leases.get(lease)
+        if record is None:
+            return 0.0
+        return None if record.ttl_s is None else record.renewed + record.ttl_s - self.loop.time()
 
     def renew(self, lease: int) -> bool:
         """Whether the lease was still there."""
         if lease not in self.leases:
             return False
         self.leases[lease].renewed = self.loop.time()
-        self._arm(lease)
         return True
 
-    def _arm(self, lease: int) -> None:
-        record = self.leases[lease]
-        if record.timer is not None:
-            record.timer.cancel()
-        record.timer = self.loop.call_later(record.ttl_s, self.expire, lease)
+    def keep_alive(self, lease: int, *, stale: bool = False) -> bool:
+        """A renewal as a client asks for it. `stale`: it reached the former leader, which was paused
+        and says yes for a lease that the present one lets run out (protocol-traps 15)."""
+        return lease in self._last_leaders if stale else self.renew(lease)
+
+    def change_leader(self) -> None:
+        """A new leader gives every lease its full time again (etcd-notes 5)."""
+        self.term += 1
+        self._last_leaders = set(self.leases)
+        for lease in self.leases:
+            self.renew(lease)
+
+    def _watch_over(self, lease: int) -> None:
+        """One timer for each lease, put off when it fires: renewals are many and ends are few."""
+        record = self.leases.get(lease)
+        if record is None or record.ttl_s is None:
+            return
+        left = record.renewed + record.ttl_s - self.loop.time()
+        if left > 0:
+            record.timer = self.loop.call_later(left, self._watch_over, lease)
+        else:
+            self.expire(lease)
 
     def expire(self, lease: int) -> None:
         """End a lease: all its keys vanish in one revision. Idempotent."""
@@ -243,221 +255,3 @@ def _stamp(result: TxnResult, revision: int) -> TxnResult:
         _stamp(r, revision) if isinstance(r, TxnResult) else r for r in result.responses
     )
     return TxnResult(result.succeeded, revision, responses)
-
-
-class MemoryStore:
-    """One node's handle. After `crash` nothing is ever called back."""
-
-    def __init__(
-        self, server: MemoryServer, rng: Random | None = None, faults: Faults | None = None
-    ) -> None:
-        self.server = server
-        self.loop = server.loop
-        self.rng = rng or Random(0)
-        self.faults = faults or Faults()
-        self.connected = True
-        self.dead = False
-        self.watches: list[MemoryWatch] = []
-        self.session: MemorySession | None = None
-
-    # -- faults -----------------------------------------------------------------------------
-
-    def cut(self) -> None:
-        """Nothing gets through any more, in either direction."""
-        self.connected = False
-
-    def heal(self) -> None:
-        self.connected = True
-        for watch in self.watches:
-            watch.pull()
-
-    def crash(self) -> None:
-        """The node dies: its lease runs out by itself."""
-        self.dead = True
-        self.close()
-
-    def call_back(self, callback: Callable[..., None], *args: object) -> None:
-        if not self.dead:
-            callback(*args)
-
-    def _delay(self) -> float:
-        return self.rng.uniform(0, self.faults.delay_s)
-
-    # -- the contract -----------------------------------------------------------------------
-
-    def txn(self, txn: Txn, done: TxnDone) -> None:
-        check(txn)
-        faults, draw = self.faults, self.rng.random()
-        unknown = OutcomeUnknown("no answer from the store")
-        if not self.connected or draw < faults.lose_request:
-            self.loop.call_later(faults.timeout_s, self.call_back, done, unknown)
-            return
-        draw -= faults.lose_request
-        if draw < faults.apply_late:
-            self.loop.call_later(faults.timeout_s, self.call_back, done, unknown)
-            late = faults.timeout_s + self.rng.uniform(0, faults.late_s)
-            self.loop.call_later(late, self._apply, txn)
-            return
-        draw -= faults.apply_late
-        self.loop.call_later(self._delay(), self._arrive, txn, done, draw < faults.lose_answer)
-
-    def _apply(self, txn: Txn) -> TxnResult | DlmfsError:
-        try:
-            if self.faults.full and writes(txn):
-                return StoreFull("the store is full")
-            return self.server.apply(txn)
-        except LockLost as error:
-            return error
-
-    def _arrive(self, txn: Txn, done: TxnDone, lose_answer: bool) -> None:
-        if self.dead:
-            return  # the request was still in the dead node's buffers
-        result = self._apply(txn)
-        if lose_answer or not self.connected:
-            unknown = OutcomeUnknown("no answer from the store")
-            self.loop.call_later(self.faults.timeout_s, self.call_back, done, unknown)
-        else:
-            self.loop.call_later(self._delay(), self.call_back, done, result)
-
-    def watch(
-        self,
-        prefixes: Sequence[bytes],
-        from_revision: int,
-        sink: Callable[[WatchBatch | WatchGap], None],
-    ) -> MemoryWatch:
-        watch = MemoryWatch(self, tuple(prefixes), from_revision, sink)
-        self.watches.append(watch)
-        self.server.watchers.append(watch.pull)
-        watch.pull()
-        return watch
-
-    def open_session(
-        self,
-        node: str,
-        ttl_s: float,
-        lost: Callable[[DlmfsError], None],
-        done: Callable[[Session | DlmfsError], None],
-    ) -> None:
-        if not self.connected:
-            error = Unavailable("the store cannot be reached")
-            self.loop.call_later(self.faults.timeout_s, self.call_back, done, error)
-            return
-        self.session = MemorySession(self, node, ttl_s, lost)
-        self.loop.call_later(self._delay(), self.call_back, done, self.session)
-
-    def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
-        error = None if self.connected else OutcomeUnknown("no answer from the store")
-        if self.connected:
-            self.server.expire(lease)
-        self.loop.call_later(self._delay(), self.call_back, done, error)
-
-    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
-        left: float | DlmfsError = OutcomeUnknown("no answer from the store")
-        if self.connected:
-            record = self.server.leases.get(lease)
-            now = self.loop.time()
-            left = 0.0 if record is None else record.renewed + record.ttl_s - now
-        self.loop.call_later(self._delay(), self.call_back, done, left)
-
-    def describe(self) -> dict[str, object]:
-        return {"store": "memory", "connected": self.connected}
-
-    def size_mb(self) -> float:
-        return 0.0
-
-    def close(self) -> None:
-        for watch in list(self.watches):
-            watch.cancel()
-        if self.session is not None:
-            self.session.abandon()
-
-
-class MemoryWatch:
-    """Delivers the history behind the node's network: late, in order, without gaps or repeats."""
-
-    def __init__(
-        self,
-        store: MemoryStore,
-        prefixes: tuple[bytes, ...],
-        from_revision: int,
-        sink: Callable[[WatchBatch | WatchGap], None],
-    ) -> None:
-        self.store = store
-        self.prefixes = prefixes
-        self.next = from_revision
-        self.sink = sink
-        self.cancelled = False
-        self._pending = False
-
-    def pull(self) -> None:
-        """Something may have happened: fetch it after the network's delay."""
-        if not self._pending and not self.cancelled:
-            self._pending = True
-            delay = self.store.rng.uniform(0, self.store.faults.watch_delay_s)
-            self.store.loop.call_later(delay, self._deliver)
-
-    def _deliver(self) -> None:
-        self._pending = False
-        store = self.store
-        if self.cancelled or store.dead or not store.connected:
-            return
-        server = store.server
-        if self.next <= server.compacted:
-            self.cancel()
-            self.sink(WatchGap(server.compacted + 1))
-            return
-        for batch in list(server.history):
-            if batch.revision < self.next or self.cancelled:
-                continue
-            self.next = batch.revision + 1
-            events = tuple(e for e in batch.events if e.kv.key.startswith(self.prefixes))
-            if events:
-                self.sink(WatchBatch(batch.revision, events))
-                if store.rng.random() < 0.3:  # the rest comes as a packet of its own
-                    self.pull()
-                    return
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        if self in self.store.watches:
-            self.store.watches.remove(self)
-            self.store.server.watchers.remove(self.pull)
-
-
-class MemorySession:
-    """A lease kept alive over the node's network."""
-
-    def __init__(
-        self, store: MemoryStore, node: str, ttl_s: float, lost: Callable[[DlmfsError], None]
-    ) -> None:
-        self.store = store
-        self.ttl_s = ttl_s
-        self.lost = lost
-        self.lease = store.server.grant(node, ttl_s)
-        self.renewed_at: float | None = store.loop.time()
-        self.ended = False
-        self._timer = store.loop.call_later(ttl_s / 5, self._renew)
-
-    def _renew(self) -> None:
-        if self.ended or self.store.dead:
-            return
-        self._timer = self.store.loop.call_later(self.ttl_s / 5, self._renew)
-        if not self.store.connected:
-            return
-        sent = self.store.loop.time()
-        if self.store.server.renew(self.lease):
-            self.renewed_at = sent
-        else:
-            self.ended = True
-            gone = LockLost("the lease has ended in the store")
-            self.store.loop.call_soon(self.store.call_back, self.lost, gone)
-
-    def abandon(self) -> None:
-        self.ended = True
-        self._timer.cancel()
-
-    def close(self, done: Callable[[DlmfsError | None], None]) -> None:
-        self.abandon()
-        if self.store.connected:
-            self.store.server.expire(self.lease)
-        self.store.loop.call_soon(self.store.call_back, done, None)

@@ -1,9 +1,7 @@
 """A lease in etcd, renewed, and each renewal confirmed.
 
-A renewal counts only if, before it was sent and after it was answered, a linearizable read found the
-same raft term, and the later one our key (design, "Lease and fencing"). Then one leader reigned all
-the while, so it was this leader that renewed the lease. Otherwise a paused old leader may have answered
-for a lease that the new one lets run out (protocol-traps 15, etcd-notes 5).
+Which renewals count is `core.lease.Renewal`'s to say; the read that confirms one must also find our key
+(etcd-notes 5).
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Final
 
 import grpc
 
+from dlmfs.core.lease import Renewal
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.codec import Codec
@@ -43,11 +42,14 @@ class EtcdSession:
         self.lost = lost
         self.lease = secrets.randbits(63) | 1
         self.ttl_s = 0.0
-        self.renewed_at: float | None = None
+        self.renewal: Renewal | None = None
         self._key = codec.root[:-1] + b"!/%016x" % self.lease
-        self._term = 0
         self._ended = False
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def renewed_at(self) -> float | None:
+        return None if self.renewal is None else self.renewal.renewed_at
 
     async def open(self, ttl_s: float) -> None:
         """Get the lease. Raises OutcomeUnknown if the store is out of reach, NotPermitted."""
@@ -58,9 +60,8 @@ class EtcdSession:
         self.ttl_s = float(granted.ttl)
         put = pb.PutRequest(key=self._key, value=b"{}", lease=self.lease)
         txn = pb.TxnRequest(success=[pb.RequestOp(request_put=put)])
-        self._term = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
-        # A leader that came between the two has renewed the lease in full.
-        self.renewed_at = sent
+        put_under = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
+        self.renewal = Renewal(sent, put_under)
         self._task = self.rpc.loop.create_task(self._keep())
         look_after(self._task)
 
@@ -89,11 +90,8 @@ class EtcdSession:
         answer = await self.rpc.call(TXN, look, timeout_s)
         if left_s <= 0 or not answer.responses[0].response_range.kvs:
             raise LockLost("the lease has ended in the store")
-        same: bool = answer.header.raft_term == self._term
-        self._term = answer.header.raft_term
-        if same:
-            self.renewed_at = sent
-        return same
+        assert self.renewal is not None
+        return self.renewal.confirmed(sent, answer.header.raft_term)
 
     async def _keep_alive(self, timeout_s: float) -> int:
         """The seconds left after a renewal; 0 if the lease is gone."""
