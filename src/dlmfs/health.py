@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 READS: Final = 5
 HEADS: Final = b"h/"
+HEADS_MAX: Final = 10_000
+"""Locks looked at."""
+PIECE: Final = 200
 
 Facts = dict[str, Any]
 
@@ -38,8 +41,9 @@ async def health(node: Node) -> Facts:
             silence = f"it has said nothing for {inquiry.STORE_S:g} s"
             return {"trouble": str(error) or silence, "version": __version__}
         took.append(loop.time() - start)
-    result = await node.transact(Txn((), (Range(NODES), Range(DOMAINS), Range(HEADS))))
-    nodes, rest, heads = (_records(part) for part in result.responses)
+    result = await node.transact(Txn((), (Range(NODES), Range(DOMAINS))))
+    nodes, rest = (_records(part) for part in result.responses)
+    heads = await _heads(node)
     records = {
         kv.key[len(NODES) :].decode(): kv for kv in nodes if b"/" not in kv.key[len(NODES) :]
     }
@@ -52,12 +56,28 @@ async def health(node: Node) -> Facts:
             kv.key[len(NODES) : -len(EVICT)].decode() for kv in nodes if kv.key.endswith(EVICT)
         ],
         "domains": _domains(rest, heads),
+        "heads_max": HEADS_MAX if len(heads) == HEADS_MAX else None,
     }
 
 
 def _records(part: object) -> list[KeyValue]:
     assert isinstance(part, tuple)
     return [kv for kv in part if isinstance(kv, KeyValue)]
+
+
+async def _heads(node: Node) -> list[KeyValue]:
+    """The first locks, in pieces: those of everybody at once would stop the event loop."""
+    found: list[KeyValue] = []
+    behind = b""
+    while len(found) < HEADS_MAX:
+        piece = await node.transact(Txn((), (Range(HEADS, behind, PIECE),)))
+        (part,) = piece.responses
+        if not (some := _records(part)):
+            break
+        found += some
+        behind = some[-1].key
+        await asyncio.sleep(0)
+    return found[:HEADS_MAX]
 
 
 async def _nodes(node: Node, records: dict[str, KeyValue]) -> list[Facts]:

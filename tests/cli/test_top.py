@@ -67,7 +67,7 @@ def test_one_look(nodes: Nodes) -> None:
     assert names(look(b, "-r")) == ["dom/y", "dom/x"]
     text = dlmfs("top", "-b", "-n", "1", "-d", "0", str(b)).stdout
     head, columns, first, second = text.splitlines()
-    assert head.startswith("nodes here: b  busy locks: 2 of ")
+    assert head == "nodes here: b  busy locks: 2  by waiters"
     assert columns.split() == ["WAIT", "LONGEST", "GRANTS/S", "HELD", "SINCE", "LOCK"]
     assert re.fullmatch(r" +2 +[0-9.]+s +\S+ +0 +-  dom/x +node a", first), first
     assert re.search(r"dom/y +pid \d+ python\d* \(node b\)$", second), second

@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:
         count = {level: sum(f.level == level for f in findings) for level in LEVELS}
-        print(f"{count['fail']} failures, {count['warn']} warnings")
+        print(f"failures: {count['fail']}, warnings: {count['warn']}")
     return EXITS[worst]
 
 

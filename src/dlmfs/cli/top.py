@@ -105,7 +105,7 @@ def sample(mountpoint: str | None, view: View) -> Facts:
             mounts.append({"mountpoint": entry.mountpoint, "error": str(error)})
             continue
         locks = told.pop("locks")
-        mounts.append({**told, "error": None})
+        mounts.append({**told, "told": len(locks), "error": None})
         nodes.setdefault(told["source"], set()).add(told["node"])
         for lock in locks:
             key = (told["source"], lock["domain"], lock["lock"])
@@ -187,12 +187,12 @@ def heading(seen: Facts, view: View) -> list[str]:
         if m["state"] != "HEALTHY"
     ]
     nodes = ", ".join(m["node"] for m in well) or "none"
-    busy = sum(m["busy"] for m in well)
-    all_locks = sum(m["all_locks"] for m in well)
+    count = len(seen["locks"])
+    more = "" if all(m["told"] == m["busy"] for m in well) else " of many"
     order = f"by {view.sort}{', reversed' if view.reverse else ''}"
     only = f", with '{plain(view.wanted)}'" if view.wanted else ""
     what = "all" if view.idle else "busy"
-    first = f"nodes here: {nodes}  {what} locks: {busy} of {all_locks}{only}  {order}"
+    first = f"nodes here: {nodes}  {what} locks: {count}{more}{only}  {order}"
     return [first, *lines]
 
 

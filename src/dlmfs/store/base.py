@@ -76,9 +76,12 @@ class Get(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Answered with a tuple of `KeyValue`, by key."""
+    """Answered with a tuple of `KeyValue`, by key; of those behind the key `behind`, if it is given (it
+    starts with `prefix`), and no more than `limit` (0: all)."""
 
     prefix: bytes
+    behind: bytes = b""
+    limit: int = 0
 
 
 class Txn(NamedTuple):

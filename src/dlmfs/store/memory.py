@@ -159,9 +159,8 @@ class MemoryServer:
             elif isinstance(op, Get):
                 responses.append(after.get(op.key))
             elif isinstance(op, Range):
-                responses.append(
-                    tuple(after[key] for key in sorted(after) if key.startswith(op.prefix))
-                )
+                keys = [k for k in sorted(after) if k.startswith(op.prefix) and k > op.behind]
+                responses.append(tuple(after[key] for key in keys[: op.limit or None]))
             else:
                 inner = self._run(op, before, after, revision, events)
                 responses.append(TxnResult(inner[0], 0, inner[1]))
@@ -199,7 +198,7 @@ class MemoryServer:
         return lease
 
     def left(self, lease: int) -> float | None:
-        """Seconds until the lease ends if nobody renews it; 0: it has ended; None: it does not run out."""
+        """Seconds until the lease ends if nobody renews it; 0: it has ended; None: it never does."""
         record = self.leases.get(lease)
         if record is None:
             return 0.0

@@ -63,6 +63,8 @@ def check(entry: MountEntry) -> Iterator[Finding]:
         yield from _node(about, node, status)
     for name in health["evicted"]:
         yield ok(about, f"node {name} was evicted and stays out until it is mounted anew")
+    if health["heads_max"]:
+        yield ok(about, f"only the first {health['heads_max']} locks were looked at")
     for domain in health["domains"]:
         yield from _domain(about, place, domain)
 
