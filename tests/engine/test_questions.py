@@ -95,6 +95,18 @@ def test_an_answer_that_the_watch_brings_late_counts(server: MemoryServer, loop:
     assert Asking(a, b).answers()["b"] == {"node": "b", "asked": {"q": "?"}}
 
 
+def test_a_question_in_a_gap_of_the_watch_is_found(server: MemoryServer, loop: SimLoop) -> None:
+    """An idle node in a busy lock space is rarely told of anything, and the log is trimmed meanwhile."""
+    a, b = node(server, "a"), node(server, "b")
+    b.store.faults = Faults(watch_delay_s=0.5)
+    b.store.rng = Steady()
+    asking = Asking(a, b)
+    run(loop, lambda: bool(letters(server)))
+    server.compact(server.revision)
+    assert asking.answers()["b"] is not None
+    assert asking.took < PATIENCE_S
+
+
 def test_a_node_that_has_gone_is_told_from_a_silent_one(server: MemoryServer) -> None:
     a, b = node(server, "a"), node(server, "b")
     assert b.member.session is not None

@@ -25,7 +25,7 @@ from typing import Final, Protocol
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.lockspace import Host as LockHost
 from dlmfs.engine.lockspace import Life, Lockspace
-from dlmfs.engine.questions import Questions
+from dlmfs.engine.questions import ASK, Questions
 from dlmfs.engine.records import FORMAT
 from dlmfs.engine.records import NODES as NODES
 from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
@@ -35,6 +35,7 @@ from dlmfs.store.base import (
     Get,
     KeyValue,
     Put,
+    Range,
     Session,
     Store,
     Txn,
@@ -449,7 +450,8 @@ class Membership:
         if not self._up:
             return
         if isinstance(batch, WatchGap):
-            # Nothing of ours was changed that the lease would not tell as well, but for a mark.
+            # Nothing of ours was changed that the lease would not tell as well, but for a mark; and
+            # there may be questions.
             self._look_for_mark()
             return
         own = NODES + self.name.encode()
@@ -462,7 +464,8 @@ class Membership:
                 self.questions.told(event)
 
     def _look_for_mark(self) -> None:
-        key = NODES + self.name.encode() + EVICT
+        own = NODES + self.name.encode()
+        key = own + EVICT
 
         def read(result: TxnResult | DlmfsError) -> None:
             if not self._up:
@@ -474,10 +477,10 @@ class Membership:
             if isinstance(mark, KeyValue):
                 self._marked(mark)
             if self._up:
-                own = NODES + self.name.encode()
                 self._watch = self.store.watch((own,), result.revision + 1, self._told)
+                self.questions.found(result.responses[1])
 
-        self.store.txn(Txn((), (Get(key),)), read)
+        self.store.txn(Txn((), (Get(key), Range(own + ASK))), read)
 
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""

@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.engine.records import FORMAT, NODES
 from dlmfs.errors import DlmfsError, OutcomeUnknown, Unavailable
-from dlmfs.store.base import Delete, Event, KeyValue, Put, Range, Txn, TxnResult, created_at
+from dlmfs.store.base import (
+    Delete,
+    Event,
+    KeyValue,
+    Put,
+    Range,
+    Response,
+    Txn,
+    TxnResult,
+    created_at,
+)
 
 if TYPE_CHECKING:
     from dlmfs.engine.membership import Membership
@@ -181,6 +191,13 @@ class Questions:
             else:
                 self._note(asked, event.kv)
                 self._look(asked)
+
+    def found(self, asks: Response) -> None:
+        """What stands below n/<name>/ask/, where the watch had a gap."""
+        assert isinstance(asks, tuple)
+        for kv in asks:
+            assert isinstance(kv, KeyValue)
+            self.told(Event("put", kv))
 
     @staticmethod
     def _note(asked: _Question, kv: KeyValue) -> None:
