@@ -136,3 +136,18 @@ def test_a_crowd_is_looked_through_at_once() -> None:
     z = lock("z", "b", a=([claim(5, 10)], []), b=([], [claim(6, 20)]))
     (cycle,) = found([x, y, z], nodes(f"a b {names}"))
     assert {edge.lock for edge in cycle.edges} == {"y", "z"}
+
+
+def report(waiting: int) -> dict[str, Any]:
+    """An answer of `why` with the deadlock of two; `waiting`: the open file that waits for x."""
+    x = lock("x", "b", a=([claim(1, 10)], []), b=([], [claim(waiting, 20)]))
+    y = lock("y", "a", b=([claim(3, 20)], []), a=([], [claim(4, 10)]))
+    known: dict[str, Any] = nodes("a b") | {"c": {"silent": {"why": "dead"}}}
+    return {"locks": [x, y], "nodes": known, "waits": []}
+
+
+def test_a_deadlock_counts_if_the_same_open_files_are_in_it_twice() -> None:
+    first, again, other = (waitgraph.deadlocks(report(number)) for number in (2, 2, 7))
+    assert [len(found) for found in (first, again, other)] == [1, 1, 1]
+    assert waitgraph.in_both(first, again) == again
+    assert waitgraph.in_both(first, other) == [], "the same processes, but they went on between"

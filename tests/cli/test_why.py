@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,18 @@ def test_a_chain_over_three_nodes_is_told_link_by_link(nodes: Nodes) -> None:
     for words in order:
         assert words in text[at:], (words, text)
         at = text.index(words, at) + 1
+
+
+def test_the_order_of_local_and_remote_waiters(nodes: Nodes) -> None:
+    """One waits at the holder's node before the other node's wish came, one after it."""
+    a, b = nodes.pair("owner=file")
+    Opener(nodes, ("x", a / "dom/x")).has(1)
+    order = []
+    for number, where in enumerate((a, b, a), 1):
+        order.append(Opener(nodes, ("x", where / "dom/x")).pid)
+        queued(a / "dom/x", number)
+    text = run("why", b / "dom/x")
+    assert [int(n) for n in re.findall(r"(?m)^ +\d\. pid (\d+) ", text)] == order
 
 
 def test_a_deadlock_across_two_mounts_of_one_host(nodes: Nodes) -> None:

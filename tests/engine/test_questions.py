@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dlmfs.engine import questions
-from dlmfs.engine.questions import ASK, PATIENCE_S
+from dlmfs.engine.questions import ANSWER, ASK, PATIENCE_S
 from dlmfs.engine.records import NODES
 from dlmfs.errors import DlmfsError
 from dlmfs.sim.loop import SimLoop
@@ -95,13 +95,18 @@ def test_an_answer_that_the_watch_brings_late_counts(server: MemoryServer, loop:
     assert Asking(a, b).answers()["b"] == {"node": "b", "asked": {"q": "?"}}
 
 
-def test_a_question_in_a_gap_of_the_watch_is_found(server: MemoryServer, loop: SimLoop) -> None:
-    """An idle node in a busy lock space is rarely told of anything, and the log is trimmed meanwhile."""
+@pytest.mark.parametrize("deaf", ["asked", "asker"])
+def test_what_falls_into_a_gap_of_the_watch_is_found(
+    server: MemoryServer, loop: SimLoop, deaf: str
+) -> None:
+    """An idle node of a busy lock space is rarely told of anything, and the log is trimmed meanwhile."""
     a, b = node(server, "a"), node(server, "b")
-    b.store.faults = Faults(watch_delay_s=0.5)
-    b.store.rng = Steady()
+    late = b if deaf == "asked" else a
+    late.store.faults = Faults(watch_delay_s=0.5)
+    late.store.rng = Steady()
     asking = Asking(a, b)
-    run(loop, lambda: bool(letters(server)))
+    awaited = ASK if deaf == "asked" else ANSWER
+    run(loop, lambda: any(awaited in key for key in letters(server)))
     server.compact(server.revision)
     assert asking.answers()["b"] is not None
     assert asking.took < PATIENCE_S

@@ -25,13 +25,14 @@ from typing import Final, Protocol
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.lockspace import Host as LockHost
 from dlmfs.engine.lockspace import Life, Lockspace
-from dlmfs.engine.questions import ASK, Questions
+from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import FORMAT
 from dlmfs.engine.records import NODES as NODES
 from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
     Delete,
+    Event,
     Get,
     KeyValue,
     Put,
@@ -450,9 +451,8 @@ class Membership:
         if not self._up:
             return
         if isinstance(batch, WatchGap):
-            # Nothing of ours was changed that the lease would not tell as well, but for a mark; and
-            # there may be questions.
-            self._look_for_mark()
+            # Our own record was not changed, or the lease would tell.
+            self._look_below()
             return
         own = NODES + self.name.encode()
         for event in batch.events:
@@ -463,24 +463,23 @@ class Membership:
             else:
                 self.questions.told(event)
 
-    def _look_for_mark(self) -> None:
+    def _look_below(self) -> None:
+        """What was put for us while the watch had a gap."""
         own = NODES + self.name.encode()
-        key = own + EVICT
 
         def read(result: TxnResult | DlmfsError) -> None:
             if not self._up:
                 return
             if isinstance(result, DlmfsError):
-                self.loop.call_later(RETRY_S, self._look_for_mark)
+                self.loop.call_later(RETRY_S, self._look_below)
                 return
-            mark = result.responses[0]
-            if isinstance(mark, KeyValue):
-                self._marked(mark)
-            if self._up:
-                self._watch = self.store.watch((own,), result.revision + 1, self._told)
-                self.questions.found(result.responses[1])
+            self._watch = self.store.watch((own,), result.revision + 1, self._told)
+            (below,) = result.responses
+            assert isinstance(below, tuple)
+            puts = tuple(Event("put", kv) for kv in below if isinstance(kv, KeyValue))
+            self._told(WatchBatch(result.revision, puts))
 
-        self.store.txn(Txn((), (Get(key), Range(own + ASK))), read)
+        self.store.txn(Txn((), (Range(own + b"/"),)), read)
 
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""

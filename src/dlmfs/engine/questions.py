@@ -29,7 +29,6 @@ from dlmfs.store.base import (
     KeyValue,
     Put,
     Range,
-    Response,
     Txn,
     TxnResult,
     created_at,
@@ -191,13 +190,6 @@ class Questions:
             else:
                 self._note(asked, event.kv)
                 self._look(asked)
-
-    def found(self, asks: Response) -> None:
-        """What stands below n/<name>/ask/, where the watch had a gap."""
-        assert isinstance(asks, tuple)
-        for kv in asks:
-            assert isinstance(kv, KeyValue)
-            self.told(Event("put", kv))
 
     @staticmethod
     def _note(asked: _Question, kv: KeyValue) -> None:
