@@ -97,13 +97,11 @@ async def _nodes(node: Node, records: dict[str, KeyValue]) -> list[Facts]:
             "left_s": await inquiry.lease_left(node, kv.lease),
             "silent": None,
         }
-        answer = answers.get(name)
-        if name in answers and answer is None:
-            row["silent"] = await inquiry.silence(node, kv)
-        elif answer is not None and "error" in answer:
-            row["silent"] = inquiry.unheard("refused", f"it cannot say: {answer['error']}")
-        elif answer is not None:
-            row |= {key: answer.get(key) for key in ("version", "state", "reason", "owner")}
+        if name in answers:
+            row["silent"] = await inquiry.silent(node, kv, answers[name])
+            answer = answers[name] or {}
+            if row["silent"] is None:
+                row |= {key: answer.get(key) for key in ("version", "state", "reason", "owner")}
         found.append(row)
     return found
 

@@ -28,7 +28,7 @@ async def ask(
     node: Node, records: Mapping[str, KeyValue], names: Sequence[str], question: Facts
 ) -> Answers:
     """The answers of the nodes `names`, of whom `records` are the records. Never longer than
-    `PATIENCE_S + STORE_S`; where the question could not be put, {"error": why} of each."""
+    `PATIENCE_S + STORE_S`; where the question could not be put, {"unasked": why} of each."""
     answered: asyncio.Future[Answers | DlmfsError] = node.loop.create_future()
 
     def done(result: Answers | DlmfsError) -> None:
@@ -43,7 +43,7 @@ async def ask(
     except TimeoutError:
         return dict.fromkeys(names)
     if isinstance(result, DlmfsError):
-        return {name: {"error": str(result)} for name in names}
+        return {name: {"unasked": str(result)} for name in names}
     return result
 
 
@@ -58,6 +58,20 @@ def facts_of(kv: KeyValue) -> Facts:
 def place(kv: KeyValue) -> str:
     found = facts_of(kv)
     return f"{found.get('boot')}/{found.get('pidns')}"
+
+
+async def silent(node: Node, kv: KeyValue, answer: Facts | None) -> Facts | None:
+    """What is to be said of a node by way of its answer, which may be that there is none; None: it has
+    answered."""
+    if answer is None:
+        return await silence(node, kv)
+    if "unasked" in answer:
+        return unheard("unasked", str(answer["unasked"]))
+    if "gone" in answer:
+        return unheard("gone", "it has just left")
+    if "error" in answer:
+        return unheard("refused", f"it cannot say: {answer['error']}")
+    return None
 
 
 def unheard(why_not: str, says: str) -> Facts:

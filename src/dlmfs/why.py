@@ -158,17 +158,15 @@ class _Search:
         return [name for name in dict.fromkeys(wanted) if name in known]
 
     async def _take(self, name: str, answer: Facts | None) -> None:
-        if answer is None:
-            self.silent[name] = await inquiry.silence(self.node, self._records[name])
-            return
-        if "gone" in answer or "error" in answer:
-            gone = inquiry.unheard("gone", "it has just left")
-            error = inquiry.unheard("refused", f"it cannot say: {answer.get('error')}")
-            self.silent[name] = gone if "gone" in answer else error
-            return
+        if name != self.node.membership.name:
+            silent = await inquiry.silent(self.node, self._records[name], answer)
+            if silent is not None:
+                self.silent[name] = silent
+                return
+        assert answer is not None
         with contextlib.suppress(
             KeyError, TypeError
-        ):  # of another version: as much as we understand
+        ):  # another version's: what we understand of it
             for lock in answer["locks"]:
                 self.locks[lock["domain"], lock["lock"]]["claims"][name] = lock
             for row in answer["waits"]:

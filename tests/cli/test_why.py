@@ -227,6 +227,20 @@ def test_a_stopped_asker_and_a_dead_one(nodes: Nodes) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_fenced_asker_says_that_it_cannot_ask(nodes: Nodes) -> None:
+    a, b = nodes.pair()
+    Opener(nodes, ("x", b / "dom/x")).has(1)
+    dlmfs("evict", "a", str(b))
+    report = why(a / "dom/x", code=69)
+    assert report["nodes"]["a"]["state"] == "FENCED"
+    assert report["nodes"]["b"]["silent"]["why"] == "unasked"
+    text = run("why", a / "dom/x", code=69)
+    assert "node b has it (EX), in use or cached, and cannot be heard:" in text
+    assert "other nodes cannot be asked now: evicted by b" in text
+    assert "node a is FENCED: evicted by b" in text
+    assert letters(nodes.state) == []
+
+
 def test_a_dead_daemon_gives_its_locks_back_and_is_not_asked(nodes: Nodes) -> None:
     a, b = nodes.pair()
     holder = Opener(nodes, ("x", b / "dom/x")).has(1)

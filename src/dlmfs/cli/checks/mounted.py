@@ -142,6 +142,7 @@ def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
             "stopped": f"kill -CONT {silent['pid']} on {silent['host']}",
             "dead": "nothing to do: it is forgotten when its lease ends",
             "gone": "nothing to do",
+            "unasked": f"see to node {status['node']} first",
         }.get(silent["why"], f"look at {node['host']}; `dlmfs evict {name}` puts it out")
         if silent["why"] not in ("dead", "unreachable"):
             until = ""
