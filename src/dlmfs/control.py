@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import os
 import socket
 import stat
@@ -20,6 +21,8 @@ from typing import Any, Final
 
 from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
+
+log = logging.getLogger("dlmfs.control")
 
 LINE_MAX: Final = 64 * 1024
 CONNECTIONS_MAX: Final = 32
@@ -154,6 +157,11 @@ class ControlServer:
             return {"error": {"class": type(error).__name__, "message": str(error)}}
         except (ValueError, KeyError, TypeError) as error:
             return {"error": {"class": "UsageError", "message": f"malformed question: {error}"}}
+        except Exception as error:
+            # Left alone it would end as a broken invariant, and cost the node its locks.
+            log.exception("a question could not be answered")
+            message = f"internal error of the daemon: {type(error).__name__}: {error}; see its log"
+            return {"error": {"class": "Bug", "message": message}}
 
 
 def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -> Any:

@@ -54,3 +54,14 @@ def is_over(facts: Mapping[str, object]) -> bool:
         return False
     state, start = _state_and_start(int(str(facts["pid"])))
     return start != facts.get("start") or state in "ZX"
+
+
+def state_here(facts: Mapping[str, object]) -> str | None:
+    """The state letter, as in ps(1), of the process that wrote these facts; None if it is of another
+    machine or pid namespace, or no more."""
+    here = own()
+    same = all(facts.get(key) == here[key] for key in ("boot", "pidns")) and bool(here["boot"])
+    if not same or not isinstance(facts.get("pid"), int):
+        return None
+    state, start = _state_and_start(int(str(facts["pid"])))
+    return state if state and start == facts.get("start") else None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, identity, report
+from dlmfs import __version__, facts, health, identity, report, why
 from dlmfs.config import EtcdSource
 from dlmfs.control import ControlServer
 from dlmfs.engine import admin, membership
@@ -34,6 +34,7 @@ from dlmfs.store.base import Txn, TxnResult
 from dlmfs.store.sqlite import SqliteStore
 from dlmfs.store.statefile import default_path
 from dlmfs.timing import Timing
+from dlmfs.traffic import Traffic
 
 if TYPE_CHECKING:
     from dlmfs.config import MountConfig, MountOptions
@@ -61,6 +62,7 @@ class Node:
         self.membership: Membership
         self.fs: FileSystem
         self.device: Device
+        self.traffic: Traffic
         self._ended: asyncio.Future[str]
 
     # -- life -----------------------------------------------------------------------------------
@@ -79,7 +81,14 @@ class Node:
             await self._answering()
             control = ControlServer(
                 self._entry,
-                {"status": self._status, "info": self._info, "nodes": self._nodes},
+                {
+                    "status": self._status,
+                    "info": self._info,
+                    "nodes": self._nodes,
+                    "why": self._why,
+                    "health": self._health,
+                    "top": self._top,
+                },
                 {"evict": self._evict, "remove-domain": self._remove_domain},
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
             )
@@ -153,6 +162,8 @@ class Node:
             watchdog=self.watchdog,
         )
         member.host = self.fs
+        self.traffic = Traffic(self)
+        member.questions.reply = partial(facts.reply, self)
         await self._finish(member.start)
         undo.push_async_callback(self._leave)
         if isinstance(self.store, SqliteStore):
@@ -271,6 +282,15 @@ class Node:
 
     async def _nodes(self, _request: dict[str, object]) -> object:
         return await report.nodes(self)
+
+    async def _why(self, request: dict[str, object]) -> object:
+        return await why.why(self, str(request["domain"]), str(request["lock"]))
+
+    async def _health(self, _request: dict[str, object]) -> object:
+        return await health.health(self)
+
+    def _top(self, request: dict[str, object]) -> object:
+        return self.traffic.look(str(request.get("filter", "")), idle=bool(request.get("idle")))
 
     async def _evict(self, request: dict[str, object]) -> object:
         name = str(request["node"])

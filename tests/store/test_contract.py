@@ -494,3 +494,40 @@ def test_leases_differ(driver: Driver) -> None:
     clients = [Client(driver, str(number)) for number in range(3)]
     assert len({client.session.lease for client in clients}) == 3
     assert all(client.session.lease > 0 for client in clients)
+
+
+def test_how_long_a_session_would_last(driver: Driver) -> None:
+    """Up to its lease time, nothing once it has ended; None where none can run out."""
+    asker, other = Client(driver, "asker"), Client(driver, "other")
+
+    def left() -> object:
+        return asker.get(lambda done: asker.store.lease_left(other.session.lease, done))
+
+    if other.session.renewed_at is None:
+        assert left() is None
+        return
+    seconds = left()
+    assert isinstance(seconds, float)
+    assert 0 < seconds <= 15.0
+    other.get(other.session.close)
+    assert left() == 0.0
+
+
+def test_a_range_in_pieces(client: Client) -> None:
+    """Only so many, only those behind a key, also one that is not there, and no neighbours."""
+    keys = [b"p/a", b"p/b", b"p/b\0", b"p/ba", b"p/c\xff", b"p/d"]
+    client.txn(put(*((key, b"") for key in (b"o/z", *keys, b"q/a"))))
+    pieces: list[bytes] = []
+    behind = b""
+    while True:
+        (found,) = client.txn(Txn((), (Range(b"p/", behind, 2),))).responses
+        assert isinstance(found, tuple)
+        assert len(found) <= 2
+        if not found:
+            break
+        pieces += [kv.key for kv in found if isinstance(kv, KeyValue)]
+        behind = pieces[-1]
+    assert pieces == keys
+    (found,) = client.txn(Txn((), (Range(b"p/", b"p/c"),))).responses
+    assert isinstance(found, tuple)
+    assert [kv.key for kv in found if isinstance(kv, KeyValue)] == [b"p/c\xff", b"p/d"]

@@ -33,7 +33,11 @@ COMPARES = st.one_of(
 )
 PUTS = st.builds(Put, KEYS, st.binary(max_size=2), st.integers(0, LEASES))
 LEAVES: st.SearchStrategy[Op] = st.one_of(
-    PUTS, PUTS, st.builds(Delete, KEYS), st.builds(Get, KEYS), st.builds(Range, PREFIXES)
+    PUTS,
+    PUTS,
+    st.builds(Delete, KEYS),
+    st.builds(Get, KEYS),
+    st.builds(Range, PREFIXES, st.just(b"") | KEYS, st.integers(0, 3)),
 )
 
 

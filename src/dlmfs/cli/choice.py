@@ -1,4 +1,4 @@
-"""Which mount a command is about when its argument may be left out."""
+"""Which mount, or which lock, a command is about."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from dlmfs.errors import UsageError
 from dlmfs.fuse import mount as fuse_mount
-from dlmfs.fuse.mountinfo import MountEntry
+from dlmfs.fuse.mountinfo import MountEntry, resolve
 
 
 def choose(mountpoint: str | None) -> MountEntry:
@@ -22,3 +22,15 @@ def choose(mountpoint: str | None) -> MountEntry:
     if len({entry.mountpoint for entry in entries}) > 1:
         raise UsageError("there are several mounts: say which, `dlmfs status` lists them")
     return entries[-1]
+
+
+def lock_at(path: str) -> tuple[MountEntry, str, str]:
+    """The mount, domain and lock that a path names. The mount itself is not touched, so the file need
+    not exist, nor the daemon run. Raises UsageError."""
+    real, entry = resolve(path)
+    if entry is None or not entry.is_dlmfs:
+        raise UsageError(f"{real} is not on a dlmfs mount: `dlmfs status` lists them")
+    parts = [part for part in real[len(entry.mountpoint) :].split("/") if part]
+    if len(parts) != 2:
+        raise UsageError(f"{real} is not a lock: give MOUNTPOINT/DOMAIN/LOCK")
+    return entry, parts[0], parts[1]

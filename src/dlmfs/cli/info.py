@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
+from dlmfs.cli.choice import lock_at
 from dlmfs.cli.parser import Parser
-from dlmfs.cli.status import age
+from dlmfs.cli.text import age, plain
 from dlmfs.control import ask
-from dlmfs.errors import UsageError
-from dlmfs.fuse import mount as fuse_mount
 
 
 def run(args: list[str]) -> int:
@@ -18,27 +16,10 @@ def run(args: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs: one object")
     parser.add_argument("path", metavar="PATH", help="a lock's file, such as /dlm/jobs/backup")
     parsed = parser.parse_args(args)
-    path = os.path.abspath(parsed.path)
-    entry = fuse_mount.find(path)
-    if entry is None or not entry.is_dlmfs:
-        raise UsageError(f"{path} is not on a dlmfs mount: `dlmfs status` lists them")
-    parts = _below(path, entry.mountpoint)
-    if len(parts) != 2:
-        raise UsageError(f"{path} is not a lock: give MOUNTPOINT/DOMAIN/LOCK")
-    report = ask(entry, {"cmd": "info", "domain": parts[0], "lock": parts[1]})
+    entry, domain, lock = lock_at(parsed.path)
+    report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
     print(json.dumps(report) if parsed.json else render(report))
     return 0
-
-
-def _below(path: str, mountpoint: str) -> list[str]:
-    """The parts of `path` below the mount, which may be reached through a symbolic link."""
-    parts: list[str] = []
-    while path != "/" and len(parts) < 3:
-        if path == mountpoint or os.path.realpath(path) == mountpoint:
-            return parts[::-1]
-        path, name = os.path.split(path)
-        parts.append(name)
-    return parts
 
 
 def render(report: dict[str, Any]) -> str:
@@ -47,7 +28,7 @@ def render(report: dict[str, Any]) -> str:
     text = value.rstrip(b"\0")
     shown = text.decode("ascii") if text.isascii() and text.decode("ascii").isprintable() else ""
     lines = [
-        f"lock       {report['domain']}/{report['lock']}",
+        f"lock       {plain(report['domain'])}/{plain(report['lock'])}",
         f"this node  {report['mode']}" + (f"  token {report['token']}" if report["token"] else ""),
         f"value      {shown!r}" if shown else f"value      {value.hex()}",
     ]
@@ -64,6 +45,6 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"waiting    node {wish['node']}  {wish['mode']}{flags}")
     for key, what in (("local_holders", "held by"), ("local_waiters", "awaited by")):
         for claim in report[key]:
-            who = f"pid {claim['pid']} {claim['command']}".rstrip()
+            who = f"pid {claim['pid']} {plain(claim['command'])}".rstrip()
             lines.append(f"{what:10} {claim['mode']}  {who}  for {age(claim['since_s'])}")
     return "\n".join(lines)

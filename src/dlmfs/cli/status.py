@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.text import age, plain
 from dlmfs.control import ask
 from dlmfs.errors import DlmfsError, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
@@ -46,15 +47,6 @@ def run(args: list[str]) -> int:
     return code
 
 
-def age(seconds: float) -> str:
-    """3.2s, 2m10s, 5h03m: short, and enough."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    if seconds < 3600:
-        return f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
-    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02}m"
-
-
 def render(report: dict[str, Any], *, everything: bool = False) -> str:
     """One mount for people."""
     if "error" in report:
@@ -87,9 +79,9 @@ def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
     rest = f", {idle} idle" if idle else ""
     if domain["reason"]:
         rest = f"  {domain['state']}: {domain['reason']}"
-    lines = [f"  {domain['name']}/  members: {', '.join(domain['members'])}{rest}"]
+    lines = [f"  {plain(domain['name'])}/  members: {', '.join(domain['members'])}{rest}"]
     for lock in shown:
-        lines.append(f"    {lock['name']:24} {lock['level']}")
+        lines.append(f"    {plain(lock['name']):24} {lock['level']}")
         lines += [_claim("held by", holder) for holder in lock["holders"]]
         lines += [_claim("awaited by", waiter) for waiter in lock["waiters"]]
         for wish in lock["wanted_by"]:
@@ -99,6 +91,8 @@ def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
 
 
 def _claim(what: str, claim: dict[str, Any]) -> str:
-    who = f"pid {claim['pid']} {claim['command']}".rstrip() if claim["pid"] else "pid unknown"
+    who = (
+        f"pid {claim['pid']} {plain(claim['command'])}".rstrip() if claim["pid"] else "pid unknown"
+    )
     token = f"  token {claim['token']}" if claim["token"] else ""
     return f"      {what:10} {claim['mode']}  {who}  for {age(claim['since_s'])}{token}"

@@ -58,6 +58,7 @@ class Lockres:
         "converting",
         "ex",
         "front",
+        "grants",
         "holders",
         "level",
         "owner",
@@ -79,6 +80,8 @@ class Lockres:
         self.holders: dict[int, Claim] = {}
         self.ex = 0
         self.pr = 0
+        self.grants = 0
+        """Of claims here, since this resource was made."""
         self.waiters: dict[int, Claim] = {}
         self.front = Mode.NL
         self.strongest = Mode.NL
@@ -284,6 +287,10 @@ class Lockres:
         """Whether any local program holds or awaits the lock (unlink: EBUSY)."""
         return bool(self.holders or self.waiters)
 
+    def before_others(self, claim: Claim) -> bool:
+        """Whether the claim came before the oldest of the other nodes' wishes."""
+        return self._barrier is None or claim.seq < self._barrier
+
     @property
     def contended(self) -> bool:
         """Whether poll(2) on a held descriptor says POLLIN."""
@@ -358,6 +365,7 @@ class Lockres:
             self._last_exclusive = exclusive
         claim.token = (self.revision << TOKEN_SHIFT) + self._counter
         claim.stage = Stage.HELD
+        self.grants += 1
         self.holders[claim.fh] = claim
 
     def _settle(self) -> list[Action]:

@@ -2,6 +2,7 @@
 
     n/<node>         the node's record, on its session's lease: who it is, for takeover and `dlmfs nodes`
     n/<node>/evict   an operator's mark: the node with this record must go
+    n/<node>/ask/    other nodes' questions, and n/<node>/answer/ what they answer (`questions`)
 
 Rules of this file
 ------------------
@@ -24,14 +25,18 @@ from typing import Final, Protocol
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.lockspace import Host as LockHost
 from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import FORMAT
+from dlmfs.engine.records import NODES as NODES
 from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
     Delete,
+    Event,
     Get,
     KeyValue,
     Put,
+    Range,
     Session,
     Store,
     Txn,
@@ -48,7 +53,6 @@ log = logging.getLogger("dlmfs.node")
 RETRY_S: Final = 0.5
 END_S: Final = 1.0
 """How long the end of a session is waited for."""
-NODES: Final = b"n/"
 EVICT: Final = b"/evict"
 
 Done = Callable[[DlmfsError | None], None]
@@ -101,6 +105,7 @@ class Membership:
         self.fences = 0
         self.spaces: dict[bytes, Lockspace] = {}
         self._joining: dict[bytes, Lockspace] = {}
+        self.questions = Questions(self)
         self._names = config.names
         self._former: set[int] = set()
         self._tick: Timer | None = None
@@ -491,8 +496,8 @@ class Membership:
         if not self._up:
             return
         if isinstance(batch, WatchGap):
-            # Nothing of ours was changed that the lease would not tell as well, but for a mark.
-            self._look_for_mark()
+            # Our own record was not changed, or the lease would tell.
+            self._look_below()
             return
         own = NODES + self.name.encode()
         for event in batch.events:
@@ -500,24 +505,26 @@ class Membership:
                 self._marked(event.kv)
             elif event.kv.key == own and event.kind == "delete" and self._up:
                 self._fence(LockLost("the node's record was removed from the store"))
+            else:
+                self.questions.told(event)
 
-    def _look_for_mark(self) -> None:
-        key = NODES + self.name.encode() + EVICT
+    def _look_below(self) -> None:
+        """What was put for us while the watch had a gap."""
+        own = NODES + self.name.encode()
 
         def read(result: TxnResult | DlmfsError) -> None:
             if not self._up:
                 return
             if isinstance(result, DlmfsError):
-                self.loop.call_later(RETRY_S, self._look_for_mark)
+                self.loop.call_later(RETRY_S, self._look_below)
                 return
-            mark = result.responses[0]
-            if isinstance(mark, KeyValue):
-                self._marked(mark)
-            if self._up:
-                own = NODES + self.name.encode()
-                self._watch = self.store.watch((own,), result.revision + 1, self._told)
+            self._watch = self.store.watch((own,), result.revision + 1, self._told)
+            (below,) = result.responses
+            assert isinstance(below, tuple)
+            puts = tuple(Event("put", kv) for kv in below if isinstance(kv, KeyValue))
+            self._told(WatchBatch(result.revision, puts))
 
-        self.store.txn(Txn((), (Get(key),)), read)
+        self.store.txn(Txn((), (Range(own + b"/"),)), read)
 
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""

@@ -21,6 +21,7 @@ from dlmfs.store.base import KeyValue
 FORMAT: Final = 1
 
 DOMAINS: Final = b"d/"
+NODES: Final = b"n/"
 
 
 class Keys:

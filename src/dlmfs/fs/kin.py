@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 ANCESTORS_MAX: Final = 32
 _FATAL: Final = 1 << (signal.SIGKILL - 1)
@@ -109,6 +109,59 @@ def is_kin(pid: int, holder_pids: Iterable[int], ino: int, path: bytes, device: 
         if any(group == h or os.path.exists(f"/proc/{group}/task/{h}") for h in holders):
             return True
     return False
+
+
+class Process(NamedTuple):
+    """For people: `pid` names the process of a thread, `state` is its letter as in ps(1)."""
+
+    pid: int
+    command: str
+    state: str
+
+
+def process(thread: int) -> Process | None:
+    """The process of a thread; None if /proc does not tell, or it is gone."""
+    fields = _fields(thread) if thread else None
+    try:
+        if fields is None:
+            return None
+        pid = int(fields[b"Tgid"])
+        if pid != thread:
+            fields = _fields(pid) or fields
+        name = os.fsdecode(fields[b"Name"].strip())
+        return Process(pid, name, fields[b"State"].split()[0].decode())
+    except (KeyError, ValueError, IndexError):
+        return None
+
+
+def family(pid: int, most: int) -> dict[int, int]:
+    """The threads of a process and of its descendants, each with its process; at most `most`.
+
+    Descendants are found where the kernel tells children (CONFIG_PROC_CHILDREN, nearly everywhere).
+    """
+    found: dict[int, int] = {}
+    todo = [pid]
+    while todo:
+        group = todo.pop()
+        try:
+            threads = [int(name) for name in os.listdir(f"/proc/{group}/task")]
+        except OSError:
+            continue  # it has ended
+        for thread in threads:
+            if len(found) >= most:
+                return found
+            found[thread] = group
+            try:
+                with open(f"/proc/{group}/task/{thread}/children") as file:
+                    todo += [int(child) for child in file.read().split()]
+            except OSError:
+                continue
+    return found
+
+
+def has_open(pid: int, ino: int, path: bytes, device: str) -> bool:
+    """Whether a process has the file open, if only by a descriptor that it inherited. See `is_kin`."""
+    return _has_open(pid, ino, os.fsdecode(path), device)
 
 
 def command(pid: int) -> str:

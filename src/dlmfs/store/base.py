@@ -76,9 +76,12 @@ class Get(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Answered with a tuple of `KeyValue`, by key."""
+    """Answered with a tuple of `KeyValue`, by key; of those behind the key `behind`, if it is given (it
+    starts with `prefix`), and no more than `limit` (0: all)."""
 
     prefix: bytes
+    behind: bytes = b""
+    limit: int = 0
 
 
 class Txn(NamedTuple):
@@ -180,6 +183,10 @@ class Store(Protocol):
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         """End another session, whose owner is known to be over: its keys vanish in one revision.
         None also if it had ended before; OutcomeUnknown."""
+
+    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
+        """Seconds until a session ends if it is not renewed any more, 0 if it has ended; None: it cannot
+        run out (one host). OutcomeUnknown."""
 
     def describe(self) -> dict[str, object]:
         """Facts for `dlmfs status`: where the state is, its health, who holds it up."""

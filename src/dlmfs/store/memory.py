@@ -159,9 +159,8 @@ class MemoryServer:
             elif isinstance(op, Get):
                 responses.append(after.get(op.key))
             elif isinstance(op, Range):
-                responses.append(
-                    tuple(after[key] for key in sorted(after) if key.startswith(op.prefix))
-                )
+                keys = [k for k in sorted(after) if k.startswith(op.prefix) and k > op.behind]
+                responses.append(tuple(after[key] for key in keys[: op.limit or None]))
             else:
                 inner = self._run(op, before, after, revision, events)
                 responses.append(TxnResult(inner[0], 0, inner[1]))
@@ -197,6 +196,13 @@ class MemoryServer:
         self.leases[lease] = _Lease(node, ttl_s, self.loop.time())
         self._watch_over(lease)
         return lease
+
+    def left(self, lease: int) -> float | None:
+        """Seconds until the lease ends if nobody renews it; 0: it has ended; None: it never does."""
+        record = self.leases.get(lease)
+        if record is None:
+            return 0.0
+        return None if record.ttl_s is None else record.renewed + record.ttl_s - self.loop.time()
 
     def renew(self, lease: int) -> bool:
         """Whether the lease was still there."""

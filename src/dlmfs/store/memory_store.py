@@ -257,6 +257,9 @@ class MemoryStore:
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         self.ask(lambda: self.server.expire(lease), done)
 
+    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
+        self.ask(lambda: self.server.left(lease), done)
+
     def describe(self) -> dict[str, object]:
         return {"store": "memory", "connected": self.connected}
 

@@ -218,8 +218,8 @@ def _run(conn: sqlite3.Connection, plan: _Plan, revision: int, events: list[Row]
             response = KeyValue(*row) if row is not None else None
         elif isinstance(op, Range):
             rows = conn.execute(
-                "SELECT * FROM kv WHERE key >= ? AND key < ? ORDER BY key",
-                (op.prefix, _after(op.prefix)),
+                "SELECT * FROM kv WHERE key >= ? AND key < ? AND key > ? ORDER BY key LIMIT ?",
+                (op.prefix, _after(op.prefix), op.behind, op.limit or -1),
             )
             response = tuple(KeyValue(*row) for row in rows)
         else:

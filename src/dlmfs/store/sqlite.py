@@ -346,6 +346,13 @@ class SqliteStore:
 
         self._write(partial(schema.end_session, lease=lease), ended)
 
+    def lease_left(
+        self,
+        lease: int,  # noqa: ARG002 - a session here ends with its process, not with time
+        done: Callable[[float | DlmfsError | None], None],
+    ) -> None:
+        self.loop.call_soon(done, None)
+
     def sessions(self) -> list[tuple[int, str, int]]:
         """Lease, node and pid of every session on record."""
         return schema.sessions(self._fast)
@@ -365,7 +372,7 @@ class SqliteStore:
             return facts | {"error": str(error)}
         mine = self.session.lease if self.session is not None else 0
         facts["sessions"] = [
-            {"node": node, "pid": pid, "own": lease == mine, "stopped": _stopped(pid)}
+            {"node": node, "pid": pid, "own": lease == mine, "stopped": is_stopped(pid)}
             for lease, node, pid in rows
         ]
         if self._pending:
@@ -523,7 +530,8 @@ def _of_os(error: OSError, what: str) -> DlmfsError:
     return BadState(f"{what}: {error.strerror}")
 
 
-def _stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still (SIGSTOP, or under a debugger)."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in "Tt"

@@ -75,14 +75,16 @@ class Codec:
                 return pb.RequestOp(request_delete_range=delete)
             case Get(key):
                 return pb.RequestOp(request_range=pb.RangeRequest(key=self.root + key))
-            case Range(prefix):
-                return pb.RequestOp(request_range=self.range(prefix))
+            case Range():
+                return pb.RequestOp(request_range=self.range(op))
             case Txn():
                 return pb.RequestOp(request_txn=self.txn(op))
 
-    def range(self, prefix: bytes) -> pb.RangeRequest:
-        key = self.root + prefix
-        return pb.RangeRequest(key=key, range_end=after(key))
+    def range(self, op: Range) -> pb.RangeRequest:
+        assert not op.behind or op.behind.startswith(op.prefix), op
+        end = after(self.root + op.prefix)
+        first = op.behind + b"\0" if op.behind else op.prefix
+        return pb.RangeRequest(key=self.root + first, range_end=end, limit=op.limit)
 
     def watch(self, prefixes: Sequence[bytes], from_revision: int) -> pb.WatchCreateRequest:
         """One range for all: two watches of one stream may be at different revisions, and a

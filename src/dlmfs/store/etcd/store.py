@@ -16,7 +16,7 @@ from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.store.base import Txn, TxnDone, WatchBatch, WatchGap
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.codec import Codec
-from dlmfs.store.etcd.rpc import REVOKE, STATUS, TXN, Access, Rpc, look_after
+from dlmfs.store.etcd.rpc import REVOKE, STATUS, TIME_TO_LIVE, TXN, Access, Rpc, look_after
 from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.watch import EtcdWatch
 from dlmfs.store.memory import check
@@ -153,6 +153,20 @@ class EtcdStore:
             done(None)  # it had ended
         else:
             done(None)
+
+    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
+        self._start(self._lease_left(lease, done))
+
+    async def _lease_left(
+        self, lease: int, done: Callable[[float | DlmfsError | None], None]
+    ) -> None:
+        try:
+            request = pb.LeaseTimeToLiveRequest(id=lease)
+            answer = await self.rpc.call(TIME_TO_LIVE, request, self.timeout_s)
+        except DlmfsError as error:
+            done(error)
+        else:
+            done(float(max(answer.ttl, 0)))
 
     # -- facts --------------------------------------------------------------------------------
 

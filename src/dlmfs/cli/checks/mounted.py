@@ -1,0 +1,202 @@
+"""Whether a mount is alive, and how its lock space is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any, Final
+
+from dlmfs import __version__
+from dlmfs.cli.checks.finding import Finding, fail, ok, warn
+from dlmfs.cli.text import plain
+from dlmfs.control import ask, daemon_pid
+from dlmfs.errors import DlmfsError, NotPermitted
+from dlmfs.fuse.mountinfo import MountEntry
+from dlmfs.store.sqlite import is_stopped
+
+PATIENCE_S: Final = 60.0
+SLOW_READ_MS: Final = 100.0
+"""For the embedded engine, which has no lease time to compare with."""
+SHOWN_MAX: Final = 5
+
+Facts = dict[str, Any]
+
+
+def check(entry: MountEntry) -> Iterator[Finding]:
+    about = plain(entry.mountpoint)
+    place = shlex.quote(entry.mountpoint)
+    pid = daemon_pid(entry)
+    if pid is None:
+        yield fail(about, "its daemon is dead", f"dlmfs umount {place}, then mount it again")
+        return
+    if is_stopped(pid):
+        yield fail(about, f"its daemon (pid {pid}) is stopped", f"kill -CONT {pid}")
+        return
+    try:
+        status: Facts = ask(entry, {"cmd": "status"})
+    except NotPermitted as error:
+        yield warn(about, str(error), "ask as root, or as the user who mounted it")
+        return
+    except DlmfsError as error:
+        yield fail(about, str(error), f"kill {pid} if that lasts, then mount it again")
+        return
+    yield ok(about, f"node {status['node']}, source {status['source']}, pid {pid}")
+    yield _version(about, place, status)
+    yield _lease(about, status)
+    yield from _store(about, status["store"])
+    try:
+        health: Facts = ask(entry, {"cmd": "health"}, timeout_s=PATIENCE_S)
+    except DlmfsError as error:
+        yield fail(
+            about, f"its lock space cannot be looked at: {error}", "see the log of the daemon"
+        )
+        return
+    if health["trouble"]:
+        yield fail(
+            about,
+            f"the store does not answer: {health['trouble']}",
+            "see that it runs and can be reached: `dlmfs doctor SOURCE`",
+        )
+        return
+    yield latency(about, max(health["read_ms"]), status["lease"]["ttl_s"])
+    for node in health["nodes"]:
+        yield from _node(about, node, status)
+    for name in health["evicted"]:
+        yield ok(about, f"node {name} was evicted and stays out until it is mounted anew")
+    if health["heads_max"]:
+        yield ok(about, f"only the first {health['heads_max']} locks were looked at")
+    for domain in health["domains"]:
+        yield from _domain(about, place, domain)
+
+
+def _version(about: str, place: str, status: Facts) -> Finding:
+    if status["version"] == __version__:
+        return ok(about, f"runs this version, {__version__}")
+    return warn(
+        about,
+        f"its daemon is of version {status['version']}, this program of {__version__}",
+        f"dlmfs umount {place}, then mount it again",
+    )
+
+
+def _lease(about: str, status: Facts) -> Finding:
+    lease = status["lease"]
+    state = lease["state"]
+    if state == "HEALTHY":
+        left = f", good for {lease['left_s']:.0f} s" if lease["left_s"] is not None else ""
+        ttl = f", lease time {lease['ttl_s']:g} s" if lease["ttl_s"] else ""
+        again = f"; it was fenced {lease['fences']} times" if lease["fences"] else ""
+        return ok(about, f"HEALTHY{ttl}{left}{again}")
+    mend = "it comes back by itself when the store answers"
+    if state == "FENCED":
+        mend = "if that lasts, mount it again; see the reason"
+    return fail(about, f"{state}: {lease['reason'] or 'no renewal was confirmed lately'}", mend)
+
+
+def _store(about: str, store: Facts) -> Iterator[Finding]:
+    if store.get("path"):
+        kind = "outlives a reboot" if store["durable"] else "in memory"
+        yield ok(about, f"state in {plain(str(store['path']))}, {kind} ({store['filesystem']})")
+    if store.get("warning"):
+        yield warn(about, store["warning"], "upgrade etcd")
+    if store.get("trouble"):
+        yield fail(
+            about, f"etcd: {store['trouble']}", "see `dlmfs doctor SOURCE` for each endpoint"
+        )
+    if store.get("lost") or store.get("error"):
+        yield fail(about, str(store.get("lost") or store["error"]), "mount it again")
+    holder = store.get("waiting_for_pid")
+    if holder:
+        yield fail(
+            about, f"the state file is held by pid {holder}", f"kill -CONT {holder}, or end it"
+        )
+
+
+def latency(about: str, worst_ms: float, ttl_s: float | None) -> Finding:
+    """The store's slowest answer, measured against what a lease needs: a renewal is given up after a
+    fifth of the lease time, and takes three answers."""
+    says = f"the store answers within {worst_ms:.1f} ms"
+    if ttl_s is None:
+        if worst_ms <= SLOW_READ_MS:
+            return ok(about, says)
+        return warn(about, says, "see what else loads this machine or its disk")
+    share = worst_ms / 1000 / ttl_s
+    if share <= 1 / 60:
+        return ok(about, f"{says}; the lease time is {ttl_s:g} s")
+    mend = f"mount with a longer ttl= than {ttl_s:g}, or bring etcd nearer"
+    if share <= 1 / 15:
+        return warn(about, f"{says}, much for a lease time of {ttl_s:g} s", mend)
+    return fail(
+        about, f"{says}, too much for a lease time of {ttl_s:g} s: nodes will be fenced", mend
+    )
+
+
+def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
+    name, silent = node["node"], node["silent"]
+    if node["own"]:
+        return
+    if silent is not None:
+        left = silent["left_s"]
+        until = f"; its locks are free in {left:.0f} s" if left is not None else ""
+        mend = {
+            "stopped": f"kill -CONT {silent['pid']} on {silent['host']}",
+            "dead": "nothing to do: it is forgotten when its lease ends",
+            "gone": "nothing to do",
+            "unasked": f"see to node {status['node']} first",
+        }.get(silent["why"], f"look at {node['host']}; `dlmfs evict {name}` puts it out")
+        if silent["why"] not in ("dead", "unreachable"):
+            until = ""
+        yield fail(about, f"node {name} ({node['host']}): {silent['says']}{until}", mend)
+        return
+    if "state" not in node:
+        yield ok(about, f"node {name} ({node['host']}) was not asked: there are too many")
+        return
+    yield ok(about, f"node {name} ({node['host']}, pid {node['pid']}) answers: {node['state']}")
+    if node["state"] != "HEALTHY":
+        yield fail(
+            about, f"node {name} is {node['state']}: {node['reason']}", "see `dlmfs status` there"
+        )
+    if node["version"] != status["version"]:
+        yield warn(
+            about,
+            f"node {name} is of version {node['version']}, node {status['node']} of {status['version']}",
+            "run the same version on every node",
+        )
+    if node["ttl_s"] != status["lease"]["ttl_s"] and status["lease"]["ttl_s"] is not None:
+        yield warn(
+            about,
+            f"node {name} has the lease time {node['ttl_s']:g} s: its locks come free that late",
+            "mount all nodes with the same ttl=",
+        )
+
+
+def _domain(about: str, place: str, domain: Facts) -> Iterator[Finding]:
+    name = plain(domain["domain"])
+    if not domain["nodes"]:
+        yield warn(
+            about,
+            f"domain {name} has no node any more, but the values of {domain['locks']} locks",
+            f"dlmfs domain rm {shlex.quote(domain['domain'])} {place}, or mkdir it to go on with them",
+        )
+        return
+    yield ok(about, f"domain {name}: {len(domain['nodes'])} nodes, {domain['locks']} locks")
+    left = domain["ownerless"]
+    if left:
+        yield warn(
+            about,
+            f"domain {name}: {len(left)} locks of dead nodes only: {_some(left)}",
+            "the next open of each mends it: `dlmfs value get PATH`, then rm what is not needed",
+        )
+    doubtful = domain["abandoned"]
+    if doubtful:
+        yield warn(
+            about,
+            f"domain {name}: the values of {len(doubtful)} locks are doubtful, their holder died: "
+            + _some(list(doubtful)),
+            "check what they protect, then write them anew: `dlmfs value set PATH VALUE`",
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
+    return " ".join(plain(name) for name in sorted(names)[:SHOWN_MAX]) + more

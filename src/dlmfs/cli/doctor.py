@@ -1,0 +1,79 @@
+"""`dlmfs doctor [--json] [MOUNTPOINT|SOURCE]`: is everything there, and how to mend what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from dlmfs.cli.checks import host, mounted
+from dlmfs.cli.checks.finding import LEVELS, Finding
+from dlmfs.cli.choice import choose
+from dlmfs.cli.parser import Parser
+from dlmfs.cli.text import plain
+from dlmfs.config import EtcdSource, LocalSource, MountOptions, Source, parse_options, parse_source
+from dlmfs.fuse import mount as fuse_mount
+from dlmfs.fuse.mountinfo import MountEntry
+
+EXITS = {"ok": 0, "warn": 1, "fail": 69}
+
+
+def run(args: list[str]) -> int:
+    """Exit 0: all is well; 1: there are warnings; 69: something does not work."""
+    parser = Parser(
+        prog="dlmfs doctor",
+        description="Checks what a mount and a cluster need: of this host and all its mounts, or of one "
+        "mount, or of a SOURCE before it is mounted. Says how to mend what it finds.",
+        epilog="exit codes: 0 all is well; 1 warnings only; 69 something does not work",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs: a list of findings")
+    parser.add_argument("-q", "--quiet", action="store_true", help="only what is not well")
+    parser.add_argument(
+        "-o", dest="options", metavar="OPT[,OPT...]", action="append", default=[],
+        help="as for mounting SOURCE: ttl=, ca=, cert=, key=, credentials=",
+    )  # fmt: skip
+    parser.add_argument("what", metavar="MOUNTPOINT|SOURCE", nargs="?")
+    parsed = parser.parse_args(args)
+    findings = []
+    for finding in _checks(parsed.what, parse_options(parsed.options)):
+        if parsed.quiet and finding.level == "ok":
+            continue
+        findings.append(finding)
+        if not parsed.json:
+            print(render(finding), flush=True)
+    worst = max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+    if parsed.json:
+        print(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        count = {level: sum(f.level == level for f in findings) for level in LEVELS}
+        print(f"failures: {count['fail']}, warnings: {count['warn']}")
+    return EXITS[worst]
+
+
+def render(finding: Finding) -> str:
+    """One finding for people."""
+    lines = [f"{finding.level:4}  {finding.about}: {plain(finding.says)}"]
+    if finding.mend:
+        lines.append(f"      -> {plain(finding.mend)}")
+    return "\n".join(lines)
+
+
+def _checks(what: str | None, options: MountOptions) -> Iterator[Finding]:
+    source: Source | None = LocalSource(None, "default") if what is None else None
+    entries: list[MountEntry] = []
+    if what is None:
+        entries = [entry for entry in fuse_mount.mounts() if entry.is_dlmfs]
+    elif what == "local" or what.startswith(("local:", "etcd:")):
+        source = parse_source(what)
+    else:
+        entries = [choose(what)]
+    etcd = isinstance(source, EtcdSource) or any(e.source.startswith("etcd:") for e in entries)
+    yield from host.check(etcd=etcd)
+    if source is not None:
+        from dlmfs.cli.checks import source as sources
+
+        if isinstance(source, EtcdSource):
+            yield from sources.check_etcd(source, options)
+        else:
+            yield from sources.check_local(source)
+    for entry in entries:
+        yield from mounted.check(entry)

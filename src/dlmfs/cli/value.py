@@ -1,0 +1,313 @@
+"""`dlmfs value get|set|watch PATH`: the 64 bytes that travel with a lock.
+
+`get` takes the lock shared, `set` exclusively; both for no longer than it takes. `watch` keeps it
+shared and lets go whenever somebody wants it exclusively: a write then costs its writer one more
+hand-over, and this node one commit to come back. What was overwritten before it came back is not
+seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import os
+import select
+import sys
+import threading
+import time
+from typing import Any, Final
+
+from dlmfs.cli.choice import lock_at
+from dlmfs.cli.parser import Parser
+from dlmfs.cli.text import plain
+from dlmfs.control import ask
+from dlmfs.errors import DlmfsError, LockLost, NotPermitted, Unavailable, UsageError
+from dlmfs.model import EMPTY_LVB, LVB_SIZE
+
+LOOK_S: Final = 1.0
+"""How often `watch` looks at a value that it holds: under owner=node a writer of the same node need
+not wait for it, and wakes nobody."""
+BACK_S: Final = 1.0
+"""Between two attempts to come back after a loss."""
+EPILOG: Final = """\
+exit codes: 0 done; 1 (or CODE) the lock is busy, or the value or token is not the expected one;
+otherwise as every command (docs/reference.md)
+"""
+
+
+class Conflict(Exception):
+    """The lock could not be had in time, or is not as expected: in words."""
+
+
+def run(args: list[str]) -> int:
+    parser = Parser(prog="dlmfs value", description="Read, write or follow a lock's value.")
+    verbs = parser.add_subparsers(dest="verb", metavar="get|set|watch", required=True)
+    for verb, what in (
+        ("get", "take the lock shared, print its value, give it back"),
+        ("set", "take the lock exclusively, write its value, give it back"),
+        ("watch", "print the value, and again whenever it has changed"),
+    ):
+        _options(verb, verbs.add_parser(verb, help=what, description=what, epilog=EPILOG))
+    parsed = parser.parse_args(args)
+    if parsed.wait is not None and not 0 <= parsed.wait < math.inf:
+        raise UsageError("-w SECS: give seconds, 0 or more")
+    entry, domain, lock = lock_at(parsed.path)
+    if parsed.verb == "get" and parsed.stale:
+        report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
+        _print(parsed, bytes.fromhex(report["lvb_hex"]), None, report["abandoned"], stale=True)
+        return 0
+    try:
+        if parsed.verb == "watch":
+            _watch(parsed)
+        elif parsed.verb == "get":
+            _get(parsed)
+        else:
+            _set(parsed)
+    except Conflict as conflict:
+        print(f"dlmfs: {plain(str(conflict))}", file=sys.stderr)
+        return int(parsed.conflict_exit_code)
+    return 0
+
+
+def _options(verb: str, parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    if verb != "watch":
+        add("-n", "--nonblock", action="store_true", help="fail instead of waiting for the lock")
+    add("-w", "--wait", metavar="SECS", type=float, help="wait no longer than so for the lock")
+    add(
+        "-E", "--conflict-exit-code", metavar="CODE", type=int, default=1,
+        help="the exit code where the lock, or the expected value, cannot be had (1)",
+    )  # fmt: skip
+    add("path", metavar="PATH", help="a lock's file, such as /dlm/jobs/backup; made if missing")
+    add("--hex", action="store_true", help="the bytes in hexadecimal, all 64 of them when printed")
+    if verb == "set":
+        add("value", metavar="VALUE", nargs="?", help="up to 64 bytes; left out: standard input")
+        add("--expect", metavar="VALUE", help="only if this is the value now")
+        add(
+            "--token", metavar="TOKEN", type=int,
+            help="only if the lock is still held here under this token ($DLMFS_TOKEN)",
+        )  # fmt: skip
+        return
+    add(
+        "--json", action="store_true", help="for programs: one object" + " a line" * (verb != "get")
+    )
+    if verb == "get":
+        add(
+            "--stale", action="store_true",
+            help="what the store has, without taking the lock: its holder may be changing it",
+        )  # fmt: skip
+    else:
+        add("--count", metavar="N", type=int, help="end after N values")
+
+
+# -- taking the lock ----------------------------------------------------------------------------------
+
+
+def _take(parsed: argparse.Namespace, flags: int) -> int:
+    """Open the lock. Raises Conflict if it cannot be had in time, DlmfsError."""
+    wait: float | None = 0 if getattr(parsed, "nonblock", False) else parsed.wait
+    flags |= os.O_CREAT | (os.O_NONBLOCK if wait == 0 else 0)
+    try:
+        if not wait:
+            return os.open(parsed.path, flags, 0o666)
+        return _open_within(parsed.path, flags, wait)
+    except OSError as error:
+        if error.errno == errno.ETXTBSY:
+            raise Conflict(f"{parsed.path} is busy (`dlmfs why` says by whom)") from None
+        raise _refusal(parsed.path, error) from None
+
+
+def _open_within(path: str, flags: int, wait: float) -> int:
+    """In a thread of its own, which ends with the process: where a daemon is stopped no signal ends an
+    open(2), short of the process's death."""
+    outcome: list[int | OSError] = []
+
+    def attempt() -> None:
+        try:
+            outcome.append(os.open(path, flags, 0o666))
+        except OSError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(wait)
+    if not outcome:
+        raise Conflict(f"{path} was not free within {wait:g} s (`dlmfs why` says by whom)")
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _refusal(path: str, error: OSError) -> DlmfsError:
+    shown = plain(path)
+    match error.errno:
+        case errno.ENOENT:
+            return UsageError(f"{shown}: this node is not in that domain: mkdir it first")
+        case errno.EISDIR | errno.EINVAL | errno.ENAMETOOLONG:
+            return UsageError(f"{shown} cannot be a lock: {error.strerror}")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return NotPermitted(f"{shown}: {error.strerror}")
+        case errno.EIO:
+            return LockLost(f"{shown}: the lock was lost (`dlmfs status` says why)")
+        case errno.ENOLCK:
+            return Unavailable(f"{shown}: this node cannot get locks now (`dlmfs status` says why)")
+        case errno.ENOTCONN:
+            return Unavailable(
+                f"{shown}: the daemon of this mount is gone: `dlmfs umount` clears it"
+            )
+        case _:
+            return Unavailable(f"{shown}: {error.strerror}")
+
+
+def _attribute(fd: int, name: str) -> str:
+    return os.getxattr(fd, f"user.dlmfs.{name}").decode()
+
+
+# -- get and set -----------------------------------------------------------------------------------------
+
+
+def _get(parsed: argparse.Namespace) -> None:
+    fd = _take(parsed, os.O_RDONLY)
+    try:
+        value, token = os.pread(fd, LVB_SIZE, 0), _attribute(fd, "token")
+        mark = _attribute(fd, "abandoned")
+    except OSError as error:
+        raise _refusal(parsed.path, error) from None
+    finally:
+        os.close(fd)
+    _print(parsed, value, int(token or 0), json.loads(mark) if mark else None)
+
+
+def _print(
+    parsed: argparse.Namespace,
+    value: bytes,
+    token: int | None,
+    abandoned: dict[str, Any] | None,
+    *,
+    stale: bool = False,
+) -> None:
+    if parsed.json:
+        text = value.rstrip(b"\0").decode("utf-8", "replace")
+        shown: dict[str, Any] = {"hex": value.hex(), "text": text}
+        shown["text"] = text if text.encode() == value.rstrip(b"\0") else None
+        shown |= {"token": token, "abandoned": abandoned, "stale": stale}
+        line = json.dumps(shown).encode()
+    else:
+        line = value.hex().encode() if parsed.hex else value.rstrip(b"\0")
+        if abandoned:
+            node = abandoned["node"]
+            print(f"dlmfs: doubtful: node {node} died having the lock exclusively", file=sys.stderr)
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _bytes(parsed: argparse.Namespace, text: str, what: str) -> bytes:
+    """A value as given on the command line, filled up to 64 bytes. Raises UsageError."""
+    value = os.fsencode(text)
+    if parsed.hex:
+        try:
+            value = bytes.fromhex(text)
+        except ValueError:
+            raise UsageError(f"{what} is not hexadecimal") from None
+    return _filled(value, what)
+
+
+def _filled(value: bytes, what: str) -> bytes:
+    if len(value) > LVB_SIZE:
+        raise UsageError(f"{what} is too long: {LVB_SIZE} bytes travel with a lock")
+    return value + EMPTY_LVB[len(value) :]
+
+
+def _new_value(parsed: argparse.Namespace) -> bytes:
+    if parsed.value is not None:
+        return _bytes(parsed, parsed.value, "the value")
+    given = sys.stdin.buffer.read(4 * LVB_SIZE)
+    if parsed.hex:
+        return _bytes(parsed, given.decode("ascii", "replace"), "the value")
+    return _filled(given.removesuffix(b"\n"), "the value")  # echo(1) ends it with one
+
+
+def _set(parsed: argparse.Namespace) -> None:
+    value = _new_value(parsed)
+    expected = None if parsed.expect is None else _bytes(parsed, parsed.expect, "--expect")
+    fd = _take(parsed, os.O_RDWR)
+    try:
+        if expected is not None and (now := os.pread(fd, LVB_SIZE, 0)) != expected:
+            found = now.hex() if parsed.hex else repr(os.fsdecode(now.rstrip(b"\0")))
+            raise Conflict(f"{parsed.path} has the value {found}: nothing was written")
+        if parsed.token is not None and (token := int(_attribute(fd, "token"))) != parsed.token:
+            raise Conflict(
+                f"{parsed.path} was granted anew since token {parsed.token} (now {token}): nothing was "
+                "written"
+            )
+        written = os.pwrite(fd, value, 0)
+        assert written == LVB_SIZE
+    except OSError as error:
+        raise _refusal(parsed.path, error) from None
+    finally:
+        os.close(fd)
+
+
+# -- watch ----------------------------------------------------------------------------------------------
+
+
+def _watch(parsed: argparse.Namespace) -> None:
+    if parsed.count is not None and parsed.count < 1:
+        raise UsageError("--count N: give a number from 1")
+    follower = _Follower(parsed)
+    complained = False
+    while True:
+        try:
+            if follower.follow():
+                return
+            complained = False
+        except DlmfsError as error:
+            if not follower.printed:
+                raise
+            # No silent state: it may have missed values, and does not know the present one. The
+            # mount may be made anew, and be without the domain for a while.
+            if not complained:
+                print(f"dlmfs: {error}; trying again", file=sys.stderr, flush=True)
+            complained = True
+            time.sleep(BACK_S)
+
+
+class _Follower:
+    """The value as it was printed last."""
+
+    def __init__(self, parsed: argparse.Namespace) -> None:
+        self.parsed = parsed
+        self.last: bytes | None = None
+        self.printed = 0
+
+    def follow(self) -> bool:
+        """Hold the lock until somebody wants it. True: enough was printed."""
+        parsed = self.parsed
+        fd = _take(parsed, os.O_RDONLY)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.register(1, 0)  # a reader that goes away
+            while True:
+                value = os.pread(fd, LVB_SIZE, 0)
+                if value != self.last:
+                    mark = _attribute(fd, "abandoned")
+                    token = int(_attribute(fd, "token") or 0)
+                    _print(parsed, value, token, json.loads(mark) if mark else None)
+                    self.last = value
+                    self.printed += 1
+                if self.printed == parsed.count:
+                    return True
+                ready = dict(poll.poll(LOOK_S * 1000))
+                if ready.get(1, 0) & (select.POLLERR | select.POLLHUP):
+                    raise BrokenPipeError
+                if fd in ready:
+                    return False
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _refusal(parsed.path, error) from None
+        finally:
+            os.close(fd)

@@ -1,0 +1,228 @@
+"""Who blocks whom at a lock, followed from node to node: the answer behind `dlmfs why`.
+
+Each round reads the locks in question from the store in one transaction, puts one question to the
+nodes concerned, and goes on with the locks that their holders' processes wait for themselves.
+Layout of the answer: docs/reference.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from dlmfs import facts, inquiry
+from dlmfs.engine.questions import ASKED_MAX, Answers
+from dlmfs.engine.queue import ordered
+from dlmfs.engine.records import NODES, Head, Keys, decode_head, decode_wish
+from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.model import TOKEN_SHIFT, Mode
+from dlmfs.store.base import Get, KeyValue, Range, Txn
+
+if TYPE_CHECKING:
+    from dlmfs.node import Node
+
+ROUNDS_MAX: Final = 16
+LOCKS_MAX: Final = 64
+"""Locks told of: a chain this long is told up to there, and that it goes on."""
+Facts = dict[str, Any]
+Name = tuple[str, str]
+Thread = tuple[str, int, int]
+"""Its place (host and pid namespace), its process, itself."""
+
+
+async def why(node: Node, domain: str, lock: str) -> Facts:
+    """The chain from one lock on. Raises UsageError for a domain that nobody is in."""
+    search = _Search(node)
+    todo: list[Name] = [(domain, lock)]
+    rounds = 0
+    while (todo or search.threads()) and rounds < ROUNDS_MAX and len(search.locks) < LOCKS_MAX:
+        rounds += 1
+        await search.round(todo[: facts.LOCKS_MAX])
+        todo = search.open_names()
+    if search.trouble is None and search.is_nowhere:
+        raise UsageError(f"no node is in a domain {domain!r}: mkdir it first")
+    return {
+        "domain": domain,
+        "lock": lock,
+        "node": node.membership.name,
+        "trouble": search.trouble,
+        "more": len(todo),
+        "nodes": search.nodes | {name: {"silent": s} for name, s in search.silent.items()},
+        "locks": list(search.locks.values()),
+        "waits": list(search.waits.values()),
+    }
+
+
+class _Search:
+    """What is known so far."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.locks: dict[Name, Facts] = {}
+        self.nodes: dict[str, Facts] = {}
+        """Those that answered."""
+        self.silent: dict[str, Facts] = {}
+        """Those that did not, and what is known of them."""
+        self.waits: dict[tuple[str, int, int], Facts] = {}
+        """By node, process and claim: what the processes at these locks wait for themselves."""
+        self.trouble: str | None = None
+        """Why the store could not be read."""
+        self._records: dict[str, KeyValue] = {}
+        self._asked_for: set[Thread] = set()
+
+    # -- one round ------------------------------------------------------------------------------
+
+    async def round(self, names: list[Name]) -> None:
+        """Learn all of these locks."""
+        try:
+            async with asyncio.timeout(inquiry.STORE_S):
+                await self._read(names)
+        except (DlmfsError, TimeoutError) as error:
+            self.trouble = str(error) or f"it has said nothing for {inquiry.STORE_S:g} s"
+            for name in names:
+                self.locks[name] = self._from_here(name)
+        own = self.node.membership.name
+        threads = self.threads()
+        self._asked_for.update(threads)
+        asked = [] if self.trouble is not None else self._concerned(names, threads)
+        question: Facts = {"locks": names, "threads": threads}
+        answers: Answers = {own: facts.reply(self.node, question)}
+        if asked:
+            answers |= await inquiry.ask(self.node, self._records, asked[:ASKED_MAX], question)
+        for other in asked[ASKED_MAX:]:
+            self.silent[other] = inquiry.unheard(
+                "unasked", f"no more than {ASKED_MAX} nodes are asked"
+            )
+        for other, answer in answers.items():
+            await self._take(other, answer)
+
+    async def _read(self, names: list[Name]) -> None:
+        reads: list[Get | Range] = [Range(NODES)]
+        for domain, lock in names:
+            keys = Keys(os.fsencode(domain), "")
+            key = os.fsencode(lock)
+            reads += [Get(keys.head(key)), Range(keys.queue(key)), Range(keys.members)]
+        records, *rest = (await self.node.transact(Txn((), tuple(reads)))).responses
+        assert isinstance(records, tuple)
+        for kv in records:
+            assert isinstance(kv, KeyValue)
+            if b"/" not in kv.key[len(NODES) :]:
+                self._records[kv.key[len(NODES) :].decode()] = kv
+        for i, name in enumerate(names):
+            self.locks[name] = _stored(name, *rest[3 * i : 3 * i + 3])
+
+    def _from_here(self, name: Name) -> Facts:
+        """What this node has heard of a lock, for want of something better."""
+        space = self.node.membership.spaces.get(os.fsencode(name[0]))
+        lock = space.locks.get(os.fsencode(name[1])) if space is not None else None
+        blank: Facts = {"domain": name[0], "lock": name[1], "abandoned": None, "claims": {}}
+        if space is None or lock is None:
+            return blank | {"nodes": [], "members": [], "queue": []}
+        members = {
+            n: space.members.get(n) == m.incarnation for n, m in lock.view.head.members.items()
+        }
+        return blank | {
+            "nodes": sorted(space.members),
+            "members": _members(lock.view.head, members),
+            "queue": [
+                _wish(w.node, w.mode, w.trying, w.convert)
+                for w in ordered(lock.view.wishes.values())
+            ],
+        }
+
+    def threads(self) -> list[Thread]:
+        """Holders whose waits on other mounts of their hosts have not been asked for."""
+        places = [inquiry.place(kv) for kv in self._records.values()]
+        found = []
+        for lock in self.locks.values():
+            for name, claims in lock["claims"].items():
+                where = self.nodes[name]["place"]
+                for claim in claims["holders"]:
+                    thread = (where, claim["pid"], claim["thread"])
+                    if claim["pid"] and places.count(where) > 1 and thread not in self._asked_for:
+                        found.append(thread)
+        return found[: facts.THREADS_MAX]
+
+    def _concerned(self, names: list[Name], threads: list[Thread]) -> list[str]:
+        """The other nodes that have or want one of the locks, or share a host with a holder."""
+        wanted: list[str] = []
+        for name in names:
+            lock = self.locks[name]
+            wanted += [m["node"] for m in lock["members"] if m["alive"] and m["level"] != "NL"]
+            wanted += [wish["node"] for wish in lock["queue"]]
+        places = {where for where, _, _ in threads}
+        wanted += [name for name, kv in self._records.items() if inquiry.place(kv) in places]
+        known = set(self._records) - set(self.silent) - {self.node.membership.name}
+        return [name for name in dict.fromkeys(wanted) if name in known]
+
+    async def _take(self, name: str, answer: Facts | None) -> None:
+        if name != self.node.membership.name:
+            silent = await inquiry.silent(self.node, self._records[name], answer)
+            if silent is not None:
+                self.silent[name] = silent
+                return
+        assert answer is not None
+        with contextlib.suppress(
+            KeyError, TypeError
+        ):  # another version's: what we understand of it
+            for lock in answer["locks"]:
+                self.locks[lock["domain"], lock["lock"]]["claims"][name] = lock
+            for row in answer["waits"]:
+                self.waits[name, row["pid"], row["claim"]["id"]] = {"node": name, **row}
+        self.nodes[name] = {k: v for k, v in answer.items() if k not in ("locks", "waits")}
+
+    # -- what follows from it ---------------------------------------------------------------------
+
+    def open_names(self) -> list[Name]:
+        """Locks that holders wait for and that are not known yet."""
+        names = [(row["domain"], row["lock"]) for row in self.waits.values()]
+        return [name for name in dict.fromkeys(names) if name not in self.locks]
+
+    @property
+    def is_nowhere(self) -> bool:
+        """Whether no node is in the first lock's domain, nor ever was."""
+        first = next(iter(self.locks.values()))
+        return not first["nodes"] and not first["members"]
+
+
+# -- what the store says ------------------------------------------------------------------------------
+
+
+def _members(head: Head, alive: dict[str, bool]) -> list[Facts]:
+    return [
+        {
+            "node": name,
+            "level": member.level.name,
+            "token": member.revision << TOKEN_SHIFT,
+            "alive": alive[name],
+        }
+        for name, member in sorted(head.members.items())
+    ]
+
+
+def _wish(node: str, mode: Mode, trying: bool, convert: bool) -> Facts:
+    return {"node": node, "mode": mode.name, "try": trying, "convert": convert}
+
+
+def _stored(name: Name, record: object, queue: object, members: object) -> Facts:
+    """A lock as its records tell it."""
+    assert record is None or isinstance(record, KeyValue)
+    assert isinstance(queue, tuple)
+    assert isinstance(members, tuple)
+    keys = Keys(os.fsencode(name[0]), "")
+    head = decode_head(record) if record is not None else Head({})
+    born = {kv.key[len(keys.members) :].decode(): kv.create_revision for kv in members}
+    alive = {n: born.get(n) == m.incarnation for n, m in head.members.items()}
+    wishes = ordered(decode_wish(kv, keys.split_wish(kv.key)[1]) for kv in queue)
+    mark = head.abandoned
+    return {
+        "domain": name[0],
+        "lock": name[1],
+        "nodes": sorted(born),
+        "members": _members(head, alive),
+        "queue": [_wish(w.node, w.mode, w.trying, w.convert) for w in wishes],
+        "abandoned": mark and {"node": mark.node, "token": mark.revision << TOKEN_SHIFT},
+        "claims": {},
+    }
