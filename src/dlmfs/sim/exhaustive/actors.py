@@ -148,7 +148,7 @@ class Handle:
     def describe(self) -> dict[str, object]:
         return {"store": "explored"}
 
-    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
+    def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:  # noqa: ARG002
         raise Bug("nobody asks here why a lock is not free")
 
     def size_mb(self) -> float:
