@@ -22,6 +22,7 @@ VERBS: Final = {
     "doctor": "is everything there that a mount and a cluster need; how to mend what is not",
     "nodes": "the nodes of a lock space, and the domains each is in",
     "evict": "put a node out of the cluster",
+    "simulate": "run whole clusters from a seed, and check every promise",
     "domain": "remove what a domain left behind when all its nodes had crashed",
     "o2dlm-run": "run an unmodified program of OCFS2's dlmfs (libo2dlm) on a mount",
 }

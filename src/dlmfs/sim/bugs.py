@@ -79,14 +79,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         "a write under EX leaves the mark of a death standing",
     ),
     Planted(
-        "mail-of-old",
-        VIEW,
-        "if self.wish is None or mail.wish_revision != self.wish.revision:",
-        "if self.wish is None:",
-        200,
-        "mail is believed whatever wish it is about (traps 10)",
-    ),
-    Planted(
         "waiters-sleep",
         VIEW,
         """            # else will act (protocol-traps 2).
@@ -143,14 +135,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         "",
         200,
         "the grant pass goes on behind the first that must wait: readers starve writers (rule 6)",
-    ),
-    Planted(
-        "tries-block",
-        QUEUE,
-        "        elif not wish.trying:\n            break\n",
-        "        else:\n            break\n",
-        200,
-        "a trylock in the queue makes others wait (rule 10)",
     ),
     Planted(
         "former-self-overwritten",
@@ -295,14 +279,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         "self._counter += 0",
         200,
         "under owner=file two exclusive holders have one token (rule 12)",
-    ),
-    Planted(
-        "idle-conversion",
-        CORE,
-        "convert = self.pr > 0",
-        "convert = self.level is Mode.PR",
-        200,
-        "a merely cached PR is converted: two nodes refuse each other for nothing (traps 6)",
     ),
     Planted(
         "kin-waits",

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dlmfs.errors import Bug
 from dlmfs.sim.bugs import BUGS
 from dlmfs.sim.planted import Planted
 from dlmfs.sim.worker import SUMS
+
+T = TypeVar("T")
 
 CHUNK: Final = 100
 """Seeds of one worker process: few enough for all processors to have work until the end."""
@@ -81,7 +84,7 @@ def _worker(first: int, count: int, bug: str | None = None) -> dict[str, Any]:
     return told
 
 
-def _spread[T](jobs: int, works: Iterable[Callable[[], T]]) -> Iterator[T]:
+def _spread(jobs: int, works: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Run them, `jobs` at a time; the results as they come. Few are kept waiting: there may be many."""
     with ThreadPoolExecutor(jobs) as pool:
         running: set[Future[T]] = set()
@@ -101,7 +104,7 @@ def sweep(
     """Run the seeds from `first` on. The outcome of a seed does not depend on `jobs`."""
     totals, begun = Totals(), time.monotonic()
     chunks = [(at, min(CHUNK, first + seeds - at)) for at in range(first, first + seeds, CHUNK)]
-    for told in _spread(jobs, [lambda c=chunk: _worker(*c) for chunk in chunks]):
+    for told in _spread(jobs, [partial(_worker, *chunk) for chunk in chunks]):
         totals.add(told)
         totals.wall_s = time.monotonic() - begun
         progress(totals)
@@ -122,5 +125,5 @@ def hunt(jobs: int, bugs: Iterable[Planted] = BUGS) -> list[Hunt]:
     order = {bug.name: place for place, bug in enumerate(BUGS)}
     # Those that take longest first, or one processor waits for another at the end.
     longest = sorted(bugs, key=lambda bug: -bug.within)
-    hunts = list(_spread(jobs, [lambda b=bug: _hunt(b) for bug in longest]))
+    hunts = list(_spread(jobs, [partial(_hunt, bug) for bug in longest]))
     return sorted(hunts, key=lambda h: order[h.bug.name])

@@ -257,8 +257,8 @@ class _Change:
         ]
         mark = self.new.abandoned
         if self.new.lvb != self.old.lvb and not dead:
-            if mark is not None and mark != self.old.abandoned:
-                self._fail(f"a mark for {mark.node} appeared")
+            if mark is not None:
+                self._fail(f"a value was written, and the mark for {mark.node} stands")
         elif dead:
             if mark not in dead:
                 self._fail(f"{dead[0].node} died at EX, and the mark says {mark}")

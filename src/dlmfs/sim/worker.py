@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 from dlmfs.sim.bugs import by_name
 from dlmfs.sim.planted import plant
@@ -19,7 +20,7 @@ def work(first: int, count: int, *, stop: bool) -> dict[str, object]:
     from dlmfs.sim.run import run  # after planting
     from dlmfs.sim.scenario import draw
 
-    sums = dict.fromkeys(SUMS, 0.0)
+    sums: dict[str, float] = {"seconds": 0.0, **dict.fromkeys(SUMS[1:], 0)}
     failures: list[list[object]] = []
     margin: float | None = None
     seeds = 0
@@ -34,7 +35,8 @@ def work(first: int, count: int, *, stop: bool) -> dict[str, object]:
             failures.append([seed, outcome.rule, outcome.failure])
             if stop:
                 break
-    return {**sums, "seeds": seeds, "failures": failures, "margin": margin}
+    told = {"seeds": seeds, "failures": failures, "margin": margin, "cpu_s": time.process_time()}
+    return {**sums, **told}
 
 
 def main(args: list[str]) -> int:
