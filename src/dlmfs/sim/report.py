@@ -30,7 +30,7 @@ def failures(totals: Totals, most: int = 20) -> list[str]:
 
 
 def planted(hunts: Sequence[Hunt]) -> list[str]:
-    """The planted bugs as a table: what it is, within how many seeds it must be caught, what caught it."""
+    """The planted bugs as a table: within how many seeds each must be caught, and what caught it."""
     rows = [
         "| bug | what it breaks | stated | caught by seed | check |",
         "| --- | --- | --- | --- | --- |",
