@@ -19,6 +19,7 @@ CORE: Final = "core/lockres.py"
 LEASE: Final = "core/lease.py"
 MEMBER: Final = "engine/membership.py"
 OPEN: Final = "fs/openfiles.py"
+FILES: Final = "fs/filesystem.py"
 STORE: Final = "store/memory_store.py"
 
 BUGS: Final[tuple[Planted, ...]] = (
@@ -80,21 +81,14 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "waiters-sleep",
-        VIEW,
-        """            # else will act (protocol-traps 2).
-            self.must_look = True""",
-        """            # else will act (protocol-traps 2).
-            self.must_look = False""",
-        200,
+        SPACE,
+        """            lock.wish_gone(node, revision)
+""",
+        """            lock.wish_gone(node, revision)
+            return None
+""",
+        400,
         "a waiter does not act when the wish ahead of it vanishes (traps 2)",
-    ),
-    Planted(
-        "older-answer-wins",
-        VIEW,
-        "if at >= self.head_at:",
-        "if True:",
-        200,
-        "an answer older than the view replaces it (traps 8)",
     ),
     Planted(
         "own-former-self",
@@ -346,25 +340,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         "the first waiter leaves a dead member in the head, and who gives way grants nobody (found)",
     ),
     Planted(
-        "early-reading",
-        LOCK,
-        """ must not pass for the one asked for.
-        self.view.must_look = True
-""",
-        """ must not pass for the one asked for.
-""",
-        2000,
-        "a reading sent before a gap passes for the one that the gap asks for (found)",
-    ),
-    Planted(
-        "own-end-unseen",
-        VIEW,
-        "elif self.wish is not None and (fresh or self._is_over(self.wish, queue, at)):",
-        "elif self.wish is not None and fresh:",
-        2000,
-        "a reading older than the watch does not tell that the own wish is gone (found)",
-    ),
-    Planted(
         "told-nothing",
         LOCK,
         "            self._wanted = None\n",
@@ -390,11 +365,27 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "unasked-clock",
+        FILES,
+        "self.serving = self.expire = domains.serving",
+        "self.serving = self.expire = lambda: True",
+        2000,
+        "operations are served without a look at the clock: only a timer fences (promise 3)",
+    ),
+    Planted(
+        "uncounted-twice",
         OPEN,
-        "if not self.serving() or handle.stage is not Stage.HELD:\n            raise OSError",
-        "if handle.stage is not Stage.HELD:\n            raise OSError",
-        1000,
-        "reads and writes are served without a look at the clock (promise 3)",
+        "        if handle.charged:\n",
+        "        if True:\n",
+        400,
+        "a wait that is withdrawn as its lease runs out is taken off the account twice (found)",
+    ),
+    Planted(
+        "unlink-spins",
+        LOCK,
+        "                self._forget_waits = True\n",
+        "                self._forget_waits = False\n",
+        2000,
+        "an unlink asks again and again until the watch tells of a death (found)",
     ),
     Planted(
         "place-kept-for-ever",

@@ -194,9 +194,11 @@ class _Change:
             if kept is None or kept.incarnation != old.incarnation:
                 if node != self.author and self._alive(node, old):
                     self._fail(f"{node} was removed alive")
-        if self.new.members and not self.oracle.lock_delay:
+        if self.new.members and self.new.abandoned is None and not self.oracle.lock_delay:
+            domain, waiting = self.lock[0], self.oracle.lock(self.lock).wishes.values()
             living = any(self._alive(n, m) for n, m in self.new.members.items())
-            if not living and self.new.abandoned is None:
+            looked_after = any(self.oracle.alive(domain, w.node, w.incarnation) for w in waiting)
+            if not living and not looked_after:
                 self._fail("only dead members are left: nobody looks at it again (traps 9)")
 
     def _order(self) -> None:

@@ -58,6 +58,11 @@ TROUBLE: Final = (
 )
 """The faults that come by a step; `Faults` has those that come with messages."""
 
+LEASES: Final = 0.1
+"""The share of runs that are about leases alone: they need several faults in a row."""
+
+LEASE_TROUBLE: Final = ("stale-leader", "stale-leader", "cut", "pause", "leader")
+
 BEYOND: Final = "freeze"
 """A virtual machine stopped together with its clocks: only tokens and values hold."""
 
@@ -138,9 +143,12 @@ def _steps(rng: Random, nodes: int, *, lenient: bool, leased: bool) -> tuple[Ste
     if not leased:  # one host: no network to be cut, no leader to be changed
         embedded = {"crash", "pause", "suspend", "umount", "evict", "full", "compact"}
         trouble = [verb for verb in trouble if verb in embedded]
-    share = rng.choice([0.0, 0.02, 0.05, 0.1]) * sum(verbs.values())
+    share = rng.choice([0.0, 0.02, 0.05, 0.1])
+    if leased and rng.random() < LEASES:
+        trouble, share = list(LEASE_TROUBLE), 0.3
+    share *= sum(verbs.values())
     for verb in trouble:
-        verbs[verb] = share / len(trouble)
+        verbs[verb] = verbs.get(verb, 0.0) + share / len(trouble)
     pace_s = rng.choice([0.001, 0.005, 0.05, 0.5, 5.0])
     names, weights = list(verbs), list(verbs.values())
     steps = []
