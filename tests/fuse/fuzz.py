@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from unittest import mock
 
 from dlmfs.engine.membership import Config, Membership
+from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.tree import LockFile, Tree
 from dlmfs.fuse import device as device_module
@@ -133,7 +134,13 @@ class Side:
         self.device.on_bug = lambda error: self.bugs.append(repr(error))
         self.ends: list[str] = []
         self.device.on_end = self.ends.append
-        self.member.start(lambda error: None if error is None else self.bugs.append(repr(error)))
+        self.member.start(self._started)
+
+    def _started(self, error: DlmfsError | None) -> None:
+        if isinstance(error, Unavailable):  # lost on the way: a service manager would try again
+            self.loop.call_later(0.1, self.member.start, self._started)
+        elif error is not None:
+            self.bugs.append(repr(error))
 
     def pump(self) -> None:
         """Let the device loop read all there is, as the event loop would."""
@@ -177,7 +184,8 @@ class Run:
 
     def play(self) -> None:
         rng = Random(self.plan.seed)
-        self.loop.run_for(5.0)
+        started = [side.member for side in self.sides]
+        assert self.loop.run_until(lambda: all(member.serving() for member in started), 60.0)
         for side in self.sides:
             side.device.start()
             for _ in range(self.plan.early):

@@ -148,8 +148,10 @@ class FileSystem(OpenFiles):
             return errno.ENOENT
         if name in parent.children:
             return errno.EEXIST
-        if self.spaces[parent.ino].life is Life.LEAVING:
-            return errno.ENOLCK  # a removal that was answered ENOLCK is still under way
+        if parent.removing:
+            return (
+                errno.ENOLCK
+            )  # it was answered ENOLCK and goes on, whatever becomes of the domain
         if len(name) > LOCK_NAME_MAX or name.startswith(b"$"):
             return errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.EINVAL
         refusal = self._refuse_growth() or self.usage.refuse_lock(h.uid)
@@ -203,9 +205,11 @@ class FileSystem(OpenFiles):
             return errno.ENOTEMPTY
         space = self.spaces[child.ino]
         answer = self.bounded(h.unique)
+        child.removing = True
 
         def left(error: DlmfsError | None) -> None:
             if error is not None and space.life is not Life.LOST:
+                child.removing = False
                 answer(error.errno)
                 return
             if child.linked:

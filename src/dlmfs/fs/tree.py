@@ -79,13 +79,14 @@ class LockFile(Inode):
 
 
 class Directory(Inode):
-    """The root or a domain."""
+    """The root or a domain. `removing`: an rmdir of it is under way, perhaps after it was answered."""
 
-    __slots__ = ("_numbers", "children")
+    __slots__ = ("_numbers", "children", "removing")
 
     def __init__(self, ino: int, parent: Directory | None, name: bytes, mode: int) -> None:
         super().__init__(ino, parent, name, mode)
         self.children: dict[bytes, Inode] = {}
+        self.removing = False
         self._numbers: list[int] = []  # of the children, growing; some may be gone
 
     @property

@@ -221,6 +221,9 @@ class Kernel:
 
     def _learn(self, parent: int, name: bytes, entry: bytes) -> int:
         ino = wire.entry_node(entry)
+        known = self.names.get((parent, name), ino)
+        if known != ino:  # a lost file's successor, seen by two at once
+            self._unnamed.append(known)
         self.names[parent, name] = ino
         self._lookups[ino] = self._lookups.get(ino, 0) + 1
         return ino
