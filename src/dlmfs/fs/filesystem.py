@@ -148,10 +148,8 @@ class FileSystem(OpenFiles):
             return errno.ENOENT
         if name in parent.children:
             return errno.EEXIST
-        if parent.removing:
-            return (
-                errno.ENOLCK
-            )  # it was answered ENOLCK and goes on, whatever becomes of the domain
+        if parent.removing or self.spaces[parent.ino].life is Life.LEAVING:
+            return errno.ENOLCK  # answered ENOLCK, a removal goes on whatever becomes of the domain
         if len(name) > LOCK_NAME_MAX or name.startswith(b"$"):
             return errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.EINVAL
         refusal = self._refuse_growth() or self.usage.refuse_lock(h.uid)
