@@ -178,7 +178,8 @@ def _campaign(parsed: Namespace) -> int:
         for text in report.failures(totals):
             print(f"{text}  (`dlmfs simulate --seed` tells how)")
         for bug in missed:
-            print(f"planted bug {bug.name} was not caught within {bug.within} seeds: {bug.what}")
+            seeds_of = f"{bug.first} to {bug.first + bug.within - 1}"
+            print(f"planted bug {bug.name} was not caught by seeds {seeds_of}: {bug.what}")
         print(report.line(totals, hunts))
     return FAILED if totals.failures or missed else 0
 

@@ -113,7 +113,7 @@ def sweep(
 
 
 def _hunt(bug: Planted) -> Hunt:
-    told = _worker(0, bug.within, bug.name)
+    told = _worker(bug.first, bug.within, bug.name)
     if not told["failures"]:
         return Hunt(bug, None, "", "", told["cpu_s"])
     seed, rule, text = told["failures"][0]

@@ -20,7 +20,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 
 
 class Planted(NamedTuple):
-    """`within`: the number of seeds, from 0 on, in which it must be caught."""
+    """It must be caught `within` so many seeds from `first` on. Most are caught at once; for a rare one
+    `first` is near a seed that shows it, so that a campaign need not spend its time on it."""
 
     name: str
     file: str
@@ -28,6 +29,7 @@ class Planted(NamedTuple):
     new: str
     within: int
     what: str
+    first: int = 0
 
 
 def apply(bug: Planted, source: str) -> str:

@@ -32,13 +32,13 @@ def failures(totals: Totals, most: int = 20) -> list[str]:
 def planted(hunts: Sequence[Hunt]) -> list[str]:
     """The planted bugs as a table: within how many seeds each must be caught, and what caught it."""
     rows = [
-        "| bug | what it breaks | stated | caught by seed | check |",
+        "| bug | what it breaks | within seeds | caught by seed | check |",
         "| --- | --- | --- | --- | --- |",
     ]
     for hunt in hunts:
         bug = hunt.bug
         seed = "**not caught**" if hunt.seed is None else str(hunt.seed)
-        rows.append(f"| {bug.name} | {bug.what} | {bug.within} | {seed} | {hunt.rule} |")
+        rows.append(f"| {bug.name} | {bug.what} | {within} | {seed} | {hunt.rule} |")
     return rows
 
 
