@@ -38,6 +38,7 @@ def planted(hunts: Sequence[Hunt]) -> list[str]:
     for hunt in hunts:
         bug = hunt.bug
         seed = "**not caught**" if hunt.seed is None else str(hunt.seed)
+        within = f"{bug.first} to {bug.first + bug.within - 1}"
         rows.append(f"| {bug.name} | {bug.what} | {within} | {seed} | {hunt.rule} |")
     return rows
 
