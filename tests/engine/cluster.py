@@ -1,4 +1,4 @@
-"""Whole clusters of one domain over the memory store, from a seed, with everything checked.
+"""A small cluster of one domain over the memory store, for tests that tell a race step by step (`hand`).
 
 Real core, real engine; simulated clock, network, leases and programs. The checkers stand at the
 instant of every grant, read and write:
@@ -6,8 +6,9 @@ instant of every grant, read and write:
 * exclusion between the nodes that serve (promise 1),
 * tokens larger than those of all earlier conflicting grants (promise 2),
 * the LVB as a register whose unacknowledged writes may or may not show (promise 4),
-* the abandonment mark after a death at EX (promise 4),
-* trylocks answered in bounded time (promise 6), and after the faults every waiter served (5).
+* the abandonment mark after a death at EX (promise 4).
+
+Whole clusters from seeds are `dlmfs.sim`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 
 from dlmfs.core.events import Claim, Phase, Stage
@@ -263,139 +263,8 @@ class SimCluster:
 
         space.locks[program.lock].write_lvb(0, new, done)
 
-    # -- programs -------------------------------------------------------------------------------
-
-    def act(self) -> None:
-        """One random step of a random program."""
-        rng = self.rng
-        node = rng.choice(self.nodes)
-        space = node.serving
-        if space is None:
-            return
-        if node.programs and rng.random() < 0.55:
-            program = rng.choice(list(node.programs.values()))
-            if program.claim.stage is Stage.WAITING:
-                if rng.random() < 0.2:
-                    del node.programs[program.claim.fh]
-                    space.locks[program.lock].interrupt(program.claim)
-            elif rng.random() < 0.3:
-                self.read(program)
-            elif program.claim.mode is Mode.EX and rng.random() < 0.4:
-                self.write(program)
-            else:
-                self.close(program)
-            return
-        name = rng.choice(list(self.locks))
-        if rng.random() < 0.05:
-            self.unlink(node, name)
-            return
-        self.fh += 1
-        claim = Claim(
-            self.fh,
-            rng.choice([Mode.PR, Mode.EX]),
-            trying=rng.random() < 0.3,
-            pid=rng.randrange(1, 4),
-        )
-        program = Program(claim, name, node, self.loop.time())
-        node.programs[claim.fh] = program
-        if space.lock(name).open(claim):
-            node.granted(claim)
-        if claim.trying:
-            self.loop.call_later(TTL_S, self.check_try, program)
-
-    def check_try(self, program: Program) -> None:
-        if program.node.serving and program.claim.stage is Stage.WAITING:
-            if program.claim.fh in program.node.programs:
-                raise Violation(f"trylock {program} still waits")
-
     def close(self, program: Program) -> None:
         space = program.node.serving
         node = program.node
         if node.programs.pop(program.claim.fh, None) is not None and space is not None:
             space.locks[program.lock].close(program.claim)
-
-    def unlink(self, node: SimNode, name: bytes) -> None:
-        space = node.serving
-        assert space is not None
-        lock = space.locks.get(name)
-        if lock is None or lock.res.in_use:
-            return
-        history = self.locks[name]
-
-        def gone(error: DlmfsError | None) -> None:
-            if error is None:
-                # If it was the last member, the value and its mark are forgotten.
-                if not any(kv.startswith(b"h/dom/" + name) for kv in self.server.data):
-                    history.value, history.abandoned = EMPTY_LVB, False
-                    history.maybe.clear()
-                space.drop(name)
-
-        lock.forget(gone)
-
-    # -- runs -----------------------------------------------------------------------------------
-
-    def run(
-        self, steps: int, *, crashes: float = 0.0, cuts: float = 0.0, gaps: float = 0.0
-    ) -> None:
-        """The fault phase, then healing; every waiter must then be served."""
-        rng = self.rng
-        for _ in range(steps):
-            self.act()
-            self.loop.run_for(rng.choice([0.0, 0.0005, 0.002, 0.02]))
-            draw = rng.random()
-            node = rng.choice(self.nodes)
-            if draw < crashes and node.alive:
-                node.restart()
-            elif draw < crashes + cuts:
-                if node.store.connected:
-                    node.store.cut()
-                    self.loop.call_later(rng.uniform(0, 2 * TTL_S), node.store.heal)
-                self.loop.run_for(rng.uniform(0, 5))
-            elif draw < crashes + cuts + gaps:
-                self.server.compact(self.server.revision)
-        self.settle()
-
-    def settle(self) -> None:
-        """Everything heals; holders close one by one; nobody may be forgotten."""
-        calm = Faults()
-        self.faults.__dict__.update(calm.__dict__)
-        for node in self.nodes:
-            node.store.heal()
-        self.loop.run_for(4 * TTL_S)
-        for _ in range(10_000):
-            programs = [p for n in self.nodes for p in n.programs.values()]
-            if not programs:
-                break
-            held = [p for p in programs if p.claim.stage is Stage.HELD]
-            if not held:
-                raise Violation(f"nobody holds, yet {len(programs)} wait for ever")
-            self.close(self.rng.choice(held))
-            self.loop.run_for(1.0)
-        for node in self.nodes:
-            if node.serving is None:
-                raise Violation(f"{node.name} did not come back")
-            for lock in node.serving.locks.values():
-                if not lock.idle:
-                    raise Violation(f"{node.name}: {lock.name!r} is not at rest")
-
-    @staticmethod
-    def _has_left(left: list[str], node: SimNode, _error: DlmfsError | None) -> None:
-        left.append(node.name)
-
-    @staticmethod
-    def _is_in(left: list[str], node: SimNode) -> bool:
-        return node.name in left
-
-    def leave_all(self) -> None:
-        """Clean leaves leave nothing behind but heads that name a dead exclusive holder."""
-        left: list[str] = []
-        for node in self.nodes:
-            space = node.serving
-            assert space is not None
-            space.leave(partial(self._has_left, left, node))
-            self.loop.run_until(partial(self._is_in, left, node), 60)
-        if len(left) != len(self.nodes):
-            raise Violation(f"only {left} could leave")
-        rest = [key for key in self.server.data if not key.startswith(b"h/dom/")]
-        if rest:
-            raise Violation(f"left behind: {rest}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -87,6 +88,58 @@ def test_what_the_service_does(nodes: Nodes) -> None:
     (where / "dom").mkdir()
     subprocess.run(command(unit("Service", "ExecStop"), known), check=True, timeout=PATIENCE_S)
     assert mounted(where) == []
+
+
+def first_line(process: subprocess.Popen[bytes]) -> bytes:
+    """What the program says first. Fails if it says nothing in time."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], PATIENCE_S)[0], "the program did not start"
+    return process.stdout.readline()
+
+
+def until_wanted(path: Path) -> None:
+    """Wait until another node waits for the lock."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        assert poll.poll(PATIENCE_S * 1000), "nobody waits"
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.fuse
+def test_a_service_that_runs_on_one_node_only(nodes: Nodes) -> None:
+    """Two nodes start the unit's command, and one program runs. When `systemctl stop` ends its `dlmfs
+    lock`, the other node's program starts, with a larger token."""
+    unit = Unit((UNITS / "one-node@.service").read_text())
+    assert unit("Service", "Restart") == "always"
+    line = unit("Service", "ExecStart")
+    assert line.endswith(" -- $PROGRAM")
+    program = ["sh", "-c", "echo $DLMFS_TOKEN; exec sleep 1000"]
+    started: list[subprocess.Popen[bytes]] = []
+    tokens = []
+    try:
+        for name in ("a", "b"):
+            lock = nodes.mount(name) / "services" / "reports"
+            words = command(line.removesuffix("$PROGRAM"), {"LOCK": str(lock)})
+            started.append(subprocess.Popen([*words, *program], stdout=subprocess.PIPE))
+            if name == "a":
+                tokens.append(int(first_line(started[0])))
+        first, second = started
+        until_wanted(nodes.folder / "a" / "services" / "reports")
+        assert second.stdout is not None
+        assert not select.select([second.stdout], [], [], 0)[0], "both run"
+        first.terminate()
+        tokens.append(int(first_line(second)))
+        assert first.wait(PATIENCE_S) != 0
+        assert tokens[0] < tokens[1]
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait(PATIENCE_S)
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 # -- mount(8) and fstab ------------------------------------------------------------------------------
