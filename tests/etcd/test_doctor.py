@@ -39,7 +39,7 @@ def test_a_sound_cluster_and_nothing_is_left(shared_etcd: Etcd, nodes: EtcdNodes
     source = shared_etcd.source(nodes.cluster)
     leases = shared_etcd.leases()
     found = doctor(source)
-    assert shared_etcd.leases() == leases
+    assert set(shared_etcd.leases()) <= set(leases)  # one of an earlier test's may have run out
     assert level(found, "version 3.") == "ok"
     assert level(found, "names in use") == "ok"
     assert level(found, "the store answers within") == "ok"
