@@ -67,6 +67,7 @@ class ClusterLock:
         "_draining",
         "_forget_waits",
         "_forgets",
+        "_looking",
         "_lvb_reads",
         "_patient",
         "_refuse_try",
@@ -100,6 +101,8 @@ class ClusterLock:
         self._lvb_reads: list[Callable[[bytes], None]] = []
         self._forgets: list[Done] = []
         self._forget_waits = False
+        self._looking = False
+        """The transaction under way is a reading."""
         self._todo: list[Action] = []
         self._draining = False
         self._try_timer: Timer | None = None
@@ -226,6 +229,7 @@ class ClusterLock:
     def reread(self) -> None:
         """Events were missed, or an outcome is unknown: read everything before doing more."""
         self._unresolved = True
+        self._looking = False
         # A reading that is under way was sent before this, and must not pass for the one asked for.
         self.view.must_look = True
 
@@ -312,6 +316,7 @@ class ClusterLock:
             return
         if self._unresolved or view.must_look:
             view.must_look = False  # now: what is heard from here on asks for another look
+            self._looking = True
             self._send(Txn((), changes.reading(view)), self._looked)
         elif res.phase is Phase.DROPPING:
             self._hand_over()
@@ -398,6 +403,7 @@ class ClusterLock:
         return True
 
     def _looked(self, result: TxnResult) -> None:
+        self._looking = False
         if self._unresolved:
             # A refusal of trylocks may be what got lost: have the core decide anew.
             self._wanted = None
@@ -571,6 +577,10 @@ class ClusterLock:
         """A definite refusal by the store: nothing of the transaction was applied."""
         if not isinstance(error, Unavailable):
             self.space.lose(str(error))
+        elif self._looking:  # refused for the sake of others' writes in its commit
+            self._looking = False
+            self.view.must_look = True
+            self.space.loop.call_later(RETRY_S, self._step)
         elif self._writes and self.res.phase is not Phase.DROPPING:
             self._finish_write(error)
         elif self._forgets and self.res.phase is Phase.IDLE:

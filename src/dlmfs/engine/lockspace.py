@@ -457,7 +457,10 @@ class Lockspace:
         if not isinstance(mine, KeyValue) or mine.create_revision != self.incarnation:
             self.lose("the membership record was removed from the store")
             return
-        for lock, _, _ in part:  # sent under the old epoch: surely not applied
+        # Sent under the old epoch: surely not applied. What it was to tell has to be asked for again:
+        # a look that was due when it was sent is noted nowhere else.
+        for lock, _, _ in part:
+            lock.reread()
             lock.resume()
 
     # -- after an unknown outcome or a gap ----------------------------------------------------

@@ -334,6 +334,9 @@ class Membership:
 
         def joined(error: DlmfsError | None) -> None:
             self._is_joined(space)
+            if error is None and not self._up:  # fenced meanwhile; `_restarted` joins again
+                space.lose(str(self.reason))
+                return
             if self.spaces.get(domain) is not old:
                 if error is None:
                     space.leave(lambda _error: None)  # left while we were at it
@@ -404,7 +407,7 @@ class Membership:
         """Give back every lock of a domain, then the membership."""
 
         def left(error: DlmfsError | None) -> None:
-            over = error is None or isinstance(error, LockLost)
+            over = error is None or isinstance(error, LockLost) or space.life is Life.LOST
             # A late leave must not take the name from one that was joined meanwhile.
             if over and self.spaces.get(space.domain) is space:
                 del self.spaces[space.domain]
@@ -503,17 +506,21 @@ class Membership:
         for event in batch.events:
             if event.kv.key == own + EVICT and event.kind == "put":
                 self._marked(event.kv)
-            elif event.kv.key == own and event.kind == "delete" and self._up:
+            elif (
+                event.kv.key == own
+                and event.kind == "delete"
+                and event.kv.mod_revision > self.record
+            ):
                 self._fence(LockLost("the node's record was removed from the store"))
             else:
                 self.questions.told(event)
 
     def _look_below(self) -> None:
         """What was put for us while the watch had a gap."""
-        own = NODES + self.name.encode()
+        own, record = NODES + self.name.encode(), self.record
 
         def read(result: TxnResult | DlmfsError) -> None:
-            if not self._up:
+            if not self._up or self.record != record:  # another life of ours has a watch of its own
                 return
             if isinstance(result, DlmfsError):
                 self.loop.call_later(RETRY_S, self._look_below)

@@ -201,6 +201,8 @@ class FileSystem(OpenFiles):
             return errno.ENOTDIR
         if child.children:
             return errno.ENOTEMPTY
+        if child.removing:
+            return errno.ENOLCK  # the one that was answered so goes on
         space = self.spaces[child.ino]
         answer = self.bounded(h.unique)
         child.removing = True
@@ -211,7 +213,9 @@ class FileSystem(OpenFiles):
                 answer(error.errno)
                 return
             if child.linked:
-                del self.spaces[child.ino]
+                now = self.spaces.pop(child.ino)
+                if now is not space:  # the node was fenced, and has joined again meanwhile
+                    self.domains.leave(now, lambda _error: None)
                 self.tree.remove(child)
                 self.usage.count_domain(child.maker, -1)
                 if not answer.open:  # told ENOLCK, the kernel still believes in the name
