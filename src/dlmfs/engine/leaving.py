@@ -37,7 +37,10 @@ def leave(space: Lockspace, done: Done) -> None:
             failures.append(error)
         if waiting:
             return
-        if failures:
+        if not space.live:
+            # Fenced meanwhile: the locks were lost, not left, and to go on would look like a clean end.
+            done(LockLost(f"the membership ended: {space.reason}"))
+        elif failures:
             # Some head still has us; without the membership that would look like a death.
             space.stay()
             done(failures[0])

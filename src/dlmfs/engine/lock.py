@@ -482,8 +482,10 @@ class ClusterLock:
             if claim.stage is Stage.WAITING:  # else the one before it made room
                 self.space.host.failed(claim, reason)
                 self._run(self.res.interrupt(claim))
-        if self.res.trying and later and self._try_timer is None:
-            self._time_try(later[0].since + limit - now)
+        # One that was granted just now waits no more, and its time began anew.
+        left = [c for c in later if c.stage is Stage.WAITING]
+        if left and self._try_timer is None:
+            self._time_try(left[0].since + limit - now)
         self._step()
 
     def _cancel_try(self) -> None:

@@ -174,7 +174,7 @@ class Checks:
         request = call.request
         note = request.note
         if isinstance(note, Open):
-            if note.trying and self.strict and not node.kernel.dead:
+            if note.trying and self.strict and reply != errno.ECONNABORTED:
                 self._in_time(node, note)
             if isinstance(reply, bytes):
                 self._granted(node, note, call, int.from_bytes(reply[:8], "little"))
@@ -201,7 +201,9 @@ class Checks:
         opened.token = handle.token
         if node.membership.session is not None and not call.overtaken:
             node.last_served[node.membership.session.lease] = self.now
-        self._token(node, opened, strict=self.strict and not call.overtaken)
+        # Who takes over the place that an interrupted open left may have been granted long ago.
+        late = call.overtaken or handle.fh <= opened.newest
+        self._token(node, opened, strict=self.strict and not late)
         if self.strict and not call.overtaken:
             self._exclusion(node, opened)
             self._marked(opened, lock)
