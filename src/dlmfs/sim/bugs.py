@@ -218,16 +218,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "good = self.renewal.confirmed(self.store.clock(), term, unbroken)",
         100,
         "a renewal counts from its answer, not from its sending",
-        first=850,
-    ),
-    Planted(
-        "two-leaders",
-        LEASE,
-        "same = term == self.term and connection is not None and connection == self.connection",
-        "same = connection is not None and connection == self.connection",
-        100,
-        "a former leader's renewal counts (traps 15)",
-        first=850,
+        first=1050,
     ),
     Planted(
         "two-members",
