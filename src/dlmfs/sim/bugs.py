@@ -396,6 +396,38 @@ RARE: Final[tuple[Planted, ...]] = (
         100,
         "a node that is suspect when it would rejoin a domain never does (found)",
     ),
+    Planted(
+        "joined-though-fenced",
+        MEMBER,
+        "            if error is None and not self._up:  # fenced meanwhile;",
+        "            if False:  # fenced meanwhile;",
+        100,
+        "a join that is answered after the fence stands for the domain (found)",
+    ),
+    Planted(
+        "late-timer",
+        LOCK,
+        "left = [c for c in later if c.stage is Stage.WAITING]",
+        "left = later",
+        100,
+        "a trylock is put off by another's grant (found)",
+    ),
+    Planted(
+        "made-while-removed",
+        FILES,
+        "if parent.removing or self.spaces[parent.ino].life is Life.LEAVING:",
+        "if self.spaces[parent.ino].life is Life.LEAVING:",
+        100,
+        "a file is made in a directory whose removal goes on after its answer (found)",
+    ),
+    Planted(
+        "left-though-fenced",
+        "engine/leaving.py",
+        "        if not space.live:\n            # Fenced",
+        "        if False:\n            # Fenced",
+        100,
+        "a leave that a fence overtakes goes on as a clean one (found)",
+    ),
 )
 """Shown by a scenario that is kept (tests/sim/seeds); no seed within reach shows them."""
 
