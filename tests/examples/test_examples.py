@@ -17,12 +17,13 @@ import pytest
 from tests.fs.conftest import nodes as _nodes
 from tests.fs.nodes import PATIENCE_S, ROOT, Nodes
 from tests.robust.helpers import kill
-from tests.waiting.agents import holding, until, waiting
+from tests.waiting.agents import until, waiting
 
 nodes = _nodes
 pytestmark = pytest.mark.fuse
 
 EXAMPLES = ROOT / "examples"
+MORE_THAN_A_PIPE = bytes(1 << 20)
 
 
 def environment(node: Path) -> dict[str, str]:
@@ -169,7 +170,8 @@ def test_guard_file(nodes: Nodes, tmp_path: Path, stack: ExitStack) -> None:
         stderr=subprocess.PIPE,
     )
     stack.callback(late.kill)
-    until(lambda: (a / "jobs/report").exists() and holding(a / "jobs/report"), "it has the lock")
+    assert late.stdin is not None
+    late.stdin.write(MORE_THAN_A_PIPE)  # which returns when it reads: it has its lock and its token
     kill(a)  # and the writer, in the middle of its input, does not look
     done = run(b, "guard_file.py", "jobs/report", report, input="new")
     assert (done.returncode, report.read_text()) == (0, "new")
