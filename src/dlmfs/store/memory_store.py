@@ -40,6 +40,8 @@ class Faults:
     lose_answer: float = 0.0
     apply_late: float = 0.0
     repeat: float = 0.0
+    late_from_s: float = 1.0
+    """How late a late request is at least: no sooner than its sender gives up, or as little as none."""
     late_s: float = 5.0
     timeout_s: float = 1.0
     full: bool = False
@@ -168,7 +170,7 @@ class MemoryStore:
             return
         draw -= faults.lose_request
         late = (
-            faults.timeout_s + self.rng.uniform(0, faults.late_s)
+            faults.late_from_s + self.rng.uniform(0, faults.late_s)
             if draw < faults.apply_late
             else 0.0
         )
