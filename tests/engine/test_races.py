@@ -14,7 +14,7 @@ import pytest
 from dlmfs.core.events import Claim, Phase
 from dlmfs.core.lockres import COUNTER_MAX
 from dlmfs.engine.lockspace import Life
-from dlmfs.errors import BadState, DlmfsError, Unavailable
+from dlmfs.errors import BadState, DlmfsError, StoreFull, Unavailable
 from dlmfs.model import Mode, Owner
 from dlmfs.store.base import Txn, TxnDone
 from tests.engine.hand import LOCK, QUEUE, SOON_S, HandCluster, ended, holds, waits
@@ -168,6 +168,38 @@ def test_an_answer_on_its_way_is_not_the_reading_that_a_gap_asks_for() -> None:
     late.pop()()
     cluster.pass_time()
     assert holds(claim)
+
+
+@pytest.mark.parametrize("how", ["full", "epoch"])
+def test_a_reading_that_the_store_refuses_is_due_again(how: str) -> None:
+    """A waiter reads how things stand, as after any death. The reading is refused definitely: another
+    lock's write in its commit finds the store full, or the epoch has changed under it. That it was due
+    is noted nowhere else: it was forgotten, and the waiter went on by what it knew from before.
+    """
+    cluster = HandCluster(2)
+    a, b = cluster.hands
+    cluster.hold(a, Mode.EX)
+    assert waits(cluster.open(b, Mode.EX))
+    readings: list[Txn] = []
+
+    def refuse(txn: Txn, done: TxnDone) -> None:
+        readings.append(txn)
+        if how == "full":
+            cluster.loop.call_later(0.001, done, StoreFull("the store is full"))
+        else:
+            b.joined._revive()  # as for an unknown outcome of another lock's
+            cluster.loop.call_later(SOON_S, lambda: done(cluster.server.apply(txn)))
+        b.answer_next(again)
+
+    def again(txn: Txn, done: TxnDone) -> None:
+        readings.append(txn)
+        done(cluster.server.apply(txn))
+
+    b.answer_next(refuse)
+    b.lock.member_gone()
+    cluster.pass_time(LONG_S)
+    first, second = readings
+    assert first.then == second.then
 
 
 def test_a_death_that_only_the_newest_waiter_knows_of_holds_nobody_up() -> None:

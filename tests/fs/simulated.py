@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import stat
+from collections.abc import Callable
 
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.errors import DlmfsError
@@ -46,13 +47,16 @@ class Kernel(Device):
 
 
 class OneDomain:
-    """A membership that neither joins nor fails."""
+    """A membership that neither joins nor fails, and leaves when the test says so."""
+
+    def __init__(self) -> None:
+        self.leaving: list[Callable[[DlmfsError | None], None]] = []
 
     def join(self, name: bytes, done: object) -> None:
         raise AssertionError
 
-    def leave(self, space: Lockspace, done: object) -> None:
-        raise AssertionError
+    def leave(self, space: Lockspace, done: Callable[[DlmfsError | None], None]) -> None:
+        self.leaving.append(done)
 
     def state_mb(self) -> float:
         return 0.0
@@ -70,7 +74,8 @@ class Mount:
     def __init__(self) -> None:
         self.loop = SimLoop()
         self.kernel = Kernel()
-        self.fs = FileSystem(Tree(), OneDomain(), self.loop, Timing(TTL_S))
+        self.domains = OneDomain()
+        self.fs = FileSystem(Tree(), self.domains, self.loop, Timing(TTL_S))
         self.fs.device = self.kernel
         self.space = self._join()
         domain = self.fs.tree.add(self.fs.tree.root, DOMAIN, stat.S_IFDIR | 0o755, 0, 0)
@@ -79,6 +84,8 @@ class Mount:
         file = self.fs.tree.add(domain, LOCK, stat.S_IFREG | 0o644, 0, 0)
         assert isinstance(file, LockFile)
         self.file = file
+        self.fs.usage.count_domain(0, 1)
+        self.fs.usage.count_lock(0, 1)
         self._numbers = itertools.count(1)
 
     def _join(self) -> Lockspace:
@@ -145,6 +152,11 @@ class Mount:
 
     def unlink(self) -> Reply:
         return self.fs.unlink(self.header(self.file.domain.ino, opcodes.UNLINK), LOCK)
+
+    def rmdir(self) -> tuple[int, Reply]:
+        """The request's number, and its answer if there is one at once."""
+        header = self.header(self.fs.tree.root.ino, opcodes.RMDIR)
+        return header.unique, self.fs.rmdir(header, DOMAIN)
 
     def counts(self) -> tuple[int, int]:
         """Holders and waiters, as the user is charged for them."""
