@@ -185,13 +185,19 @@ def _campaign(parsed: Namespace) -> int:
 
 
 def _progress(seeds: int) -> Callable[[Totals], None]:
+    """Tells of a failed seed as soon as it is known: a long campaign need not end for it."""
+    told: set[int] = set()
+
     def tell(totals: Totals) -> None:
-        if sys.stderr.isatty():
-            failed = f", {len(totals.failures)} failed" if totals.failures else ""
+        shown = sys.stderr.isatty()
+        clear = "\r" if shown else ""
+        for seed, rule, _ in totals.failures:
+            if seed not in told:
+                told.add(seed)
+                print(f"{clear}seed {seed} fails ({rule})", file=sys.stderr)
+        if shown:
             end = "\n" if totals.seeds == seeds else ""
-            print(
-                f"\r{totals.seeds} of {seeds} seeds{failed} ", end=end, file=sys.stderr, flush=True
-            )
+            print(f"\r{totals.seeds} of {seeds} seeds ", end=end, file=sys.stderr, flush=True)
 
     return tell
 
