@@ -179,6 +179,26 @@ BUGS: Final[tuple[Planted, ...]] = (
         "a member's place lives on while a later incarnation of its node does (rule 14)",
     ),
     Planted(
+        "longer-lease",
+        MEMBER,
+        "self.store.open_session(self.name, self.config.ttl_s, self",
+        "self.store.open_session(self.name, 2 * self.config.ttl_s, self",
+        100,
+        "a dead node's locks come free later than a lease time and 2 s (promise 5)",
+    ),
+    Planted(
+        "late-burial",
+        SPACE,
+        "        if gone and self.live:\n"
+        "            for lock in list(self.locks.values()):\n"
+        "                lock.member_gone()\n",
+        "        if gone and self.live:\n"
+        "            for lock in list(self.locks.values()):\n"
+        "                self.loop.call_later(self.timing.ttl_s, lock.member_gone)\n",
+        100,
+        "who waits looks after a death, but not at once (promise 5)",
+    ),
+    Planted(
         "two-joins",
         MEMBER,
         "            former.give_up_joining()\n",
@@ -210,6 +230,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "return self.ttl_s * 0.98",
         100,
         "the deadline leaves no room for clock rates",
+        first=100,
     ),
     Planted(
         "renewal-from-its-answer",
@@ -227,7 +248,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "same = term == self.term",
         100,
         "a renewal counts that one member answered and another confirmed (found)",
-        first=450,
+        first=1700,
     ),
     Planted(
         "old-token",
@@ -357,7 +378,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "        if True:\n",
         100,
         "a wait that is withdrawn as its lease runs out is taken off the account twice (found)",
-        first=700,
+        first=2200,
     ),
     Planted(
         "place-kept-for-ever",

@@ -6,7 +6,8 @@ Phases
 2. Everything heals. Whoever holds a lock closes it when poll(2) tells that it is wanted, and not before:
    a lost notice shows as somebody who waits for ever (promise 5).
 3. Each node takes each lock once more, exclusively, and reads and writes its value.
-4. All files are unlinked, domains left, nodes unmounted: the store must be empty but for marks, and no
+4. One node dies with a lock that others wait for (`recovery`).
+5. All files are unlinked, domains left, nodes unmounted: the store must be empty but for marks, and no
    timer may be left.
 """
 
@@ -28,6 +29,7 @@ from dlmfs.sim.loop import SimLoop
 from dlmfs.sim.node import SimNode
 from dlmfs.sim.oracle import Arbiter, Oracle, Violation
 from dlmfs.sim.programs import OpenFile, Process
+from dlmfs.sim.recovery import recover
 from dlmfs.sim.scenario import Scenario, Step
 from dlmfs.store.base import Event
 from dlmfs.store.memory_store import Faults
@@ -103,6 +105,8 @@ class Cluster:
             self._do(step)
         self._heal()
         self._probe()
+        recover(self)
+        self._settle()
         self._leave()
         self.checks.judge()
 
@@ -175,6 +179,11 @@ class Cluster:
         scenario = self.scenario
         self.loop.run_until(lambda: not any(n.machine.stands_still for n in self.nodes), 1e6)
         self.loop.run_for(1.0 + scenario.ttl_s * 0.3 / min(scenario.rates))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Every waiter is granted, and every node has all that it should have."""
+        scenario = self.scenario
         limit = 4 * scenario.ttl_s / min(scenario.rates) + 3 * scenario.lock_delay_s + 60
         if not self.loop.run_until(self._settled, limit):
             raise Violation(f"after {limit:.0f} s of calm: {self._unsettled()}")
