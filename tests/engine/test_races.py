@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 
+from dlmfs.core.claims import COUNTER_MAX
 from dlmfs.core.events import Claim, Phase
-from dlmfs.core.lockres import COUNTER_MAX
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import BadState, DlmfsError, Unavailable
 from dlmfs.model import Mode, Owner

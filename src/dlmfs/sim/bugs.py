@@ -16,6 +16,7 @@ SPACE: Final = "engine/lockspace.py"
 VIEW: Final = "engine/view.py"
 QUEUE: Final = "engine/queue.py"
 CORE: Final = "core/lockres.py"
+CLAIMS: Final = "core/claims.py"
 LEASE: Final = "core/lease.py"
 MEMBER: Final = "engine/membership.py"
 OPEN: Final = "fs/openfiles.py"
@@ -244,7 +245,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "one-token-for-two",
-        CORE,
+        CLAIMS,
         "self._counter += exclusive or self._last_exclusive",
         "self._counter += 0",
         100,
