@@ -220,7 +220,7 @@ def test_a_wish_that_only_the_list_after_a_gap_tells_of_is_not_filed_again() -> 
     b.answer_next(keep)
     late.pop()()
     cluster.pass_time()
-    c.joined._revive()  # something else that every watch tells
+    c.joined.revive()  # something else that every watch tells
     cluster.pass_time()
     late.pop()()
     cluster.pass_time()

@@ -385,7 +385,7 @@ class ClusterLock:
 
     def _send(self, txn: Txn, done: Callable[[TxnResult], None]) -> None:
         self._busy = True
-        self.space.submit(self, txn, done)
+        self.space.sender.submit(self, txn, done)
 
     def answered(self) -> None:
         """The transaction's answer is here (or will never be): the next may go."""

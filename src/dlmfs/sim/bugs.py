@@ -12,6 +12,7 @@ from dlmfs.sim.planted import Planted
 
 CHANGES: Final = "engine/changes.py"
 LOCK: Final = "engine/lock.py"
+SENDER: Final = "engine/sender.py"
 SPACE: Final = "engine/lockspace.py"
 VIEW: Final = "engine/view.py"
 QUEUE: Final = "engine/queue.py"
@@ -135,28 +136,28 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "unknown-is-failed",
-        SPACE,
-        """            for lock, _, _ in part:
-                lock.reread()
-            self._revive()""",
-        """            for lock, _, _ in part:
-                lock.resume()""",
+        SENDER,
+        """            for part in parts:
+                part.lock.reread()
+            self._space.revive()""",
+        """            for part in parts:
+                part.lock.resume()""",
         100,
         "an unknown outcome is taken for a failure (traps 1)",
     ),
     Planted(
         "no-epoch",
-        SPACE,
-        "            guard = unchanged(self.keys.mine, self.epoch)\n",
-        "            guard = created_at(self.keys.mine, self.incarnation)\n",
+        SENDER,
+        "            guard = unchanged(space.keys.mine, space.epoch)\n",
+        "            guard = unchanged(space.keys.mine, space.incarnation)._replace(field='create')\n",
         100,
         "transactions are not bound to an epoch: a late one still applies (traps 1)",
     ),
     Planted(
         "no-guard",
-        SPACE,
-        "txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))",
-        "txn = Txn((), tuple(t for _, t, _ in part), (Get(self.keys.mine),))",
+        SENDER,
+        "txn = Txn((guard,), tuple(p.txn for p in parts), (Get(space.keys.mine),))",
+        "txn = Txn((), tuple(p.txn for p in parts), (Get(space.keys.mine),))",
         100,
         "transactions of a node that is out of the domain still apply (rule 2)",
     ),
@@ -164,7 +165,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "gap-ignored",
         SPACE,
         """            self._watch = None
-            self._revive()
+            self.revive()
             return""",
         """            self._watch = None
             return""",

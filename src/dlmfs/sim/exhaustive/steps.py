@@ -9,7 +9,7 @@ and proved, and how the copies are tested.
 
 One reduction, without loss: a flush is sent at once where nothing can come between, with one lock and no
 gap to come (`at_once`). The transaction is built already, one lock has one at a time, and what
-`Lockspace._flush` looks at changes only by the answer to that very transaction. Nobody but the store
+`Sender.flush` looks at changes only by the answer to that very transaction. Nobody but the store
 sees a flush, and the store only when it applies the transaction, which is a choice of its own.
 """
 
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from dlmfs.engine.lockspace import Lockspace
+from dlmfs.engine.sender import Sender
 from dlmfs.errors import LockLost, OutcomeUnknown
 from dlmfs.sim.exhaustive import oracle
 from dlmfs.sim.exhaustive.actors import SPECIAL, Clock, Facts, Node, Seen, facts
@@ -173,7 +173,7 @@ class Table:
 
 def _is_flush(clock: Clock) -> bool:
     callback = clock.soon[0].callback
-    return getattr(callback, "__func__", None) is Lockspace._flush  # noqa: SLF001
+    return getattr(callback, "__func__", None) is Sender.flush
 
 
 def taken(node: Node) -> tuple[tuple[int, Txn], ...]:
