@@ -297,7 +297,7 @@ def test_an_answer_on_its_way_hides_no_newer_reason_to_look() -> None:
     claim = cluster.begin(a, Mode.EX, trying=True)
     lock = a.lock
     assert cluster.loop.run_until(lambda: lock.view.wish is not None and lock.res.asked_trying, 1)
-    assert cluster.loop.run_until(lambda: not lock._busy, 1)
+    assert cluster.loop.run_until(lambda: not lock.busy, 1)
 
     def answer_late(txn: Txn, done: TxnDone) -> None:
         cluster.loop.call_later(0.2, done, cluster.server.apply(txn))

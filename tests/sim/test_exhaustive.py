@@ -120,7 +120,7 @@ def deaf_waiter(patch: pytest.MonkeyPatch) -> None:
     real = ClusterLock._ask
 
     def ask(self: ClusterLock) -> None:
-        if not self._told:
+        if not self.local.told:
             real(self)
 
     patch.setattr(ClusterLock, "_ask", ask)
@@ -180,7 +180,7 @@ def silent_to_trylocks(patch: pytest.MonkeyPatch) -> None:
     """Promise 6: a holder in use that refuses no trylock."""
 
     def refuse(self: ClusterLock) -> None:
-        self._refuse_try = False
+        self.local.refuse_try = False
         self._step()
 
     patch.setattr(ClusterLock, "_refuse_trylocks", refuse)

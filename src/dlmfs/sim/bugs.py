@@ -12,6 +12,7 @@ from dlmfs.sim.planted import Planted
 
 CHANGES: Final = "engine/changes.py"
 LOCK: Final = "engine/lock.py"
+LOCAL: Final = "engine/local.py"
 SENDER: Final = "engine/sender.py"
 SPACE: Final = "engine/lockspace.py"
 VIEW: Final = "engine/view.py"
@@ -322,8 +323,8 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "told-nothing",
         LOCK,
-        "            self._wanted = None\n",
-        "            self._wanted = NOTHING\n",
+        "            self.local.wanted = None\n",
+        "            self.local.wanted = NOTHING\n",
         100,
         "the core is not told that nobody wants the lock any more (found)",
         first=2500,
@@ -331,7 +332,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "patient-trylock",
         LOCK,
-        "            self._time_try(self.space.timing.try_timeout_s)\n",
+        "            self.local.time_try()\n",
         "            pass\n",
         100,
         "a trylock waits for a silent holder (traps 13)",
@@ -408,7 +409,7 @@ RARE: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "late-timer",
-        LOCK,
+        LOCAL,
         "left = [c for c in later if c.stage is Stage.WAITING]",
         "left = later",
         100,
