@@ -21,6 +21,7 @@ CORE: Final = "core/lockres.py"
 CLAIMS: Final = "core/claims.py"
 LEASE: Final = "core/lease.py"
 MEMBER: Final = "engine/membership.py"
+DOMAINS: Final = "engine/domains.py"
 OPEN: Final = "fs/openfiles.py"
 FILES: Final = "fs/filesystem.py"
 STORE: Final = "store/memory_store.py"
@@ -183,7 +184,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "two-joins",
-        MEMBER,
+        DOMAINS,
         "            former.give_up_joining()\n",
         "            pass\n",
         100,
@@ -388,12 +389,12 @@ BUGS: Final[tuple[Planted, ...]] = (
 RARE: Final[tuple[Planted, ...]] = (
     Planted(
         "half-a-member",
-        MEMBER,
-        """        if self.state is LeaseState.SUSPECT:
-            self.loop.call_later(RETRY_S, self._join_again, domain)
+        DOMAINS,
+        """        if member.state is LeaseState.SUSPECT:
+            member.loop.call_later(RETRY_S, self.join_again, domain)
             return
 """,
-        """        if self.state is LeaseState.SUSPECT:
+        """        if member.state is LeaseState.SUSPECT:
             return
 """,
         100,
@@ -401,8 +402,8 @@ RARE: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "joined-though-fenced",
-        MEMBER,
-        "            if error is None and not self._up:  # fenced meanwhile;",
+        DOMAINS,
+        "            if error is None and not member.up:  # fenced meanwhile;",
         "            if False:  # fenced meanwhile;",
         100,
         "a join that is answered after the fence stands for the domain (found)",
