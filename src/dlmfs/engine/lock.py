@@ -204,12 +204,6 @@ class ClusterLock:
         """An unlink, or a leave of the domain, is under way."""
         return bool(self._forgets)
 
-    def _got_it(self) -> bool:
-        """Whether the head shows a grant that the core has not been told of."""
-        mine = self.view.mine()
-        known = max(self.res.revision, self.view.given_up)
-        return mine is not None and mine.revision > known and mine.level >= self.res.asked
-
     # -- inner workings: deciding -----------------------------------------------------------
 
     def _step(self) -> None:
@@ -246,6 +240,12 @@ class ClusterLock:
         if self.res.phase is not Phase.IDLE or self.value.writes or self._forgets:
             return False
         return not (self._unresolved or self.view.must_look or self.view.wishes)
+
+    def _got_it(self) -> bool:
+        """Whether the head shows a grant that the core has not been told of."""
+        mine = self.view.mine()
+        known = max(self.res.revision, self.view.given_up)
+        return mine is not None and mine.revision > known and mine.level >= self.res.asked
 
     def _hand_over(self) -> None:
         """Give the level up, one turn of the loop from now: a program that closes and opens again is

@@ -24,6 +24,7 @@ from dlmfs.engine.sender import Sender
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
+    Compare,
     Delete,
     Event,
     Get,
@@ -80,10 +81,8 @@ class Life(enum.Enum):
 
 
 class Lockspace:
-    """See the rules at the head of the file.
-
-    `lease` is the session's; `errno_lost` what waiting opens get when the membership ends.
-    """
+    """See the rules at the head of the file. `lease` is the session's; `ended` is called when the
+    membership was lost."""
 
     def __init__(
         self,
@@ -179,20 +178,18 @@ class Lockspace:
     def join(self, done: Done) -> None:
         """Become a member. Unavailable if the store is out of reach or our old self still
         stands there; the caller may try again."""
-        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
-        txn = Txn(
-            (created_at(self.keys.mine, 0),),
-            (
-                Put(self.keys.mine, record, self.lease),
-                Range(self.keys.members),
-                Range(self.keys.wishes),
-            ),
-            (Get(self.keys.mine),),
-        )
         if self.life is Life.JOINING:
+            txn = self._putting(created_at(self.keys.mine, 0))
             self.commit(txn, lambda result: self._joined(result, done))
         else:
             done(Unavailable("another join of this domain took the place of this one"))
+
+    def _putting(self, compare: Compare) -> Txn:
+        """Put the membership record, and read who is here and what they wish for."""
+        keys = self.keys
+        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
+        puts = (Put(keys.mine, record, self.lease), Range(keys.members), Range(keys.wishes))
+        return Txn((compare,), puts, (Get(keys.mine),))
 
     def give_up_joining(self) -> None:
         """Another join of this domain begins in this session, and will take away whatever this one may
@@ -400,17 +397,7 @@ class Lockspace:
     def _renew_epoch(self) -> None:
         # Compared with the old epoch, or an earlier attempt of unknown outcome, applied late,
         # would change the epoch behind our back.
-        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
-        txn = Txn(
-            (unchanged(self.keys.mine, self.epoch),),
-            (
-                Put(self.keys.mine, record, self.lease),
-                Range(self.keys.members),
-                Range(self.keys.wishes),
-            ),
-            (Get(self.keys.mine),),
-        )
-        self.commit(txn, self._revived)
+        self.commit(self._putting(unchanged(self.keys.mine, self.epoch)), self._revived)
 
     def _revived(self, result: TxnResult | DlmfsError) -> None:
         if not self.live:
