@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs import __version__, inquiry
-from dlmfs.engine.membership import EVICT
+from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.questions import ASKED_MAX, Answers
 from dlmfs.engine.records import DOMAINS, NODES, decode_head, member_of
 from dlmfs.errors import DlmfsError

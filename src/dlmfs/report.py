@@ -13,9 +13,9 @@ from dlmfs import __version__
 from dlmfs.core.events import Claim
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
-from dlmfs.engine.membership import NODES, Membership
+from dlmfs.engine.membership import Membership
 from dlmfs.engine.queue import ordered
-from dlmfs.engine.records import DOMAINS, Head, decode_head, member_of
+from dlmfs.engine.records import DOMAINS, NODES, Head, decode_head, member_of
 from dlmfs.errors import UsageError
 from dlmfs.fs.kin import command
 from dlmfs.model import TOKEN_SHIFT

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from dlmfs.core.claims import COUNTER_MAX
 from dlmfs.core.events import (
     POSSIBLE,
     Action,
@@ -38,7 +39,7 @@ from dlmfs.core.events import (
     Stage,
     Withdraw,
 )
-from dlmfs.core.lockres import COUNTER_MAX, Lockres
+from dlmfs.core.lockres import Lockres
 from dlmfs.model import Mode, Owner, compatible
 
 PR, EX, NL = Mode.PR, Mode.EX, Mode.NL

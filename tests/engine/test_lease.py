@@ -10,8 +10,10 @@ import pytest
 
 from dlmfs.core.events import Claim, Stage
 from dlmfs.core.lease import LeaseState, lease_state
+from dlmfs.engine.eviction import mark_key
 from dlmfs.engine.lockspace import Life, Lockspace
-from dlmfs.engine.membership import EVICT, NODES, Config, Membership
+from dlmfs.engine.membership import Config, Membership
+from dlmfs.engine.records import NODES
 from dlmfs.errors import DlmfsError, NodeNameInUse
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
@@ -220,7 +222,7 @@ def test_an_evicted_node_goes_for_good(server: MemoryServer, loop: SimLoop) -> N
     node.join()
     mark = json.dumps({"record": node.member.record, "by": "op"}).encode()
     other = MemoryStore(server)
-    other.txn(Txn((), (Put(NODES + b"n" + EVICT, mark),)), lambda _result: None)
+    other.txn(Txn((), (Put(mark_key("n"), mark),)), lambda _result: None)
     run(loop, lambda: node.member.state is LeaseState.FENCED)
     loop.run_for(60.0)
     assert node.member.state is LeaseState.FENCED
@@ -235,7 +237,7 @@ def test_a_mark_that_was_put_while_the_node_was_cut_off_keeps_it_out(
     node.store.cut()
     mark = json.dumps({"record": node.member.record, "by": "op"}).encode()
     other = MemoryStore(server)
-    other.txn(Txn((), (Put(NODES + b"n" + EVICT, mark),)), lambda _result: None)
+    other.txn(Txn((), (Put(mark_key("n"), mark),)), lambda _result: None)
     run(loop, lambda: node.member.state is LeaseState.REJOINING)
     node.store.heal()
     loop.run_for(60.0)

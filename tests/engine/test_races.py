@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 
+from dlmfs.core.claims import COUNTER_MAX
 from dlmfs.core.events import Claim, Phase
-from dlmfs.core.lockres import COUNTER_MAX
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import BadState, DlmfsError, StoreFull, Unavailable
 from dlmfs.model import Mode, Owner
@@ -252,7 +252,7 @@ def test_a_wish_that_only_the_list_after_a_gap_tells_of_is_not_filed_again() -> 
     b.answer_next(keep)
     late.pop()()
     cluster.pass_time()
-    c.joined._revive()  # something else that every watch tells
+    c.joined.revive()  # something else that every watch tells
     cluster.pass_time()
     late.pop()()
     cluster.pass_time()
@@ -329,7 +329,7 @@ def test_an_answer_on_its_way_hides_no_newer_reason_to_look() -> None:
     claim = cluster.begin(a, Mode.EX, trying=True)
     lock = a.lock
     assert cluster.loop.run_until(lambda: lock.view.wish is not None and lock.res.asked_trying, 1)
-    assert cluster.loop.run_until(lambda: not lock._busy, 1)
+    assert cluster.loop.run_until(lambda: not lock.busy, 1)
 
     def answer_late(txn: Txn, done: TxnDone) -> None:
         cluster.loop.call_later(0.2, done, cluster.server.apply(txn))

@@ -20,6 +20,7 @@ from dlmfs.engine.changes import Change
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.records import Wish
+from dlmfs.engine.sender import Part, Sender
 from dlmfs.engine.view import View
 from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.model import Owner
@@ -60,7 +61,6 @@ def test_scopes_have_names_of_their_own() -> None:
 # -- that it would find what is broken ----------------------------------------------------------------
 
 Break = Callable[[pytest.MonkeyPatch], None]
-Part = list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]]
 
 
 def without_guard(keep: Callable[[int, Compare], bool]) -> Break:
@@ -75,16 +75,16 @@ def without_guard(keep: Callable[[int, Compare], bool]) -> Break:
 
 def unknown_is_failed(patch: pytest.MonkeyPatch) -> None:
     """Trap 1: a time-out is taken for "not applied"; the program does not hear of it."""
-    real = Lockspace._take_in
+    real = Sender._take_in
 
-    def take_in(self: Lockspace, part: Part, result: TxnResult | DlmfsError) -> None:
+    def take_in(self: Sender, parts: list[Part], result: TxnResult | DlmfsError) -> None:
         if isinstance(result, OutcomeUnknown):
-            for lock, _, _ in part:
-                lock.resume()
+            for part in parts:
+                part.lock.resume()
         else:
-            real(self, part, result)
+            real(self, parts, result)
 
-    patch.setattr(Lockspace, "_take_in", take_in)
+    patch.setattr(Sender, "_take_in", take_in)
 
 
 def no_epoch(patch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def no_epoch(patch: pytest.MonkeyPatch) -> None:
         for lock in list(self.locks.values()):
             lock.resume()
 
-    patch.setattr(Lockspace, "_revive", revive)
+    patch.setattr(Lockspace, "revive", revive)
 
 
 def one_compare_list(patch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def deaf_waiter(patch: pytest.MonkeyPatch) -> None:
     real = ClusterLock._ask
 
     def ask(self: ClusterLock) -> None:
-        if not self._told:
+        if not self.local.told:
             real(self)
 
     patch.setattr(ClusterLock, "_ask", ask)
@@ -180,7 +180,7 @@ def silent_to_trylocks(patch: pytest.MonkeyPatch) -> None:
     """Promise 6: a holder in use that refuses no trylock."""
 
     def refuse(self: ClusterLock) -> None:
-        self._refuse_try = False
+        self.local.refuse_try = False
         self._step()
 
     patch.setattr(ClusterLock, "_refuse_trylocks", refuse)

@@ -152,7 +152,7 @@ def test_leftovers_of_a_dead_host_are_swept_by_the_next_session(
     child.kill()
     child.wait(PATIENCE_S)
     client = Client(driver)
-    driver.run_until(lambda: len(schema.sessions(client.store._fast)) == 1)  # type: ignore[attr-defined]
+    driver.run_until(lambda: len(schema.sessions(client.store._worker.fast)) == 1)  # type: ignore[attr-defined]
 
 
 def test_a_writer_stopped_inside_a_transaction_stops_nobodys_loop(
@@ -291,7 +291,7 @@ def test_processes_lose_no_increment(
 
 def _connection(client: Client) -> sqlite3.Connection:
     assert isinstance(client.store, SqliteStore)
-    return client.store._fast
+    return client.store._worker.fast
 
 
 def test_a_killed_process_frees_its_keys_in_one_revision_once(

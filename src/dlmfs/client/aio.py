@@ -12,7 +12,6 @@ from dlmfs.client import logic
 from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
 from dlmfs.client.domain import BaseDomain
 from dlmfs.client.keeper import Keeper
-from dlmfs.client.place import AnyPath
 from dlmfs.errors import LockLost, NotGranted, TimedOut
 
 T = TypeVar("T")
@@ -25,24 +24,10 @@ class Lock(BaseLock):
     says so by the event `lost`; `wanted` is the event that somebody else waits for it.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        *,
-        shared: bool = False,
-        timeout: float | None = None,
-        create: bool = True,
-        mount: AnyPath | None = None,
-        on_notice: Callable[[], object] | None = None,
-    ) -> None:
-        super().__init__(
-            path, shared=shared, timeout=timeout, create=create, mount=mount, on_notice=on_notice
-        )
+    def _prepare(self) -> None:
         self.lost = asyncio.Event()
         self.wanted = asyncio.Event()
         self._block: _Block | None = None
-
-    __init__.__doc__ = BaseLock.__init__.__doc__
 
     async def acquire(self, timeout: float | None = None) -> None:
         """Wait for the lock, `timeout` seconds at most (None: as long as the object says).

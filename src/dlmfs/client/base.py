@@ -48,6 +48,10 @@ class BaseLock:
         self.on_notice = on_notice
         self._keeper: Keeper | None = None
         self._is_held = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What only the one kind has."""
 
     def __repr__(self) -> str:
         mode = "shared" if self.shared else "exclusive"

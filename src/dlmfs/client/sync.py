@@ -11,7 +11,6 @@ from dlmfs.client import logic
 from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
 from dlmfs.client.domain import BaseDomain
 from dlmfs.client.keeper import Keeper
-from dlmfs.client.place import AnyPath
 from dlmfs.errors import NotGranted, TimedOut
 
 
@@ -23,23 +22,9 @@ class Lock(BaseLock):
     the lock's file with flock(2). Programs that only open it do not.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        *,
-        shared: bool = False,
-        timeout: float | None = None,
-        create: bool = True,
-        mount: AnyPath | None = None,
-        on_notice: Callable[[], object] | None = None,
-    ) -> None:
-        super().__init__(
-            path, shared=shared, timeout=timeout, create=create, mount=mount, on_notice=on_notice
-        )
+    def _prepare(self) -> None:
         self.lost = threading.Event()
         self.wanted = threading.Event()
-
-    __init__.__doc__ = BaseLock.__init__.__doc__
 
     def acquire(self, timeout: float | None = None) -> None:
         """Wait for the lock, `timeout` seconds at most (None: as long as the object says).

@@ -1,4 +1,4 @@
-"""One lock resource as its node caches it: who holds it here, who waits here, what to ask for.
+"""One lock resource as its node caches it: whom to serve here, what to ask the cluster for.
 
 Rules of this file
 ------------------
@@ -10,14 +10,14 @@ Rules of this file
 * Every public event ends in `_settle`, so the outcome depends on the state, not on the path.
 
 The state is that of the kernel's userdlm: level held, level asked for, level others are blocked
-for, holders, waiters (aesthetics, section 3), with an explicit phase in place of flag bits.
+for, holders, waiters (`claims`; aesthetics, section 3), with an explicit phase in place of flag bits.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Final
 
+from dlmfs.core.claims import COUNTER_MAX, Claims
 from dlmfs.core.events import (
     POSSIBLE,
     Action,
@@ -34,55 +34,35 @@ from dlmfs.core.events import (
     Stage,
     Withdraw,
 )
-from dlmfs.model import TOKEN_SHIFT, Mode, Owner, compatible, strongest_beside
-
-COUNTER_MAX: Final = (1 << TOKEN_SHIFT) - 1
+from dlmfs.model import Mode, Owner, compatible, strongest_beside
 
 
-class Lockres:
+class Lockres(Claims):
     """One lock resource at one node. See the rules at the head of the file."""
 
     __slots__ = (
         "_barrier",
-        "_counter",
-        "_kin_waiting",
-        "_last_exclusive",
         "_notified",
         "_out",
         "_queued",
         "_seq",
         "_try_refused",
-        "_trying_waiting",
         "asked",
         "asked_trying",
         "converting",
-        "ex",
         "front",
-        "grants",
-        "holders",
         "level",
-        "owner",
         "phase",
-        "pr",
-        "revision",
         "strongest",
         "try_mode",
-        "waiters",
         "withdrawing",
     )
 
     def __init__(self, owner: Owner) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.phase = Phase.IDLE
         self.level = Mode.NL
-        self.revision = 0
         self.asked = Mode.NL
-        self.holders: dict[int, Claim] = {}
-        self.ex = 0
-        self.pr = 0
-        self.grants = 0
-        """Of claims here, since this resource was made."""
-        self.waiters: dict[int, Claim] = {}
         self.front = Mode.NL
         self.strongest = Mode.NL
         self.try_mode = Mode.NL
@@ -91,11 +71,7 @@ class Lockres:
         self._barrier: int | None = None
         self._try_refused = False
         self._notified = False
-        self._kin_waiting = 0
-        self._trying_waiting = 0
         self._queued = False
-        self._counter = 0
-        self._last_exclusive = False
         self._seq = 0
         self._out: list[Action] = []
 
@@ -117,8 +93,7 @@ class Lockres:
     def wait(self, claim: Claim) -> list[Action]:
         """The rest of `open`, for a claim that `hold_cached` did not serve."""
         self._enter(Event.OPEN)
-        self.waiters[claim.seq] = claim
-        self._trying_waiting += claim.trying
+        self._line_up(claim)
         if self.holders and claim.pid:
             # Whether the opener holds this very lock already decides over serving it at once,
             # or letting it wait for itself for ever (protocol-traps 5).
@@ -131,20 +106,8 @@ class Lockres:
         """The answer to Identify: the claim's process (or an ancestor) holds this lock."""
         self._enter(Event.IDENTIFIED)
         assert claim.stage is Stage.WAITING, claim
-        # Under owner=file a second exclusive open waits even for its own process (rule 11).
-        claim.kin = kin and not (self.owner is Owner.FILE and claim.mode is Mode.EX)
-        self._kin_waiting += claim.kin
+        self._is_kin(claim, kin=kin)
         return self._settle()
-
-    def converters(self) -> list[Claim]:
-        """Who would be told EDEADLK: waiters whose process held the lock shared when they came."""
-        return [c for c in self.waiters.values() if c.kin is True and c.mode is Mode.EX]
-
-    def not_kin(self, claim: Claim) -> None:
-        """The claim's process has closed what it held: it waits like any other."""
-        assert claim.kin is True
-        claim.kin = False
-        self._kin_waiting -= 1
 
     def close(self, claim: Claim) -> list[Action]:
         """A program closed its last descriptor of an open file (RELEASE)."""
@@ -152,12 +115,7 @@ class Lockres:
         if claim.stage is Stage.ENDED:  # lost earlier; its counts went with it
             return self._out
         assert claim.stage is Stage.HELD, claim
-        del self.holders[claim.fh]
-        claim.stage = Stage.ENDED
-        if claim.mode is Mode.EX:
-            self.ex -= 1
-        else:
-            self.pr -= 1
+        self._let_go(claim)
         if self.waiters or self.phase is not Phase.IDLE or self.strongest or self.try_mode:
             return self._settle()
         # Nobody here or elsewhere waits: the way of nearly every close.
@@ -180,10 +138,7 @@ class Lockres:
         assert level >= self.asked, (level, self.asked)
         self._end_request()
         self.level = level
-        assert revision > self.revision, (revision, self.revision)
-        self.revision = revision
-        self._counter = 0
-        self._last_exclusive = False
+        self._begin_tokens(revision)
         if self.strongest is not Mode.NL and self._barrier is None:
             # Others wished before we were granted, and will not wish again: who comes from now on
             # comes after them (promise 5).
@@ -277,16 +232,6 @@ class Lockres:
         """The number of the last claim that came."""
         return self._seq
 
-    @property
-    def trying(self) -> int:
-        """How many trylocks wait here."""
-        return self._trying_waiting
-
-    @property
-    def in_use(self) -> bool:
-        """Whether any local program holds or awaits the lock (unlink: EBUSY)."""
-        return bool(self.holders or self.waiters)
-
     def before_others(self, claim: Claim) -> bool:
         """Whether the claim came before the oldest of the other nodes' wishes."""
         return self._barrier is None or claim.seq < self._barrier
@@ -318,9 +263,7 @@ class Lockres:
         self.withdrawing = False
 
     def _forget(self, claim: Claim) -> None:
-        del self.waiters[claim.seq]
-        self._trying_waiting -= claim.trying
-        self._kin_waiting -= claim.kin is True
+        self._step_out(claim)
         claim.stage = Stage.ENDED
 
     def _fail(self, claim: Claim, reason: int) -> None:
@@ -351,22 +294,6 @@ class Lockres:
         elif claim.kin:
             return True
         return not self._blocked(claim)
-
-    def _hold(self, claim: Claim) -> None:
-        if claim.mode is Mode.EX:
-            self.ex += 1
-        else:
-            self.pr += 1
-        if self.owner is Owner.FILE:
-            exclusive = claim.mode is Mode.EX
-            # Consecutive readers share a token; every change of hands of an exclusive grant,
-            # in or out, needs a larger one (promise 2).
-            self._counter += exclusive or self._last_exclusive
-            self._last_exclusive = exclusive
-        claim.token = (self.revision << TOKEN_SHIFT) + self._counter
-        claim.stage = Stage.HELD
-        self.grants += 1
-        self.holders[claim.fh] = claim
 
     def _settle(self) -> list[Action]:
         """Serve who can be served, then start the one cluster operation that is due."""
@@ -400,9 +327,7 @@ class Lockres:
             if claim.kin is None:
                 blocked = True
             elif (claim.kin or not blocked) and self._servable(claim):
-                del self.waiters[claim.seq]
-                self._trying_waiting -= claim.trying
-                self._kin_waiting -= claim.kin
+                self._step_out(claim)
                 self._hold(claim)
                 self._out.append(Grant(claim))
             elif claim.trying and self._hopeless(claim):
@@ -428,12 +353,6 @@ class Lockres:
             if not other.trying and not compatible(other.mode, claim.mode):
                 return True
         return False
-
-    def in_conflict(self, claim: Claim) -> bool:
-        """Whether a local holder stands in the claim's way (only under owner=file)."""
-        if self.owner is Owner.NODE:
-            return False
-        return self.ex > 0 or (claim.mode is Mode.EX and self.pr > 0)
 
     def _need(self) -> Mode:
         """The level that the holders, and those who came before the remote wish, still need."""

@@ -13,8 +13,8 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from dlmfs.engine.membership import EVICT, NODES
-from dlmfs.engine.records import Keys
+from dlmfs.engine.eviction import Mark, decode_mark, mark_key
+from dlmfs.engine.records import NODES, Keys
 from dlmfs.errors import DlmfsError, UsageError
 from dlmfs.store.base import (
     Compare,
@@ -44,12 +44,12 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
     lease was ended for it), with the seconds.
     """
     key = NODES + node.encode()
-    mark = key + EVICT
+    mark = mark_key(node)
     record = (await transact(Txn((), (Get(key),)))).responses[0]
     if not isinstance(record, KeyValue):
         raise UsageError(f"there is no node {node!r}: `dlmfs nodes` lists them")
     ttl_s = float(json.loads(record.value)["ttl"])
-    put = Put(mark, json.dumps({"record": record.create_revision, "by": by}).encode())
+    put = Put(mark, Mark(record.create_revision, by).encode())
     same = created_at(key, record.create_revision)
     loop = asyncio.get_running_loop()
     start = loop.time()
@@ -61,7 +61,8 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
             await _end(store, record.lease)
         await asyncio.sleep(LOOK_S)
     left = (await transact(Txn((), (Get(mark),)))).responses[0]
-    heard = isinstance(left, KeyValue) and bool(json.loads(left.value).get("heard"))
+    found = decode_mark(left) if isinstance(left, KeyValue) else None
+    heard = found is not None and found.heard
     if heard:
         await transact(Txn((), (Delete(mark),)))
     # Else it stays until the name is taken anew: who could not hear must not come back.

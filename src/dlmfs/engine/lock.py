@@ -14,31 +14,19 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from dlmfs.core.events import (
-    Action,
-    Ask,
-    Claim,
-    Drop,
-    Fail,
-    Grant,
-    Identify,
-    Notify,
-    Phase,
-    RefuseTry,
-    Stage,
-    Withdraw,
-)
+from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.core.lockres import Lockres
 from dlmfs.engine import changes
 from dlmfs.engine.changes import Change
+from dlmfs.engine.local import Local
 from dlmfs.engine.records import Head, Mail, Wish
-from dlmfs.engine.view import NO_HEAD, NOTHING, View, Wanted
+from dlmfs.engine.value import Value
+from dlmfs.engine.view import NO_HEAD, NOTHING, View
 from dlmfs.errors import DlmfsError, LockLost, Unavailable
-from dlmfs.model import LVB_SIZE, Mode, compatible
+from dlmfs.model import Mode, compatible
 from dlmfs.store.base import Txn, TxnResult
-from dlmfs.timing import Timer
 
 if TYPE_CHECKING:
     from dlmfs.engine.lockspace import Lockspace
@@ -49,38 +37,23 @@ RETRY_S: Final = 0.2
 """Wait before a give-up is tried again on a store that is full."""
 
 
-SLACK_S: Final = 0.001
-"""A timer may come early by a rounding of the clock."""
-
-
-class Write(NamedTuple):
-    offset: int
-    data: bytes
-    done: Done
-
-
 class ClusterLock:
-    """One lock resource of one domain at this node: the core's state and the store's."""
+    """One lock resource of one domain at this node: the core's state and the store's.
+
+    `busy`: a transaction is under way."""
 
     __slots__ = (
-        "_busy",
-        "_draining",
         "_forget_waits",
         "_forgets",
         "_looking",
-        "_lvb_reads",
         "_patient",
-        "_refuse_try",
-        "_seen",
-        "_todo",
-        "_told",
-        "_try_timer",
         "_unresolved",
-        "_wanted",
-        "_writes",
+        "busy",
+        "local",
         "name",
         "res",
         "space",
+        "value",
         "view",
     )
 
@@ -89,23 +62,15 @@ class ClusterLock:
         self.name = name
         self.res = Lockres(space.owner)
         self.view = View(space, name)
-        self._busy = False
+        self.value = Value(self.view)
+        self.local = Local(self)
+        self.busy = False
         self._unresolved = False
-        self._refuse_try = False
-        self._seen: dict[int, int] | None = None
-        self._told = False
         self._patient = False
-        self._wanted: Wanted | None = NOTHING
-        """What the core was told last; None: tell it in any case."""
-        self._writes: list[Write] = []
-        self._lvb_reads: list[Callable[[bytes], None]] = []
         self._forgets: list[Done] = []
         self._forget_waits = False
         self._looking = False
         """The transaction under way is a reading."""
-        self._todo: list[Action] = []
-        self._draining = False
-        self._try_timer: Timer | None = None
 
     # -- what the node asks -------------------------------------------------------------------
 
@@ -119,39 +84,31 @@ class ClusterLock:
         if self.res.hold_cached(claim):
             return True
         claim.since = self.space.loop.time()
-        self._run(self.res.wait(claim))
+        self.local.run(self.res.wait(claim))
         self._step()
-        if claim.trying and claim.stage is Stage.WAITING and self._try_timer is None:
-            self._time_try(self.space.timing.try_timeout_s)
+        if claim.trying and claim.stage is Stage.WAITING:
+            self.local.time_try()
         return False
-
-    def _time_try(self, delay: float) -> None:
-        self._try_timer = self.space.loop.call_later(delay, self._try_is_over)
 
     def close(self, claim: Claim) -> None:
         actions = self.res.close(claim)
         if actions:
-            self._run(actions)
+            self.local.run(actions)
         if not self._at_rest():
             self._step()
 
     def interrupt(self, claim: Claim) -> None:
         """A waiter got a signal; the caller has answered EINTR already (engine rule 8)."""
-        self._run(self.res.interrupt(claim))
+        self.local.run(self.res.interrupt(claim))
         self._step()
 
     def read_lvb(self, done: Callable[[bytes], None]) -> None:
         """The value, for a holder. Waits while a write's outcome is unknown (rule 13)."""
-        if self._unresolved and self._writes:
-            self._lvb_reads.append(done)
-        else:
-            done(self.view.head.lvb)
+        self.value.read(done, unsure=self._unresolved)
 
     def write_lvb(self, offset: int, data: bytes, done: Done) -> None:
         """Put `data` at `offset`; done when durable. For an EX holder only (promise 4)."""
-        assert 0 <= offset < LVB_SIZE
-        assert len(data) <= LVB_SIZE - offset
-        self._writes.append(Write(offset, data, done))
+        self.value.write(offset, data, done)
         self._step()
 
     def forget(self, done: Done) -> None:
@@ -164,13 +121,10 @@ class ClusterLock:
     def lose(self, reason: int) -> None:
         """The node's incarnation is over (promise 3)."""
         lost = LockLost("the lock was lost: this node's membership in the domain ended")
-        self._cancel_try()
+        self.local.cancel_try()
         if self.res.phase is not Phase.LOST:
-            self._run(self.res.lose(reason))
-        writes, self._writes = self._writes, []
-        for write in writes:
-            write.done(lost)
-        self._answer_reads()
+            self.local.run(self.res.lose(reason))
+        self.value.lose(lost)
         forgets, self._forgets = self._forgets, []
         for done in forgets:
             done(None)
@@ -186,7 +140,7 @@ class ClusterLock:
 
     def wish_gone(self, node: str, revision: int) -> None:
         """A deletion below w/<lock>/."""
-        self.view.wish_gone(node, revision, busy=self._busy)
+        self.view.wish_gone(node, revision, busy=self.busy)
 
     def mail(self, mail: Mail, revision: int) -> None:
         """Somebody's commit granted our wish, or one that we had before."""
@@ -204,20 +158,20 @@ class ClusterLock:
         ):
             if res.asked is not Mode.NL:
                 view.wish = view.wishes.get(self.space.node)
-            self._run(res.dropped())
+            self.local.run(res.dropped())
         if res.phase is Phase.ASKING and self._got_it():
             assert mine is not None
             view.wish = None
             view.vanished = None  # it did not vanish, it was granted; the core may ask anew now
-            self._tell_wanted()
-            self._run(res.granted(mine.level, mine.revision))
+            self.local.tell_wanted(view)
+            self.local.run(res.granted(mine.level, mine.revision))
         vanished, view.vanished = view.vanished, None
         if vanished is not None:
-            self._told = False
+            self.local.told = False
             if vanished.trying and res.phase is Phase.ASKING and not res.withdrawing:
-                self._run(res.refused(errno.ETXTBSY))
+                self.local.run(res.refused(errno.ETXTBSY))
             # A plain wish that was removed by hand: `_step` asks again.
-        self._tell_wanted()
+        self.local.tell_wanted(view)
         self._step()
 
     def member_gone(self) -> None:
@@ -242,70 +196,13 @@ class ClusterLock:
     def idle(self) -> bool:
         """Nothing is under way and nobody waits here: only the cached level is left."""
         return not (
-            self.res.in_use or self._busy or self._writes or self._forgets or self._unresolved
+            self.res.in_use or self.busy or self.value.writes or self._forgets or self._unresolved
         )
 
     @property
     def forgetting(self) -> bool:
         """An unlink, or a leave of the domain, is under way."""
         return bool(self._forgets)
-
-    # -- inner workings: the core -----------------------------------------------------------
-
-    def _run(self, actions: list[Action]) -> None:
-        """Carry out the core's actions in order. A grant that cannot be delivered is closed from
-        inside the loop; its actions queue up behind, or a Withdraw would pass its Ask."""
-        if not actions:
-            return
-        self._todo.extend(actions)
-        if self._draining:
-            return
-        self._draining = True
-        host = self.space.host
-        try:
-            while self._todo:
-                action = self._todo.pop(0)
-                match action:
-                    case Grant(claim):
-                        host.granted(claim)
-                    case Fail(claim, reason):
-                        host.failed(claim, reason)
-                    case Notify(claim):
-                        host.notify(claim)
-                    case Identify(claim):
-                        kin = host.is_kin(claim, list(self.res.holders.values()))
-                        self._todo.extend(self.res.identified(claim, kin=kin))
-                    case RefuseTry():
-                        self._refuse_try = True
-                    case Ask() | Drop():
-                        self._told = False
-                    case Withdraw():
-                        pass
-        finally:
-            self._draining = False
-        if self._try_timer is not None and not self.res.trying:
-            self._cancel_try()
-
-    def _tell_wanted(self) -> None:
-        """Tell the core what the others wish for, if that changed."""
-        wanted = self.view.wanted()
-        if wanted != self._wanted:
-            self._wanted = wanted
-            self._refuse_try = False
-            self._run(self.res.wanted(*wanted[0], self._before_others()))
-
-    def _before_others(self) -> int | None:
-        """The last claim here that came before the oldest wish of another node, as we learned of it."""
-        seen, last = self._seen or {}, self.res.last_seq
-        queue = [w.revision for w in self.view.others() if not w.trying]
-        self._seen = {r: seen.get(r, last) for r in queue} or None
-        return min(self._seen.values()) if self._seen else None
-
-    def _got_it(self) -> bool:
-        """Whether the head shows a grant that the core has not been told of."""
-        mine = self.view.mine()
-        known = max(self.res.revision, self.view.given_up)
-        return mine is not None and mine.revision > known and mine.level >= self.res.asked
 
     # -- inner workings: deciding -----------------------------------------------------------
 
@@ -323,13 +220,13 @@ class ClusterLock:
         elif view.wish is not None and self._should_withdraw(view.wish):
             self._send(changes.withdraw(view, view.wish), partial(self._withdrawn, wish=view.wish))
         elif res.phase is Phase.ASKING and res.withdrawing and view.wish is None:
-            self._run(res.refused(0))
+            self.local.run(res.refused(0))
             self._step()
-        elif self._refuse_try:
+        elif self.local.refuse_try:
             self._refuse_trylocks()
         elif view.surplus_wanted(res.level):
             self._change(level=res.level)
-        elif self._writes:
+        elif self.value.writes:
             self._write()
         elif self._forgets:
             self._forget()
@@ -338,11 +235,17 @@ class ClusterLock:
 
     def _at_rest(self) -> bool:
         """Whether nothing can be due: first of all on the way of every open of a cached lock."""
-        if self._busy or self._draining or self.res.phase is Phase.LOST:
+        if self.busy or self.local.running or self.res.phase is Phase.LOST:
             return True
-        if self.res.phase is not Phase.IDLE or self._writes or self._forgets:
+        if self.res.phase is not Phase.IDLE or self.value.writes or self._forgets:
             return False
         return not (self._unresolved or self.view.must_look or self.view.wishes)
+
+    def _got_it(self) -> bool:
+        """Whether the head shows a grant that the core has not been told of."""
+        mine = self.view.mine()
+        known = max(self.res.revision, self.view.given_up)
+        return mine is not None and mine.revision > known and mine.level >= self.res.asked
 
     def _hand_over(self) -> None:
         """Give the level up, one turn of the loop from now: a program that closes and opens again is
@@ -360,7 +263,7 @@ class ClusterLock:
             self._send(txn, partial(self._taken, head=head))
         elif view.wish is None:
             if res.asked_trying and view.conflict_ahead(res.asked):
-                self._run(res.refused(errno.ETXTBSY))
+                self.local.run(res.refused(errno.ETXTBSY))
                 self._step()
                 return
             txn, direct = changes.take(
@@ -369,9 +272,9 @@ class ClusterLock:
             self._send(txn, partial(self._taken, head=direct))
         elif view.grantable(res.level) or view.front_of_dead():
             self._change(level=res.level)
-        elif not self._told:
-            self._told = True
-            self._run(res.queued())
+        elif not self.local.told:
+            self.local.told = True
+            self.local.run(res.queued())
             self._step()
 
     def _should_withdraw(self, wish: Wish) -> bool:
@@ -384,12 +287,12 @@ class ClusterLock:
     # -- inner workings: transactions ---------------------------------------------------------
 
     def _send(self, txn: Txn, done: Callable[[TxnResult], None]) -> None:
-        self._busy = True
-        self.space.submit(self, txn, done)
+        self.busy = True
+        self.space.sender.submit(self, txn, done)
 
     def answered(self) -> None:
         """The transaction's answer is here (or will never be): the next may go."""
-        self._busy = False
+        self.busy = False
 
     def _adopt(self, result: TxnResult) -> None:
         self.view.adopt(result, asking=self.res.phase is Phase.ASKING)
@@ -406,12 +309,12 @@ class ClusterLock:
         self._looking = False
         if self._unresolved:
             # A refusal of trylocks may be what got lost: have the core decide anew.
-            self._wanted = None
+            self.local.wanted = None
         self._unresolved = False
         self._adopt(result)
         self.learned()
         if not self._unresolved:
-            self._answer_reads()
+            self.value.answer_reads()
 
     def _change(self, *, level: Mode, then: Mode = Mode.NL, lvb: bytes | None = None) -> None:
         """Commit a new head: ourselves at `level`, perhaps a new value, then the grant pass."""
@@ -434,7 +337,7 @@ class ClusterLock:
                 view, then, trying=False, convert=False, revision=result.revision
             )
         if writing:
-            self._writes.pop(0).done(None)
+            self.value.written(None)
         self.learned()
 
     def _taken(self, result: TxnResult, head: Head | None) -> None:
@@ -449,53 +352,17 @@ class ClusterLock:
         if self._refused(result):
             return
         self.view.withdrawn(wish)
-        self._told = False
+        self.local.told = False
         if self.res.phase is Phase.ASKING:
             refusal = errno.ETXTBSY if wish.trying else errno.EDEADLK
             if refusal == errno.EDEADLK:
-                self._look_at_converters()
-            self._run(self.res.refused(0 if self.res.withdrawing else refusal))
+                self.local.look_at_converters()
+            self.local.run(self.res.refused(0 if self.res.withdrawing else refusal))
         self.learned()
-
-    def _look_at_converters(self) -> None:
-        """EDEADLK is for who holds the lock shared now, not for who did when it came."""
-        holders = list(self.res.holders.values())
-        for claim in self.res.converters():
-            if not self.space.host.is_kin(claim, holders):
-                self.res.not_kin(claim)
-
-    def _try_is_over(self) -> None:
-        """The holder of a lock we try, or the store, is silent: answer without it (trap 13).
-
-        The core withdraws the request once nobody waits for it.
-        """
-        self._try_timer = None
-        if not self.space.serving():
-            return  # and everybody has been told
-        # No answer of the store in all this time: then it is not a user who refuses.
-        reason = errno.ENOLCK if self._busy or not self.space.running else errno.ETXTBSY
-        limit, now = self.space.timing.try_timeout_s, self.space.loop.time()
-        later = [
-            c for c in self.res.waiters.values() if c.trying and now < c.since + limit - SLACK_S
-        ]
-        for claim in [c for c in self.res.waiters.values() if c.trying and c not in later]:
-            if claim.stage is Stage.WAITING:  # else the one before it made room
-                self.space.host.failed(claim, reason)
-                self._run(self.res.interrupt(claim))
-        # One that was granted just now waits no more, and its time began anew.
-        left = [c for c in later if c.stage is Stage.WAITING]
-        if left and self._try_timer is None:
-            self._time_try(left[0].since + limit - now)
-        self._step()
-
-    def _cancel_try(self) -> None:
-        if self._try_timer is not None:
-            self._try_timer.cancel()
-            self._try_timer = None
 
     def _refuse_trylocks(self) -> None:
         """Delete the trylock wishes that our users stand in the way of (rule 10)."""
-        self._refuse_try = False
+        self.local.refuse_try = False
         mine = self.view.mine()
         level = mine.level if mine is not None else Mode.NL
         victims = [w for w in self.view.others() if w.trying and not compatible(w.mode, level)]
@@ -507,31 +374,24 @@ class ClusterLock:
     def _refused_trylocks(self, result: TxnResult) -> None:
         if not result.succeeded:
             self._adopt(result)
-            self._wanted = None  # ask the core again about who is left
+            self.local.wanted = None  # ask the core again about who is left
         self.learned()
 
     def _write(self) -> None:
-        write = self._writes[0]
         mine = self.view.mine()
         if mine is None or mine.level is not Mode.EX:
             self._finish_write(LockLost("the exclusive lock was lost before the write"))
             return
-        old = self.view.head.lvb
-        new = old[: write.offset] + write.data + old[write.offset + len(write.data) :]
-        if new == old and self.view.head.abandoned is None and self.view.head_revision:
+        new = self.value.next()
+        if new is None:
             self._finish_write(None)
         else:
             self._change(level=Mode.EX, lvb=new)
 
     def _finish_write(self, error: DlmfsError | None) -> None:
-        self._writes.pop(0).done(error)
-        self._answer_reads()
+        self.value.written(error)
+        self.value.answer_reads()
         self._step()
-
-    def _answer_reads(self) -> None:
-        reads, self._lvb_reads = self._lvb_reads, []
-        for done in reads:
-            done(self.view.head.lvb)
 
     def _forget(self) -> None:
         """Leave the head (rule 15)."""
@@ -571,7 +431,7 @@ class ClusterLock:
         if error is None:
             # The core's cached level went with the place in the head.
             self.res = Lockres(self.space.owner)
-            self._wanted = NOTHING
+            self.local.wanted = NOTHING
         for done in forgets:
             done(error)
 
@@ -583,12 +443,12 @@ class ClusterLock:
             self._looking = False
             self.view.must_look = True
             self.space.loop.call_later(RETRY_S, self._step)
-        elif self._writes and self.res.phase is not Phase.DROPPING:
+        elif self.value.writes and self.res.phase is not Phase.DROPPING:
             self._finish_write(error)
         elif self._forgets and self.res.phase is Phase.IDLE:
             self._forgotten(error)
         elif self.res.phase is Phase.ASKING and self.view.wish is None:
-            self._run(self.res.refused(error.errno))
+            self.local.run(self.res.refused(error.errno))
             self._step()
         else:
             self.space.loop.call_later(RETRY_S, self._step)

@@ -1,9 +1,9 @@
-"""One domain at one node: membership, the watch, and the way of transactions to the store.
+"""One domain at one node: membership and its epoch, and what the watch tells.
 
 Rules of this file
 ------------------
-* Every transaction carries the guard "m/<me> still has my epoch" (engine rule 2). When an outcome
-  is unknown, m/<me> is put again first: the late transaction can then no longer apply (rule 4).
+* When an outcome is unknown, or the watch has a gap, m/<me> is put again first: a late transaction can
+  then no longer apply, since each carries the guard of its epoch (`sender`; engine rules 2, 4).
 * `revision` is how far the watch has told us; all of `members` and `wishes` is true as of then.
 * Peers ignore a put of m/<node> that keeps the create revision: it is only a new epoch.
 """
@@ -20,9 +20,11 @@ from dlmfs.core.events import Claim
 from dlmfs.engine import leaving
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import FORMAT, Keys, Wish, decode_mail, decode_wish
+from dlmfs.engine.sender import Sender
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
+    Compare,
     Delete,
     Event,
     Get,
@@ -42,12 +44,6 @@ from dlmfs.timing import Scheduler, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-BATCH_MAX: Final = 32
-"""Locks per commit: etcd's default max-txn-ops is 128, and a lock takes up to four."""
-
-IN_FLIGHT_MAX: Final = 2
-"""Commits under way at once: what comes meanwhile goes into the next ones together."""
 
 RETRY_S: Final = 0.1
 
@@ -85,10 +81,8 @@ class Life(enum.Enum):
 
 
 class Lockspace:
-    """See the rules at the head of the file.
-
-    `lease` is the session's; `errno_lost` what waiting opens get when the membership ends.
-    """
+    """See the rules at the head of the file. `lease` is the session's; `ended` is called when the
+    membership was lost."""
 
     def __init__(
         self,
@@ -128,9 +122,7 @@ class Lockspace:
         self.locks: dict[bytes, ClusterLock] = {}
         self.commits = 0
         self.answers = 0
-        self._queue: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]] = []
-        self._flushing = False
-        self._in_flight = 0
+        self.sender = Sender(self)
         self._watch: Watch | None = None
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
@@ -186,20 +178,18 @@ class Lockspace:
     def join(self, done: Done) -> None:
         """Become a member. Unavailable if the store is out of reach or our old self still
         stands there; the caller may try again."""
-        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
-        txn = Txn(
-            (created_at(self.keys.mine, 0),),
-            (
-                Put(self.keys.mine, record, self.lease),
-                Range(self.keys.members),
-                Range(self.keys.wishes),
-            ),
-            (Get(self.keys.mine),),
-        )
         if self.life is Life.JOINING:
+            txn = self._putting(created_at(self.keys.mine, 0))
             self.commit(txn, lambda result: self._joined(result, done))
         else:
             done(Unavailable("another join of this domain took the place of this one"))
+
+    def _putting(self, compare: Compare) -> Txn:
+        """Put the membership record, and read who is here and what they wish for."""
+        keys = self.keys
+        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
+        puts = (Put(keys.mine, record, self.lease), Range(keys.members), Range(keys.wishes))
+        return Txn((compare,), puts, (Get(keys.mine),))
 
     def give_up_joining(self) -> None:
         """Another join of this domain begins in this session, and will take away whatever this one may
@@ -301,7 +291,7 @@ class Lockspace:
             return
         self._suspended = suspended
         if not suspended:
-            self._flush()
+            self.sender.flush()
             for lock in list(self.locks.values()):
                 lock.resume()
 
@@ -309,7 +299,7 @@ class Lockspace:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        self._queue.clear()
+        self.sender.clear()
 
     # -- the watch ---------------------------------------------------------------------------
 
@@ -318,7 +308,7 @@ class Lockspace:
             return
         if isinstance(batch, WatchGap):
             self._watch = None
-            self._revive()
+            self.revive()
             return
         try:
             self._note(batch)
@@ -382,25 +372,7 @@ class Lockspace:
             return False
         return self.members.pop(node, None) is not None
 
-    # -- transactions ------------------------------------------------------------------------
-
-    def submit(self, lock: ClusterLock, txn: Txn, done: Callable[[TxnResult], None]) -> None:
-        """Send one lock's transaction; many of one turn share a commit (rule 3)."""
-        self._queue.append((lock, txn, done))
-        if not self._flushing:
-            self._flushing = True
-            self.loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        # While not running: sent when the new epoch is in force, or the lease good again.
-        while self._queue and self.running and self._in_flight < IN_FLIGHT_MAX:
-            self._in_flight += 1
-            part = self._queue[:BATCH_MAX]
-            del self._queue[:BATCH_MAX]
-            guard = unchanged(self.keys.mine, self.epoch)
-            txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))
-            self.commit(txn, partial(self._answered, part))
+    # -- transactions of the domain's own ----------------------------------------------------
 
     def commit(self, txn: Txn, done: Callable[[TxnResult | DlmfsError], None]) -> None:
         """A transaction of the domain's own, at once."""
@@ -413,59 +385,9 @@ class Lockspace:
         self.answers += isinstance(result, TxnResult)
         done(result)
 
-    def _answered(
-        self,
-        part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
-        result: TxnResult | DlmfsError,
-    ) -> None:
-        self._in_flight -= 1
-        if not self.serving() or not self.live:
-            return
-        for lock, _, _ in part:
-            lock.answered()
-        self._take_in(part, result)
-        if self._queue:
-            self._flush()
-
-    def _take_in(
-        self,
-        part: list[tuple[ClusterLock, Txn, Callable[[TxnResult], None]]],
-        result: TxnResult | DlmfsError,
-    ) -> None:
-        if isinstance(result, OutcomeUnknown):
-            for lock, _, _ in part:
-                lock.reread()
-            self._revive()
-        elif isinstance(result, LockLost):
-            self.lose(str(result))
-        elif isinstance(result, DlmfsError):
-            for lock, _, _ in part:
-                lock.failed(result)
-        elif not result.succeeded:
-            self._guard_failed(result, part)
-        else:
-            for (_, _, done), response in zip(part, result.responses, strict=True):
-                assert isinstance(response, TxnResult)
-                try:
-                    done(response)
-                except BadState as error:
-                    self.lose(str(error))
-                    return
-
-    def _guard_failed(self, result: TxnResult, part: list[Any]) -> None:
-        mine = result.responses[0]
-        if not isinstance(mine, KeyValue) or mine.create_revision != self.incarnation:
-            self.lose("the membership record was removed from the store")
-            return
-        # Sent under the old epoch: surely not applied. What it was to tell has to be asked for again:
-        # a look that was due when it was sent is noted nowhere else.
-        for lock, _, _ in part:
-            lock.reread()
-            lock.resume()
-
     # -- after an unknown outcome or a gap ----------------------------------------------------
 
-    def _revive(self) -> None:
+    def revive(self) -> None:
         """Rule 4: a new epoch first, then everything that is uncertain is read anew."""
         if self._unsure or not self.live:
             return
@@ -475,17 +397,7 @@ class Lockspace:
     def _renew_epoch(self) -> None:
         # Compared with the old epoch, or an earlier attempt of unknown outcome, applied late,
         # would change the epoch behind our back.
-        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
-        txn = Txn(
-            (unchanged(self.keys.mine, self.epoch),),
-            (
-                Put(self.keys.mine, record, self.lease),
-                Range(self.keys.members),
-                Range(self.keys.wishes),
-            ),
-            (Get(self.keys.mine),),
-        )
-        self.commit(txn, self._revived)
+        self.commit(self._putting(unchanged(self.keys.mine, self.epoch)), self._revived)
 
     def _revived(self, result: TxnResult | DlmfsError) -> None:
         if not self.live:
@@ -515,6 +427,6 @@ class Lockspace:
             for lock in self.locks.values():
                 lock.reread()
         self._unsure = False
-        self._flush()
+        self.sender.flush()
         for lock in list(self.locks.values()):
             lock.resume()

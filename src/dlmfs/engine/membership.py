@@ -1,7 +1,7 @@
-"""One node's life in the store: its session, its name, its domains; fencing and coming back.
+"""One node's life in the store: its session and lease; fencing and coming back; its end.
 
-    n/<node>         the node's record, on its session's lease: who it is, for takeover and `dlmfs nodes`
-    n/<node>/evict   an operator's mark: the node with this record must go
+    n/<node>         the node's record, on its session's lease: who it is, for `dlmfs nodes` (`naming`)
+    n/<node>/evict   an operator's mark: the node with this record must go (`eviction`)
     n/<node>/ask/    other nodes' questions, and n/<node>/answer/ what they answer (`questions`)
 
 Rules of this file
@@ -10,28 +10,28 @@ Rules of this file
   nothing of the old one is served again (promise 3).
 * `serving` is asked in every operation, not only by a timer: a process that was stopped may run on
   long after its lease did.
-* A former self is ended by us only if it surely is over: it is our own fenced session, or its
-  process provably does not exist any more.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from dlmfs.core.lease import LeaseState, lease_state
+from dlmfs.engine.domains import Domains
+from dlmfs.engine.eviction import Mark, decode_mark, mark_key
+from dlmfs.engine.lock import Done
 from dlmfs.engine.lockspace import Host as LockHost
-from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.lockspace import Lockspace
+from dlmfs.engine.naming import Named, Naming
 from dlmfs.engine.questions import Questions
-from dlmfs.engine.records import FORMAT
-from dlmfs.engine.records import NODES as NODES
-from dlmfs.errors import BadState, DlmfsError, LockLost, NodeNameInUse, OutcomeUnknown, Unavailable
+from dlmfs.engine.records import NODES
+from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
-    Delete,
     Event,
     Get,
     KeyValue,
@@ -44,7 +44,6 @@ from dlmfs.store.base import (
     Watch,
     WatchBatch,
     WatchGap,
-    created_at,
 )
 from dlmfs.timing import Clock, Scheduler, Timer, Timing
 
@@ -53,9 +52,6 @@ log = logging.getLogger("dlmfs.node")
 RETRY_S: Final = 0.5
 END_S: Final = 1.0
 """How long the end of a session is waited for."""
-EVICT: Final = b"/evict"
-
-Done = Callable[[DlmfsError | None], None]
 
 
 class Host(LockHost, Protocol):
@@ -103,8 +99,7 @@ class Membership:
         self.final = False
         """It was fenced for good: the store is another one, or an operator wants it out."""
         self.fences = 0
-        self.spaces: dict[bytes, Lockspace] = {}
-        self._joining: dict[bytes, Lockspace] = {}
+        self._domains = Domains(self)
         self.questions = Questions(self)
         self._names = config.names
         self._former: set[int] = set()
@@ -128,46 +123,17 @@ class Membership:
             self.session = session
             if session.renewed_at is not None:
                 self.timing = Timing(session.ttl_s)
-            self._take_name(0, done)
+            naming = Naming(
+                self,
+                session,
+                self._names,
+                former=self._former,
+                going_on=self._may_go_on,
+                done=partial(self._named, done),
+            )
+            naming.take()
 
         self.store.open_session(self.name, self.config.ttl_s, self._session_lost, opened)
-
-    def _take_name(self, number: int, done: Done) -> None:
-        """Register under the first free name from `number` on."""
-        assert self.session is not None
-        lease = self.session.lease
-        if number == len(self._names):
-            self._give_up_start(done)
-            return
-        name = self._names[number]
-        key = NODES + name.encode()
-        facts = {**self.config.facts, "v": FORMAT, "ttl": self.timing.ttl_s}
-        put = Put(key, json.dumps(facts).encode(), lease)
-        # A mark against a former self is done with when the name is taken anew.
-        txn = Txn((created_at(key, 0),), (put, Delete(key + EVICT)), (Get(key),))
-
-        def again(_ended: DlmfsError | None = None) -> None:
-            self._take_name(number, done)
-
-        def answered(result: TxnResult | DlmfsError) -> None:
-            if isinstance(result, OutcomeUnknown) and self._may_go_on():
-                self.loop.call_later(RETRY_S, again)
-            elif isinstance(result, DlmfsError):
-                done(result)
-            elif result.succeeded:
-                self._named(name, result.revision, done)
-            else:
-                record = result.responses[0]
-                assert isinstance(record, KeyValue)
-                if record.lease == lease:  # an earlier attempt, after all
-                    self._named(name, record.create_revision, done)
-                elif record.lease in self._former or self._is_over(record):
-                    log.info("the former node %s is over: its session ends", name)
-                    self.store.end_session(record.lease, again)
-                else:
-                    self._take_name(number + 1, done)
-
-        self.store.txn(txn, answered)
 
     def _may_go_on(self) -> bool:
         """Whether the session that is being set up is still good."""
@@ -175,26 +141,15 @@ class Membership:
         now = lease_state(self.timing, self.session.renewed_at, self.clock())
         return now is not LeaseState.FENCED and not self._closed
 
-    def _is_over(self, record: KeyValue) -> bool:
-        try:
-            facts = json.loads(record.value)
-        except ValueError:
-            return False
-        return isinstance(facts, dict) and self.config.is_over(facts)
-
-    def _give_up_start(self, done: Done) -> None:
-        name = self._names[0]
-        error = NodeNameInUse(
-            f"a node named {name} is alive: choose another with -o node=NAME (one that crashed "
-            f"elsewhere is forgotten {self.timing.ttl_s:g} s later)"
-        )
-        assert self.session is not None
-        self.session.close(lambda _error: done(error))
-
-    def _named(self, name: str, record: int, done: Done) -> None:
-        self.name, self.record, self._names = name, record, (name,)
+    def _named(self, done: Done, named: Named | DlmfsError) -> None:
+        if isinstance(named, DlmfsError):
+            done(named)
+            return
+        self.name, self.record = named
+        self._names = (self.name,)
         self.state, self.reason = LeaseState.HEALTHY, None
-        self._watch = self.store.watch((NODES + name.encode(),), record + 1, self._told)
+        own = NODES + self.name.encode()
+        self._watch = self.store.watch((own,), self.record + 1, self._told)
         self._look_at_lease()
         done(None)
 
@@ -203,17 +158,18 @@ class Membership:
     @property
     def fence_at(self) -> float | None:
         """The instant from which nothing may be served, on `clock`; None: there is none."""
-        if self.session is None or self.session.renewed_at is None or not self._up:
+        if self.session is None or self.session.renewed_at is None or not self.up:
             return None
         return self.session.renewed_at + self.timing.fence_after_s
 
     @property
-    def _up(self) -> bool:
+    def up(self) -> bool:
+        """Whether this incarnation is not known to be over: see `serving`."""
         return self.state in (LeaseState.HEALTHY, LeaseState.SUSPECT)
 
     def serving(self) -> bool:
         """Whether this incarnation may serve now. Fences it if its time is over."""
-        if not self._up:
+        if not self.up:
             return False
         session = self.session
         assert session is not None
@@ -258,7 +214,7 @@ class Membership:
     def _fence(self, error: DlmfsError) -> None:
         """This incarnation is over (promise 3)."""
         self.final |= not isinstance(error, LockLost)
-        if not self._up:
+        if not self.up:
             return
         self.state, self.reason = LeaseState.FENCED, str(error)
         self.fences += 1
@@ -289,7 +245,6 @@ class Membership:
         if self.final or self._closed:
             return
         self.state = LeaseState.REJOINING
-        mark = NODES + self.name.encode() + EVICT
 
         def looked(result: TxnResult | DlmfsError) -> None:
             if isinstance(result, DlmfsError):
@@ -302,7 +257,7 @@ class Membership:
             else:
                 self.start(self._restarted)
 
-        self.store.txn(Txn((), (Get(mark),)), looked)
+        self.store.txn(Txn((), (Get(mark_key(self.name)),)), looked)
 
     def _restarted(self, error: DlmfsError | None) -> None:
         if self._closed:
@@ -316,107 +271,22 @@ class Membership:
             return
         log.warning("node %s is back", self.name)
         for domain in list(self.spaces):
-            self._join_again(domain)
-
-    def _join_again(self, domain: bytes) -> None:
-        """A domain that was lost and has not been left since."""
-        old = self.spaces.get(domain)
-        if old is None or old.life is not Life.LOST or not self._up:
-            return
-        assert self.session is not None
-        under_way = self._joining.get(domain)
-        if under_way is not None and under_way.lease == self.session.lease:
-            return  # its end, if it is no good one, brings us back
-        if self.state is LeaseState.SUSPECT:
-            self.loop.call_later(RETRY_S, self._join_again, domain)
-            return
-        space = self._space(domain)
-
-        def joined(error: DlmfsError | None) -> None:
-            self._is_joined(space)
-            if error is None and not self._up:  # fenced meanwhile; `_restarted` joins again
-                space.lose(str(self.reason))
-                return
-            if self.spaces.get(domain) is not old:
-                if error is None:
-                    space.leave(lambda _error: None)  # left while we were at it
-            elif isinstance(error, BadState):
-                old.reason = str(error)  # it will not mend itself
-            elif error is not None:
-                self.loop.call_later(RETRY_S, self._join_again, domain)
-            else:
-                self.spaces[domain] = space
-                self.host.rejoined(space)
-
-        space.join(joined)
+            self._domains.join_again(domain)
 
     # -- domains --------------------------------------------------------------------------------
 
-    def _space(self, domain: bytes) -> Lockspace:
-        """A new membership of a domain, to be joined; at most one at a time is."""
-        assert self.session is not None
-        former = self._joining.pop(domain, None)
-        if former is not None:  # its program was told ENOLCK, yet it goes on until it knows
-            former.give_up_joining()
-        space = self._joining[domain] = Lockspace(
-            self.store,
-            self.loop,
-            self.host,
-            domain=domain,
-            node=self.name,
-            lease=self.session.lease,
-            owner=self.config.owner,
-            timing=self.timing,
-            lock_delay_s=self.config.lock_delay_s,
-            serving=self.serving,
-            ended=self._space_lost,
-        )
-        return space
-
-    def _is_joined(self, space: Lockspace) -> None:
-        """It is known what became of the join."""
-        if self._joining.get(space.domain) is space:
-            del self._joining[space.domain]
-
-    def _space_lost(self, space: Lockspace) -> None:
-        """One domain's membership was taken from us, perhaps by hand, while the session stands."""
-        if self._up and self.spaces.get(space.domain) is space:
-            self.loop.call_later(RETRY_S, self._join_again, space.domain)
+    @property
+    def spaces(self) -> Mapping[bytes, Lockspace]:
+        """The node's domains."""
+        return self._domains.spaces
 
     def join(self, domain: bytes, done: Callable[[Lockspace | DlmfsError], None]) -> None:
         """Become a member of a domain. Unavailable while fenced."""
-        if not self.serving():
-            done(Unavailable(f"this node is fenced: {self.reason}"))
-            return
-        space = self._space(domain)
-
-        def joined(error: DlmfsError | None) -> None:
-            self._is_joined(space)
-            if error is None and not self._up:
-                space.lose(str(self.reason))
-                error = Unavailable(f"this node is fenced: {self.reason}")
-            if error is not None:
-                done(error)
-                return
-            self.spaces[domain] = space
-            done(space)
-
-        space.join(joined)
+        self._domains.join(domain, done)
 
     def leave(self, space: Lockspace, done: Done) -> None:
         """Give back every lock of a domain, then the membership."""
-
-        def left(error: DlmfsError | None) -> None:
-            over = error is None or isinstance(error, LockLost) or space.life is Life.LOST
-            # A late leave must not take the name from one that was joined meanwhile.
-            if over and self.spaces.get(space.domain) is space:
-                del self.spaces[space.domain]
-            done(error)
-
-        if space.live:
-            space.leave(left)
-        else:
-            left(None)
+        self._domains.leave(space, done)
 
     @property
     def answers(self) -> int:
@@ -496,7 +366,7 @@ class Membership:
     # -- eviction -------------------------------------------------------------------------------
 
     def _told(self, batch: WatchBatch | WatchGap) -> None:
-        if not self._up:
+        if not self.up:
             return
         if isinstance(batch, WatchGap):
             # Our own record was not changed, or the lease would tell.
@@ -504,7 +374,7 @@ class Membership:
             return
         own = NODES + self.name.encode()
         for event in batch.events:
-            if event.kv.key == own + EVICT and event.kind == "put":
+            if event.kv.key == mark_key(self.name) and event.kind == "put":
                 self._marked(event.kv)
             elif (
                 event.kv.key == own
@@ -520,7 +390,7 @@ class Membership:
         own, record = NODES + self.name.encode(), self.record
 
         def read(result: TxnResult | DlmfsError) -> None:
-            if not self._up or self.record != record:  # another life of ours has a watch of its own
+            if not self.up or self.record != record:  # another life of ours has a watch of its own
                 return
             if isinstance(result, DlmfsError):
                 self.loop.call_later(RETRY_S, self._look_below)
@@ -538,14 +408,11 @@ class Membership:
         by = self._evicted_by(mark)
         if by is None:
             return
-        heard = Put(mark.key, json.dumps({"record": self.record, "by": by, "heard": True}).encode())
+        heard = Put(mark.key, Mark(self.record, by, heard=True).encode())
         self.store.txn(Txn((), (heard,)), lambda _result: None)
         self._fence(BadState(f"evicted by {by}"))
 
-    def _evicted_by(self, mark: KeyValue) -> str | None:
+    def _evicted_by(self, kv: KeyValue) -> str | None:
         """Who wants this life of the node out; None if the mark is about another."""
-        try:
-            facts = json.loads(mark.value)
-        except ValueError:
-            return None
-        return str(facts.get("by")) if facts.get("record") == self.record else None
+        mark = decode_mark(kv)
+        return mark.by if mark is not None and mark.record == self.record else None

@@ -383,7 +383,8 @@ class OpenFiles:
     def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
         """`Host`: every descriptor of the domain is lost. Its file's name gets a new inode, so that
         what the old one tells (its token above all) is never its successor's."""
-        lost = {h.file for h in self.handles.values() if h.stage is not Stage.HELD}
+        # In an order of its own, not a set's: a simulated run must not depend on addresses.
+        lost = dict.fromkeys(h.file for h in self.handles.values() if h.stage is not Stage.HELD)
         for file in lost:
             if file.linked:
                 self.tree.replace(file)

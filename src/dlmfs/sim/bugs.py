@@ -12,12 +12,16 @@ from dlmfs.sim.planted import Planted
 
 CHANGES: Final = "engine/changes.py"
 LOCK: Final = "engine/lock.py"
+LOCAL: Final = "engine/local.py"
+SENDER: Final = "engine/sender.py"
 SPACE: Final = "engine/lockspace.py"
 VIEW: Final = "engine/view.py"
 QUEUE: Final = "engine/queue.py"
 CORE: Final = "core/lockres.py"
+CLAIMS: Final = "core/claims.py"
 LEASE: Final = "core/lease.py"
 MEMBER: Final = "engine/membership.py"
+DOMAINS: Final = "engine/domains.py"
 OPEN: Final = "fs/openfiles.py"
 FILES: Final = "fs/filesystem.py"
 STORE: Final = "store/memory_store.py"
@@ -134,28 +138,28 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "unknown-is-failed",
-        SPACE,
-        """            for lock, _, _ in part:
-                lock.reread()
-            self._revive()""",
-        """            for lock, _, _ in part:
-                lock.resume()""",
+        SENDER,
+        """            for part in parts:
+                part.lock.reread()
+            self._space.revive()""",
+        """            for part in parts:
+                part.lock.resume()""",
         100,
         "an unknown outcome is taken for a failure (traps 1)",
     ),
     Planted(
         "no-epoch",
-        SPACE,
-        "            guard = unchanged(self.keys.mine, self.epoch)\n",
-        "            guard = created_at(self.keys.mine, self.incarnation)\n",
+        SENDER,
+        "            guard = unchanged(space.keys.mine, space.epoch)\n",
+        "            guard = unchanged(space.keys.mine, space.incarnation)._replace(field='create')\n",
         100,
         "transactions are not bound to an epoch: a late one still applies (traps 1)",
     ),
     Planted(
         "no-guard",
-        SPACE,
-        "txn = Txn((guard,), tuple(t for _, t, _ in part), (Get(self.keys.mine),))",
-        "txn = Txn((), tuple(t for _, t, _ in part), (Get(self.keys.mine),))",
+        SENDER,
+        "txn = Txn((guard,), tuple(p.txn for p in parts), (Get(space.keys.mine),))",
+        "txn = Txn((), tuple(p.txn for p in parts), (Get(space.keys.mine),))",
         100,
         "transactions of a node that is out of the domain still apply (rule 2)",
     ),
@@ -163,7 +167,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "gap-ignored",
         SPACE,
         """            self._watch = None
-            self._revive()
+            self.revive()
             return""",
         """            self._watch = None
             return""",
@@ -200,7 +204,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "two-joins",
-        MEMBER,
+        DOMAINS,
         "            former.give_up_joining()\n",
         "            pass\n",
         100,
@@ -265,7 +269,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "one-token-for-two",
-        CORE,
+        CLAIMS,
         "self._counter += exclusive or self._last_exclusive",
         "self._counter += 0",
         100,
@@ -341,8 +345,8 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "told-nothing",
         LOCK,
-        "            self._wanted = None\n",
-        "            self._wanted = NOTHING\n",
+        "            self.local.wanted = None\n",
+        "            self.local.wanted = NOTHING\n",
         100,
         "the core is not told that nobody wants the lock any more (found)",
         first=2500,
@@ -350,7 +354,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "patient-trylock",
         LOCK,
-        "            self._time_try(self.space.timing.try_timeout_s)\n",
+        "            self.local.time_try()\n",
         "            pass\n",
         100,
         "a trylock waits for a silent holder (traps 13)",
@@ -406,12 +410,12 @@ BUGS: Final[tuple[Planted, ...]] = (
 RARE: Final[tuple[Planted, ...]] = (
     Planted(
         "half-a-member",
-        MEMBER,
-        """        if self.state is LeaseState.SUSPECT:
-            self.loop.call_later(RETRY_S, self._join_again, domain)
+        DOMAINS,
+        """        if member.state is LeaseState.SUSPECT:
+            member.loop.call_later(RETRY_S, self.join_again, domain)
             return
 """,
-        """        if self.state is LeaseState.SUSPECT:
+        """        if member.state is LeaseState.SUSPECT:
             return
 """,
         100,
@@ -419,15 +423,15 @@ RARE: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "joined-though-fenced",
-        MEMBER,
-        "            if error is None and not self._up:  # fenced meanwhile;",
+        DOMAINS,
+        "            if error is None and not member.up:  # fenced meanwhile;",
         "            if False:  # fenced meanwhile;",
         100,
         "a join that is answered after the fence stands for the domain (found)",
     ),
     Planted(
         "late-timer",
-        LOCK,
+        LOCAL,
         "left = [c for c in later if c.stage is Stage.WAITING]",
         "left = later",
         100,

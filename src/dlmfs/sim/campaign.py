@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from dlmfs.errors import Bug
 from dlmfs.sim.bugs import BUGS
 from dlmfs.sim.planted import Planted
-from dlmfs.sim.worker import SUMS
+from dlmfs.sim.sums import Sums
 
 T = TypeVar("T")
 
@@ -25,31 +25,20 @@ CHUNK: Final = 100
 """Seeds of one worker process: few enough for all processors to have work until the end."""
 
 
-@dataclass
-class Totals:
-    """The sums over all seeds. `seconds` are simulated, `cpu_s` spent, `wall_s` waited."""
+@dataclass(kw_only=True)
+class Totals(Sums):
+    """The sums over all seeds. `cpu_s` are spent, `wall_s` waited."""
 
     seeds: int = 0
-    seconds: float = 0.0
-    events: int = 0
-    faults: int = 0
-    grants: int = 0
-    reads: int = 0
-    writes: int = 0
-    commits: int = 0
-    judged: int = 0
-    margin: float | None = None
     failures: list[tuple[int, str, str]] = field(default_factory=list)
     """Seed, rule, text."""
     cpu_s: float = 0.0
     wall_s: float = 0.0
 
-    def add(self, told: dict[str, Any]) -> None:
+    def take_in(self, told: dict[str, Any]) -> None:
+        """What a worker has told."""
+        self.add(Sums.of(told))
         self.seeds += told["seeds"]
-        for name in SUMS:
-            setattr(self, name, getattr(self, name) + told[name])
-        if told["margin"] is not None:
-            self.margin = min(told["margin"], self.margin if self.margin is not None else 1.0)
         self.failures += [(seed, rule, text) for seed, rule, text in told["failures"]]
         self.cpu_s += told["cpu_s"]
 
@@ -105,7 +94,7 @@ def sweep(
     totals, begun = Totals(), time.monotonic()
     chunks = [(at, min(CHUNK, first + seeds - at)) for at in range(first, first + seeds, CHUNK)]
     for told in _spread(jobs, [partial(_worker, *chunk) for chunk in chunks]):
-        totals.add(told)
+        totals.take_in(told)
         totals.wall_s = time.monotonic() - begun
         progress(totals)
     totals.failures.sort()

@@ -143,9 +143,6 @@ class Checks:
         if reason not in EXPECTED:
             raise Violation(f"{self._name(opened)} failed with {errno.errorcode[reason]}")
 
-    def forgotten(self, call: Call) -> None:
-        """Its process was killed, and no answer will be heard."""
-
     def taken(self, node: SimNode, call: Call) -> None:
         """The daemon takes a request up."""
         request = call.request

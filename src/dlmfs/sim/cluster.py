@@ -19,8 +19,9 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.lockspace import Life
-from dlmfs.engine.membership import EVICT, NODES
+from dlmfs.engine.records import NODES
 from dlmfs.model import Mode
 from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open

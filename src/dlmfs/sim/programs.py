@@ -119,7 +119,6 @@ class Process:
             self.kernel.interrupt(self.call)
             if unheard and self.waits:
                 self.call.gone = True
-                self.node.checks.forgotten(self.call)
                 self._exit()
 
     def _exit(self) -> None:

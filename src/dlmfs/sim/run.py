@@ -10,25 +10,17 @@ from dataclasses import dataclass, field
 
 from dlmfs.sim.cluster import Cluster
 from dlmfs.sim.scenario import Scenario
+from dlmfs.sim.sums import Sums
 
 
-@dataclass
-class Outcome:
+@dataclass(kw_only=True)
+class Outcome(Sums):
     """`failure` is None for a run in which every promise was kept; `rule` names what was not: the check,
-    or the place in the product whose invariant was broken. Times are simulated seconds."""
+    or the place in the product whose invariant was broken."""
 
     seed: int
     failure: str | None = None
     rule: str = ""
-    seconds: float = 0.0
-    events: int = 0
-    faults: int = 0
-    grants: int = 0
-    reads: int = 0
-    writes: int = 0
-    commits: int = 0
-    judged: int = 0
-    margin: float | None = None
     history: list[str] = field(default_factory=list)
 
 
@@ -46,7 +38,7 @@ def quiet() -> Iterator[None]:
 
 def run(scenario: Scenario, *, trace: bool = False) -> Outcome:
     """Run it to its end, or to the first broken promise. The same scenario gives the same outcome."""
-    outcome = Outcome(scenario.seed)
+    outcome = Outcome(seed=scenario.seed)
     with quiet():
         cluster = Cluster(scenario, trace=trace)
         try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from dlmfs.engine.membership import EVICT, NODES
+from dlmfs.engine.eviction import Mark, mark_key
+from dlmfs.engine.records import NODES
 from dlmfs.store.base import Put, Txn
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ def evict(cluster: Cluster, node: SimNode, _rng: Random) -> None:
     member = node.membership
     if not node.up or member.session is None:
         return
-    mark = json.dumps({"record": member.record, "by": "an operator"}).encode()
-    key = NODES + node.name.encode()
-    if key in cluster.arbiter.data:
-        cluster.arbiter.apply(Txn((), (Put(key + EVICT, mark),)))
+    if NODES + node.name.encode() in cluster.arbiter.data:
+        put = Put(mark_key(node.name), Mark(member.record, "an operator").encode())
+        cluster.arbiter.apply(Txn((), (put,)))
         # Without a lease nothing fences a daemon that stands still: ended by hand, it may answer one
         # request more when it wakes (docs/simulation.md, "Limits").
         if cluster.scenario.leased:

@@ -8,35 +8,31 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 
 from dlmfs.sim.bugs import by_name
 from dlmfs.sim.planted import plant
-
-SUMS = ("seconds", "events", "faults", "grants", "reads", "writes", "commits", "judged")
+from dlmfs.sim.sums import Sums
 
 
 def work(first: int, count: int, *, stop: bool) -> dict[str, object]:
-    """Run the seeds from `first` on; the sums by name, `failures`: [seed, rule, text], the `margin`."""
+    """Run the seeds from `first` on; the sums by name, and `failures`: [seed, rule, text]."""
     from dlmfs.sim.run import run  # after planting
     from dlmfs.sim.scenario import draw
 
-    sums: dict[str, float] = {"seconds": 0.0, **dict.fromkeys(SUMS[1:], 0)}
+    sums = Sums()
     failures: list[list[object]] = []
-    margin: float | None = None
     seeds = 0
     for seed in range(first, first + count):
         outcome = run(draw(seed))
         seeds += 1
-        for name in SUMS:
-            sums[name] += getattr(outcome, name)
-        if outcome.margin is not None:
-            margin = outcome.margin if margin is None else min(margin, outcome.margin)
+        sums.add(outcome)
         if outcome.failure is not None:
             failures.append([seed, outcome.rule, outcome.failure])
             if stop:
                 break
-    told = {"seeds": seeds, "failures": failures, "margin": margin, "cpu_s": time.process_time()}
-    return {**sums, **told}
+    told = {"seeds": seeds, "failures": failures, "cpu_s": time.process_time()}
+    return {**asdict(sums), **told}
 
 
 def main(args: list[str]) -> int:

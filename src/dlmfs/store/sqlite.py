@@ -2,9 +2,7 @@
 
 Rules of this file
 ------------------
-* The event loop never waits. On a tmpfs a transaction runs in it, at once, with no busy time-out;
-  if another daemon is inside a write (and perhaps stopped there) it goes to the worker thread.
-  On a disk, where a commit waits for the medium, everything goes to the worker.
+* The event loop never waits (`sqlite_work`).
 * Before each transaction the path must still be the file that was opened: deleted or replaced
   under us, we are fenced (design, section 3, "sqlite").
 * Nobody here opens the database file by hand: closing it would drop SQLite's own locks
@@ -20,14 +18,12 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from dlmfs.errors import (
     BadState,
-    Bug,
     DlmfsError,
     LockLost,
     NotPermitted,
@@ -36,9 +32,10 @@ from dlmfs.errors import (
     Unavailable,
 )
 from dlmfs.store import bells, schema, statefile
-from dlmfs.store.base import Session, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
+from dlmfs.store.base import Session, Txn, TxnDone, WatchBatch, WatchGap
 from dlmfs.store.memory import check, writes
 from dlmfs.store.sqlite_session import SqliteSession
+from dlmfs.store.sqlite_work import Worker, reading, writing
 
 if TYPE_CHECKING:
     import asyncio
@@ -72,14 +69,12 @@ class SqliteStore:
         self.dead: str | None = None
         self._lost: Callable[[DlmfsError], None] | None = None
         self.session: SqliteSession | None = None
-        self._fast = self._connect()
+        self._worker = Worker(path, loop, volatile=self.volatile)
         self._identity = self._look(path)
         self._beside = {p: self._look(p) for p in (f"{path}-wal", f"{path}-shm")}
         self._watches: list[SqliteWatch] = []
         self._seen = 0
         self._pumping = False
-        self._pending = 0
-        self._closing = False
         self._generation = -1
         self._peer_prefixes: dict[int, tuple[bytes, ...]] = {}
         self._commits = 0
@@ -87,38 +82,6 @@ class SqliteStore:
         self._failing_since: float | None = None
         self._size_until = 0.0
         self._shm: int | None = None
-        self._worker: ThreadPoolExecutor | None = None
-        self._slow: sqlite3.Connection | None = None
-
-    def _connect(self) -> sqlite3.Connection:
-        try:
-            made = schema.connect(self.path, volatile=self.volatile, timeout_s=OPEN_TIMEOUT_S)
-            if os.access(self.path, os.W_OK):
-                return made
-            made.close()
-            raise NotPermitted(
-                f"cannot open the state file {self.path} for writing: it is read-only; name another"
-            )
-        except sqlite3.OperationalError as error:
-            code = error.sqlite_errorcode & 0xFF
-            if code == sqlite3.SQLITE_BUSY:
-                raise Unavailable(
-                    f"the state file {self.path} is held by another daemon (is one stopped?): "
-                    "continue or end that process"
-                ) from None
-            if code == sqlite3.SQLITE_FULL or not os.statvfs(self.path.parent).f_bavail:
-                raise StoreFull(f"no space left for the state file {self.path}") from None
-            if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-                raise NotPermitted(
-                    f"cannot open the state file {self.path} for writing ({error}): see who owns it, "
-                    "or name another"
-                ) from None
-            raise BadState(f"the state file {self.path} cannot be used: {error}") from None
-        except sqlite3.DatabaseError as error:
-            raise BadState(
-                f"{self.path} is not a sound state file of dlmfs ({error}): move it away or "
-                "name another"
-            ) from None
 
     # -- transactions ---------------------------------------------------------------------------
 
@@ -127,7 +90,7 @@ class SqliteStore:
         if writes(txn):
             self._write(partial(schema.evaluate, txn=txn), done)
         else:
-            self._submit(partial(_reading, txn=txn), done)
+            self._submit(partial(reading, txn=txn), done)
 
     def _write(
         self,
@@ -146,7 +109,7 @@ class SqliteStore:
                 self._announce(events, generation)
             done(result)
 
-        self._submit(partial(_writing, work=work), finished)
+        self._submit(partial(writing, work=work), finished)
 
     def _judge(self, outcome: object) -> None:
         """A medium that fails and goes on failing will not come back by itself."""
@@ -162,44 +125,11 @@ class SqliteStore:
         work: Callable[[sqlite3.Connection], T | None],
         done: Callable[[T | DlmfsError], None],
     ) -> None:
-        """Run `work` now, or on the worker if it would have to wait. None means "busy"."""
+        """Run `work` now, or as soon as it can be, unless the state is gone."""
         if not self.still_ours():
             self.loop.call_soon(done, LockLost(self.dead))
             return
-        if self.volatile and not self._pending:
-            outcome = _guarded(work, self._fast)
-            if outcome is not None:
-                self.loop.call_soon(done, outcome)
-                return
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "dlmfs-sqlite")
-        self._pending += 1
-        self._worker.submit(self._work_slowly, work, done)
-
-    def _work_slowly(self, work: Any, done: Any) -> None:
-        """In the worker thread: the same work, as often as it takes."""
-        wait = 0.001
-        outcome = None
-        while outcome is None and not self._closing:
-            outcome = _guarded(partial(self._on_slow, work), self._fast)
-            if outcome is None:
-                time.sleep(wait)
-                wait = min(wait * 2, 0.05)
-        if self._closing:
-            return
-        with contextlib.suppress(RuntimeError):  # the loop closed in between
-            self.loop.call_soon_threadsafe(self._slowly_done, done, outcome)
-
-    def _on_slow(self, work: Any, _fast: sqlite3.Connection) -> Any:
-        """The work on the worker's own connection; to open that one may have to wait as well."""
-        if self._slow is None:
-            self._slow = schema.connect(self.path, volatile=self.volatile, timeout_s=0.1)
-        return work(self._slow)
-
-    def _slowly_done(self, done: Any, outcome: Any) -> None:
-        self._pending -= 1
-        if not self._closing:
-            done(outcome)
+        self._worker.submit(work, done)
 
     @staticmethod
     def _look(path: Path | str) -> tuple[int, int] | None:
@@ -242,7 +172,7 @@ class SqliteStore:
         keys = [event.key for event in events]
         if generation != self._generation:
             try:
-                self._peer_prefixes = schema.prefixes(self._fast)
+                self._peer_prefixes = schema.prefixes(self._worker.fast)
             except sqlite3.OperationalError:  # a peer recovers the log just now
                 self.loop.call_later(AGAIN_S, self._announce, events, generation)
                 return
@@ -256,7 +186,7 @@ class SqliteStore:
             self.pump_soon()
         self._commits += 1
         if self._commits % TRIM_EVERY == 0:
-            self._submit(partial(_writing, work=_trim), lambda _outcome: None)
+            self._submit(partial(writing, work=_trim), lambda _outcome: None)
 
     def pump_soon(self) -> None:
         if not self._pumping:
@@ -267,7 +197,7 @@ class SqliteStore:
         """Deliver the log to the watches, from where each stands."""
         self._pumping = False
         for watch in list(self._watches):
-            watch.deliver(self._fast)
+            watch.deliver(self._worker.fast)
 
     def watch(
         self,
@@ -355,7 +285,7 @@ class SqliteStore:
 
     def sessions(self) -> list[tuple[int, str, int]]:
         """Lease, node and pid of every session on record."""
-        return schema.sessions(self._fast)
+        return schema.sessions(self._worker.fast)
 
     def describe(self) -> dict[str, object]:
         facts: dict[str, object] = {
@@ -375,7 +305,7 @@ class SqliteStore:
             {"node": node, "pid": pid, "own": lease == mine, "stopped": is_stopped(pid)}
             for lease, node, pid in rows
         ]
-        if self._pending:
+        if self._worker.pending:
             facts["waiting_for_pid"] = self._writer()
         return facts
 
@@ -383,7 +313,7 @@ class SqliteStore:
         now = self.loop.time()
         if now >= self._size_until and self.dead is None:
             with contextlib.suppress(sqlite3.Error):
-                self._size_mb = schema.size(self._fast) / 1e6
+                self._size_mb = schema.size(self._worker.fast) / 1e6
             self._size_until = now + SIZE_VALID_S
         return self._size_mb
 
@@ -399,7 +329,7 @@ class SqliteStore:
         self._lost = None
 
     def close(self) -> None:
-        self._closing = True
+        self._worker.stop()
         self._lost = None
         for watch in self._watches:
             watch.cancelled = True
@@ -407,11 +337,7 @@ class SqliteStore:
         if self.session is not None:
             self.session.abandon()
             self.session = None
-        if self._worker is not None:
-            self._worker.shutdown(wait=True)
-        if self._slow is not None:
-            self._slow.close()
-        self._fast.close()
+        self._worker.close()
 
 
 class SqliteWatch:
@@ -454,67 +380,6 @@ class SqliteWatch:
         if not self.cancelled:
             self.cancelled = True
             self.store.drop_watch(self)
-
-
-# -- one attempt at a piece of work, in whatever thread --------------------------------------------
-
-
-def _guarded(work: Callable[[sqlite3.Connection], T | None], conn: sqlite3.Connection) -> Any:
-    """The work's result, or the DlmfsError it means, or None if the file is busy."""
-    try:
-        return work(conn)
-    except (DlmfsError, Bug) as error:
-        return error
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return None
-        if code == sqlite3.SQLITE_FULL:
-            return StoreFull("no space left for the state file")
-        if code == sqlite3.SQLITE_READONLY:
-            return Unavailable("the state file cannot be written any more: it is read-only")
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return LockLost(f"the state file is damaged: {error}")
-        return OutcomeUnknown(f"the state file failed: {error}")
-
-
-def _writing(
-    conn: sqlite3.Connection, *, work: Callable[[sqlite3.Connection], tuple[T, list[schema.Row]]]
-) -> tuple[T, list[schema.Row], int]:
-    try:
-        return _write_once(conn, work)
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL:
-            raise
-    # What is committed may fill the log many times over; written back, there may be room.
-    with contextlib.suppress(sqlite3.OperationalError):
-        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return _write_once(conn, work)
-
-
-def _write_once(
-    conn: sqlite3.Connection, work: Callable[[sqlite3.Connection], tuple[T, list[schema.Row]]]
-) -> tuple[T, list[schema.Row], int]:
-    conn.execute("BEGIN IMMEDIATE")
-    try:
-        result, events = work(conn)
-        generation = schema.generation(conn) if events else 0
-        conn.execute("COMMIT")
-    except BaseException:
-        if conn.in_transaction:
-            conn.execute("ROLLBACK")
-        raise
-    return result, events, generation
-
-
-def _reading(conn: sqlite3.Connection, *, txn: Txn) -> TxnResult:
-    conn.execute("BEGIN")
-    try:
-        result, events = schema.evaluate(conn, txn=txn)
-        assert not events
-    finally:
-        conn.execute("COMMIT")
-    return result
 
 
 def _trim(conn: sqlite3.Connection) -> tuple[None, list[schema.Row]]:

@@ -1,46 +1,22 @@
 """A small cluster in which every pending thing is a choice: nodes of the real engine, the store's exact
 semantics, and between them everything that can be late, out of order, lost, or dead.
 
-Why it is fast
---------------
-A node's step depends on its own state and on what comes to it, the store's on its data and the
-transaction. So each such step runs once, on a thawed copy of the real object; afterwards it is a look
-into a table, and a state of the world is a tuple of numbers. The explorer can also run without copies
-(`copying=False`): that is how a violation is told and proved, and how the copies are tested.
-
-Two reductions, both without loss:
-
-* *A flush is sent at once* where nothing can come between, with one lock and no gap to come: the
-  transaction is built already, one lock has one at a time, and what `Lockspace._flush` looks at
-  changes only by the answer to that very transaction. Nobody but the store sees a flush, and the
-  store only when it applies the transaction, which is a choice of its own.
-* *A lost transaction that can never apply is dropped*: it demands of a key a modification revision
-  that the key no longer has, and revisions do not come again.
+A state of the world is a tuple of numbers; what a node or the store makes of a choice is looked up in
+`steps`. One reduction, without loss: a lost transaction that can never apply is dropped. It demands of a
+key a modification revision that the key no longer has, and revisions do not come again.
 """
 
 from __future__ import annotations
 
-import traceback
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from dlmfs.engine.lockspace import Lockspace
-from dlmfs.errors import LockLost, OutcomeUnknown
 from dlmfs.model import Owner
 from dlmfs.sim.exhaustive import oracle
-from dlmfs.sim.exhaustive.actors import (
-    SPECIAL,
-    Clock,
-    Facts,
-    Node,
-    NoTime,
-    Program,
-    Seen,
-    facts,
-    parse,
-)
+from dlmfs.sim.exhaustive.actors import Facts, Node, NoTime, Program, Seen, parse
 from dlmfs.sim.exhaustive.oracle import Ledger
 from dlmfs.sim.exhaustive.promises import exclusion, stuck, unheard
-from dlmfs.sim.exhaustive.snapshot import BASE, freeze, shape, thaw
+from dlmfs.sim.exhaustive.snapshot import BASE
+from dlmfs.sim.exhaustive.steps import Effects, Table, taken
 from dlmfs.sim.exhaustive.world import (
     DEAD,
     GONE,
@@ -52,28 +28,8 @@ from dlmfs.sim.exhaustive.world import (
     Scope,
     World,
 )
-from dlmfs.store.base import Txn, WatchBatch, WatchGap
+from dlmfs.store.base import Txn, WatchBatch
 from dlmfs.store.memory import MemoryServer, writes
-
-TTL_S: Final = 15.0
-
-
-class Effects(NamedTuple):
-    """What a node's step did to the world around it."""
-
-    sent: tuple[tuple[int, Txn], ...] = ()
-    seen: tuple[Seen, ...] = ()
-    problem: str = ""
-
-
-class Served(NamedTuple):
-    """What a transaction did to the store."""
-
-    server: int
-    result: int
-    batch: int
-    problem: str
-    values: tuple[tuple[bytes, bytes], ...]
 
 
 class Step(NamedTuple):
@@ -89,45 +45,17 @@ class Explorer:
         self.scope = scope
         self.names = names or Names()
         self.node_names = [f"n{i}" for i in range(scope.nodes)]
-        self.facts: dict[int, Facts] = {}
-        self._states: dict[object, int] = {}
-        self._steps: dict[object, tuple[int, Effects]] = {}
-        self._served: dict[object, Served] = {}
+        at_once = len(scope.locks) < 2 and not scope.gaps
+        self._table = Table(self.names, self.node_names, copying=copying, at_once=at_once)
+        self.facts = self._table.facts
         self._seen_batches: dict[tuple[int, tuple[bytes, ...]], int] = {}
         self._moved: dict[object, tuple[int, str]] = {}
-        self._live: dict[object, Any] | None = None if copying else {}
-        self._at_once = len(scope.locks) < 2 and not scope.gaps
 
-    # -- real objects and their numbers ---------------------------------------------------------
-
-    def _put(self, key: object, thing: Node | MemoryServer) -> int:
-        """The number of a state of a node or of the server."""
-        name = shape(thing, SPECIAL)
-        number = self._states.get(name)
-        if number is None:
-            blob = freeze(thing) if self._live is None else None
-            number = self._states[name] = self.names.named(blob, name.atoms, name.revisions)
-            if isinstance(thing, Node):
-                self.facts[number] = facts(thing)
-            else:
-                self.names.things[number] = (blob, dict(thing.data))
-        if self._live is not None:
-            self._live[key] = thing
-        return number
-
-    def _node(self, index: int, number: int) -> Node:
-        node = thaw(self.names.things[number]) if self._live is None else self._live[index]
-        assert isinstance(node, Node)
-        return node
-
-    def _server(self, number: int) -> MemoryServer:
-        server = thaw(self.names.things[number][0]) if self._live is None else self._live["server"]
-        assert isinstance(server, MemoryServer)
-        return server
+    # -- looking at a world ---------------------------------------------------------------------
 
     def program(self, index: int, world: World, number: int) -> Program:
         """A program of a node, to be looked at."""
-        return self._node(index, world.nodes[index]).programs[number]
+        return self._table.node(index, world.nodes[index]).programs[number]
 
     def alive(self, world: World) -> dict[str, Facts]:
         """What is known of the nodes that live, by name."""
@@ -146,81 +74,6 @@ class Explorer:
         found: oracle.Data = self.names.things[world.server][1]
         return found
 
-    # -- the steps of a node and of the store ---------------------------------------------------
-
-    def _step(self, index: int, number: int, kind: str, payload: int = 0, slot: int = 0) -> Any:
-        key = (index, number, kind, payload, slot)
-        known = self._steps.get(key) if self._live is None else None
-        if known is None:
-            node = self._node(index, number)
-            effects = self._run(node, kind, payload, slot)
-            known = self._steps[key] = self._put(index, node), effects
-        return known
-
-    def _run(self, node: Node, kind: str, payload: int, slot: int) -> Effects:
-        problem = ""
-        try:
-            self._event(node, kind, self.names.things[payload] if kind != "act" else None, slot)
-            while self._at_once and node.clock.soon and _is_flush(node.clock):
-                node.clock.run_soon()
-        except Exception:  # a broken invariant of the engine is what we look for
-            problem = traceback.format_exc(limit=-4)
-        sent, node.handle.sent = tuple(node.handle.sent), []
-        seen, node.seen = tuple(node.seen), []
-        return Effects(sent, seen, problem)
-
-    @staticmethod
-    def _event(node: Node, kind: str, payload: Any, slot: int) -> None:
-        handle = node.handle
-        if kind == "soon":
-            node.clock.run_soon()
-        elif kind == "timer":
-            node.clock.run_timer()
-        elif kind == "act":
-            node.act(slot)
-        elif kind == "interrupt":
-            node.interrupt(slot)
-        elif kind == "answer":
-            handle.pending.pop(slot)(payload)
-        elif kind == "lose":
-            handle.pending.pop(slot)(OutcomeUnknown("no answer from the store"))
-        else:
-            sink = handle.sink
-            assert sink is not None
-            if kind == "gap":
-                handle.sink = None
-                sink(WatchGap(slot))
-            else:
-                sink(payload)
-
-    def _serve(self, number: int, index: int, payload: int, kind: str) -> Served:
-        """Apply a transaction, or end the lease `payload`."""
-        key = (number, index, payload, kind)
-        known = self._served.get(key) if self._live is None else None
-        if known is not None:
-            return known
-        server = self._server(number)
-        before = server.data
-        result = 0
-        if kind == "expire":
-            server.expire(payload)
-        elif kind == "grant":
-            result = server.grant(self.node_names[index], TTL_S)
-        else:
-            try:
-                result = self.names.number(server.apply(self.names.things[payload]))
-            except LockLost:
-                assert kind == "late"
-        batches, server.history = server.history, []
-        assert len(batches) <= 1
-        batch = self.names.number(batches[0]) if batches else 0
-        actor = "" if kind == "expire" else self.node_names[index]
-        problem = oracle.judge(before, server.data, actor) if batch else ""
-        values = oracle.new_values(before, server.data) if batch else ()
-        known = Served(self._put("server", server), result, batch, problem, values)
-        self._served[key] = known
-        return known
-
     # -- the start --------------------------------------------------------------------------------
 
     def start(self) -> World:
@@ -229,7 +82,7 @@ class Explorer:
         budget = Budget(scope.deaths, scope.rejoins, scope.losses, scope.gaps, scope.hasty)
         nothing: tuple[Any, ...] = ((),) * count
         ledgers = tuple(self.names.number(Ledger()) for _ in scope.locks)
-        server = self._put("server", MemoryServer(NoTime(), BASE))
+        server = self._table.put("server", MemoryServer(NoTime(), BASE))
         world = World(
             (GONE,) * count,
             (0,) * count,
@@ -270,12 +123,12 @@ class Explorer:
 
     def _begin(self, world: World, index: int) -> World:
         programs = self._programs(index, world.lives[index])
-        served = self._serve(world.server, index, 0, "grant")
+        served = self._table.serve(world.server, index, 0, "grant")
         node = Node(self.node_names[index], index, served.result, self.scope.owner, programs)
         leases = _set(world.leases, index, served.result)
         world = world._replace(server=served.server, leases=leases)
-        sent = _taken(node)
-        return self._sent(_with_node(world, index, self._put(index, node)), index, sent)
+        sent = taken(node)
+        return self._sent(_with_node(world, index, self._table.put(index, node)), index, sent)
 
     # -- choices ----------------------------------------------------------------------------------
 
@@ -342,7 +195,7 @@ class Explorer:
         else:
             world, payload, slot, kind = self._arrive(world, choice)
             before = self.facts[world.nodes[index]].watching
-            number, effects = self._step(index, world.nodes[index], kind, payload, slot)
+            number, effects = self._table.step(index, world.nodes[index], kind, payload, slot)
             world = self._sent(_with_node(world, index, number), index, effects.sent)
             if (now := self.facts[number].watching) != before:
                 world = self._watch_changed(world, index)
@@ -384,16 +237,16 @@ class Explorer:
     def _at_store(self, world: World, choice: Choice) -> tuple[World, str]:
         kind, index, which = choice
         if kind == "expire":
-            served = self._serve(world.server, index, world.leases[index], kind)
+            served = self._table.serve(world.server, index, world.leases[index], kind)
             world = world._replace(nodes=_set(world.nodes, index, GONE))
         elif kind == "late":
-            served = self._serve(world.server, index, world.late[which][1], kind)
+            served = self._table.serve(world.server, index, world.late[which][1], kind)
             late = (*world.late[:which], *world.late[which + 1 :])
             world = world._replace(late=late)
         else:
             wire = world.wire[index]
             place = next(i for i, m in enumerate(wire) if m.slot == which)
-            served = self._serve(world.server, index, wire[place].payload, kind)
+            served = self._table.serve(world.server, index, wire[place].payload, kind)
             answer = Message(which, True, served.result)
             world = world._replace(wire=_set(world.wire, index, _set(wire, place, answer)))
         world = world._replace(server=served.server)
@@ -477,16 +330,6 @@ class Explorer:
             after, problem = oracle.saw(ledger, seen, index, shared=shared)
             known = self._moved[key] = self.names.number(after), problem
         return world._replace(ledgers=_set(world.ledgers, at, known[0])), known[1]
-
-
-def _is_flush(clock: Clock) -> bool:
-    callback = clock.soon[0].callback
-    return getattr(callback, "__func__", None) is Lockspace._flush  # noqa: SLF001
-
-
-def _taken(node: Node) -> tuple[tuple[int, Txn], ...]:
-    sent, node.handle.sent = tuple(node.handle.sent), []
-    return sent
 
 
 def _set(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:

@@ -1,0 +1,165 @@
+"""A lock's side towards its node: the core's actions are carried out, and others' wishes told to it.
+
+Rules of this file
+------------------
+* Actions are carried out in the order in which the core gave them, whatever comes of each.
+* The core hears of others' wishes when they have changed, and with what came here before them.
+* A trylock is answered in bounded time, without the cluster if need be (promise 6, protocol-traps 13).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from dlmfs.core.events import (
+    Action,
+    Ask,
+    Drop,
+    Fail,
+    Grant,
+    Identify,
+    Notify,
+    RefuseTry,
+    Stage,
+    Withdraw,
+)
+from dlmfs.engine.view import NOTHING, View, Wanted
+from dlmfs.timing import Timer
+
+if TYPE_CHECKING:
+    from dlmfs.engine.lock import ClusterLock
+
+SLACK_S: Final = 0.001
+"""A timer may come early by a rounding of the clock."""
+
+
+class Local:
+    """See the rules at the head of the file.
+
+    `running`: actions are being carried out; `refuse_try`: the core wants others' trylocks refused;
+    `told`: it knows that its request waits in the queue.
+    """
+
+    __slots__ = (
+        "_lock",
+        "_seen",
+        "_todo",
+        "_try_timer",
+        "refuse_try",
+        "running",
+        "told",
+        "wanted",
+    )
+
+    def __init__(self, lock: ClusterLock) -> None:
+        self._lock = lock
+        self.running = False
+        self.refuse_try = False
+        self.told = False
+        self.wanted: Wanted | None = NOTHING
+        """What the core was told last; None: tell it in any case."""
+        self._seen: dict[int, int] | None = None
+        self._todo: list[Action] = []
+        self._try_timer: Timer | None = None
+
+    # -- the core's actions ---------------------------------------------------------------------
+
+    def run(self, actions: list[Action]) -> None:
+        """Carry out the core's actions in order. A grant that cannot be delivered is closed from
+        inside the loop; its actions queue up behind, or a Withdraw would pass its Ask."""
+        if not actions:
+            return
+        self._todo.extend(actions)
+        if self.running:
+            return
+        self.running = True
+        lock, host = self._lock, self._lock.space.host
+        try:
+            while self._todo:
+                action = self._todo.pop(0)
+                match action:
+                    case Grant(claim):
+                        host.granted(claim)
+                    case Fail(claim, reason):
+                        host.failed(claim, reason)
+                    case Notify(claim):
+                        host.notify(claim)
+                    case Identify(claim):
+                        kin = host.is_kin(claim, list(lock.res.holders.values()))
+                        self._todo.extend(lock.res.identified(claim, kin=kin))
+                    case RefuseTry():
+                        self.refuse_try = True
+                    case Ask() | Drop():
+                        self.told = False
+                    case Withdraw():
+                        pass
+        finally:
+            self.running = False
+        if self._try_timer is not None and not lock.res.trying:
+            self.cancel_try()
+
+    def look_at_converters(self) -> None:
+        """EDEADLK is for who holds the lock shared now, not for who did when it came."""
+        res, host = self._lock.res, self._lock.space.host
+        holders = list(res.holders.values())
+        for claim in res.converters():
+            if not host.is_kin(claim, holders):
+                res.not_kin(claim)
+
+    # -- what others wish for -------------------------------------------------------------------
+
+    def tell_wanted(self, view: View) -> None:
+        """Tell the core what the others wish for, if that changed."""
+        wanted = view.wanted()
+        if wanted != self.wanted:
+            self.wanted = wanted
+            self.refuse_try = False
+            self.run(self._lock.res.wanted(*wanted[0], self._before_others(view)))
+
+    def _before_others(self, view: View) -> int | None:
+        """The last claim here that came before the oldest wish of another node, as we learned of it."""
+        seen, last = self._seen or {}, self._lock.res.last_seq
+        queue = [w.revision for w in view.others() if not w.trying]
+        self._seen = {r: seen.get(r, last) for r in queue} or None
+        return min(self._seen.values()) if self._seen else None
+
+    # -- the time of trylocks -------------------------------------------------------------------
+
+    def time_try(self) -> None:
+        """A trylock waits."""
+        if self._try_timer is None:
+            self._time_try(self._lock.space.timing.try_timeout_s)
+
+    def _time_try(self, delay: float) -> None:
+        self._try_timer = self._lock.space.loop.call_later(delay, self._try_is_over)
+
+    def _try_is_over(self) -> None:
+        """The holder of a lock we try, or the store, is silent: answer without it (trap 13).
+
+        The core withdraws the request once nobody waits for it.
+        """
+        self._try_timer = None
+        lock, space = self._lock, self._lock.space
+        if not space.serving():
+            return  # and everybody has been told
+        # No answer of the store in all this time: then it is not a user who refuses.
+        reason = errno.ENOLCK if lock.busy or not space.running else errno.ETXTBSY
+        limit, now = space.timing.try_timeout_s, space.loop.time()
+        trying = [c for c in lock.res.waiters.values() if c.trying]
+        later = [c for c in trying if now < c.since + limit - SLACK_S]
+        for claim in [c for c in trying if c not in later]:
+            if claim.stage is Stage.WAITING:  # else the one before it made room
+                space.host.failed(claim, reason)
+                self.run(lock.res.interrupt(claim))
+        # One that was granted just now waits no more, and its time began anew.
+        left = [c for c in later if c.stage is Stage.WAITING]
+        if left and self._try_timer is None:
+            self._time_try(left[0].since + limit - now)
+        lock.resume()
+
+    def cancel_try(self) -> None:
+        """None waits any more."""
+        if self._try_timer is not None:
+            self._try_timer.cancel()
+            self._try_timer = None

@@ -1,0 +1,106 @@
+"""How a session gets a node's name: the record n/<name>, on its lease, which says who the node is.
+
+Rules of this file
+------------------
+* The first name that is free is taken; one whose node lives is nobody's to take.
+* A former self is ended by us only if it surely is over: it is our own fenced session, or its
+  process provably does not exist any more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from dlmfs.engine.eviction import mark_key
+from dlmfs.engine.records import FORMAT, NODES
+from dlmfs.errors import DlmfsError, NodeNameInUse, OutcomeUnknown
+from dlmfs.store.base import Delete, Get, KeyValue, Put, Session, Txn, TxnResult, created_at
+
+if TYPE_CHECKING:
+    from dlmfs.engine.membership import Membership
+
+log = logging.getLogger("dlmfs.node")
+
+RETRY_S: Final = 0.5
+
+
+class Named(NamedTuple):
+    """A name that was taken, and the create revision of its record."""
+
+    name: str
+    record: int
+
+
+class Naming:
+    """The way of one session to a name. `former`: the leases of sessions that are over; `going_on`:
+    whether this one is still wanted."""
+
+    def __init__(
+        self,
+        member: Membership,
+        session: Session,
+        names: Sequence[str],
+        *,
+        former: set[int],
+        going_on: Callable[[], bool],
+        done: Callable[[Named | DlmfsError], None],
+    ) -> None:
+        self._member = member
+        self._session = session
+        self._names = names
+        self._former = former
+        self._going_on = going_on
+        self._done = done
+
+    def take(self, number: int = 0) -> None:
+        """Register under the first free name from `number` on. `done` gets NodeNameInUse if there is
+        none, and the session is closed then; or what the store says."""
+        if number == len(self._names):
+            self._give_up()
+            return
+        member, lease, name = self._member, self._session.lease, self._names[number]
+        key = NODES + name.encode()
+        facts = {**member.config.facts, "v": FORMAT, "ttl": member.timing.ttl_s}
+        put = Put(key, json.dumps(facts).encode(), lease)
+        # A mark against a former self is done with when the name is taken anew.
+        txn = Txn((created_at(key, 0),), (put, Delete(mark_key(name))), (Get(key),))
+
+        def again(_ended: DlmfsError | None = None) -> None:
+            self.take(number)
+
+        def answered(result: TxnResult | DlmfsError) -> None:
+            if isinstance(result, OutcomeUnknown) and self._going_on():
+                member.loop.call_later(RETRY_S, again)
+            elif isinstance(result, DlmfsError):
+                self._done(result)
+            elif result.succeeded:
+                self._done(Named(name, result.revision))
+            else:
+                record = result.responses[0]
+                assert isinstance(record, KeyValue)
+                if record.lease == lease:  # an earlier attempt, after all
+                    self._done(Named(name, record.create_revision))
+                elif record.lease in self._former or self._is_over(record):
+                    log.info("the former node %s is over: its session ends", name)
+                    member.store.end_session(record.lease, again)
+                else:
+                    self.take(number + 1)
+
+        member.store.txn(txn, answered)
+
+    def _is_over(self, record: KeyValue) -> bool:
+        try:
+            facts = json.loads(record.value)
+        except ValueError:
+            return False
+        return isinstance(facts, dict) and self._member.config.is_over(facts)
+
+    def _give_up(self) -> None:
+        error = NodeNameInUse(
+            f"a node named {self._names[0]} is alive: choose another with -o node=NAME (one that "
+            f"crashed elsewhere is forgotten {self._member.timing.ttl_s:g} s later)"
+        )
+        self._session.close(lambda _error: self._done(error))

@@ -1,0 +1,111 @@
+"""The way of the locks' transactions to the store: many of one turn share a commit (engine rule 3).
+
+Rules of this file
+------------------
+* Every commit carries the guard "m/<me> still has my epoch" (engine rule 2).
+* What comes back is told apart here, and lock by lock only if it was applied: an unknown outcome
+  needs a new epoch first (rule 4), a guard that failed means an old epoch or a lost membership.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown
+from dlmfs.store.base import Get, KeyValue, Txn, TxnResult, unchanged
+
+if TYPE_CHECKING:
+    from dlmfs.engine.lock import ClusterLock
+    from dlmfs.engine.lockspace import Lockspace
+
+BATCH_MAX: Final = 32
+"""Locks per commit: etcd's default max-txn-ops is 128, and a lock takes up to four."""
+
+IN_FLIGHT_MAX: Final = 2
+"""Commits under way at once: what comes meanwhile goes into the next ones together."""
+
+
+class Part(NamedTuple):
+    """One lock's transaction, and who gets the answer."""
+
+    lock: ClusterLock
+    txn: Txn
+    done: Callable[[TxnResult], None]
+
+
+class Sender:
+    """See the rules at the head of the file."""
+
+    def __init__(self, space: Lockspace) -> None:
+        self._space = space
+        self._queue: list[Part] = []
+        self._flushing = False
+        self._in_flight = 0
+
+    def submit(self, lock: ClusterLock, txn: Txn, done: Callable[[TxnResult], None]) -> None:
+        """Send one lock's transaction, with what else comes in this turn."""
+        self._queue.append(Part(lock, txn, done))
+        if not self._flushing:
+            self._flushing = True
+            self._space.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send what may go now. While the domain is not running: when the new epoch is in force, or
+        the lease good again."""
+        self._flushing = False
+        space = self._space
+        while self._queue and space.running and self._in_flight < IN_FLIGHT_MAX:
+            self._in_flight += 1
+            parts = self._queue[:BATCH_MAX]
+            del self._queue[:BATCH_MAX]
+            guard = unchanged(space.keys.mine, space.epoch)
+            txn = Txn((guard,), tuple(p.txn for p in parts), (Get(space.keys.mine),))
+            space.commit(txn, partial(self._answered, parts))
+
+    def clear(self) -> None:
+        """Forget what was not sent yet."""
+        self._queue.clear()
+
+    def _answered(self, parts: list[Part], result: TxnResult | DlmfsError) -> None:
+        self._in_flight -= 1
+        if not self._space.serving() or not self._space.live:
+            return
+        for part in parts:
+            part.lock.answered()
+        self._take_in(parts, result)
+        if self._queue:
+            self.flush()
+
+    def _take_in(self, parts: list[Part], result: TxnResult | DlmfsError) -> None:
+        if isinstance(result, OutcomeUnknown):
+            for part in parts:
+                part.lock.reread()
+            self._space.revive()
+        elif isinstance(result, LockLost):
+            self._space.lose(str(result))
+        elif isinstance(result, DlmfsError):
+            for part in parts:
+                part.lock.failed(result)
+        elif not result.succeeded:
+            self._guard_failed(result, parts)
+        else:
+            for part, response in zip(parts, result.responses, strict=True):
+                assert isinstance(response, TxnResult)
+                try:
+                    part.done(response)
+                except BadState as error:
+                    self._space.lose(str(error))
+                    return
+
+    def _guard_failed(self, result: TxnResult, parts: list[Part]) -> None:
+        mine = result.responses[0]
+        if not isinstance(mine, KeyValue) or mine.create_revision != self._space.incarnation:
+            self._space.lose("the membership record was removed from the store")
+            return
+        # Sent under the old epoch: surely not applied. What it was to tell has to be asked for again:
+        # a look that was due when it was sent is noted nowhere else.
+        for part in parts:
+            part.lock.reread()
+            part.lock.resume()
