@@ -8,10 +8,11 @@ import pytest
 
 from dlmfs.core.events import Claim
 from dlmfs.engine.lockspace import Life, Lockspace
-from dlmfs.engine.membership import Config, Membership
+from dlmfs.engine.membership import REMOVED, Config, Membership
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
+from dlmfs.store.base import Delete, Txn
 from dlmfs.store.memory import MemoryServer
 from dlmfs.store.memory_store import Faults, MemoryStore
 from tests.engine.hand import holds, waits
@@ -163,3 +164,17 @@ def test_a_clean_end_waits_for_a_full_store(pair: tuple[Node, Node]) -> None:
     claim = b.open()
     assert b.loop.run_until(lambda: holds(claim), PATIENCE_S)
     assert b.membership.spaces[DOMAIN].locks[LOCK].view.head.abandoned is None
+
+
+@pytest.mark.allow_warnings
+def test_a_record_that_was_removed_in_a_gap_of_the_watch_fences(pair: tuple[Node, Node]) -> None:
+    """An operator removes the node's record by hand, and the watch that would have told has a gap. What
+    the node serves from there on, another may take under its name (promise 3).
+    """
+    a, _ = pair
+    a.store.break_watches(1.0)
+    server = a.store.server
+    server.apply(Txn((), (Delete(b"n/a"),)))
+    server.compact(server.revision)
+    assert a.loop.run_until(lambda: bool(a.fences), TTL_S / 2)
+    assert a.fences == [REMOVED]

@@ -187,7 +187,7 @@ def test_a_reading_that_the_store_refuses_is_due_again(how: str) -> None:
         if how == "full":
             cluster.loop.call_later(0.001, done, StoreFull("the store is full"))
         else:
-            b.joined._revive()  # as for an unknown outcome of another lock's
+            b.joined.revive()  # as for an unknown outcome of another lock's
             cluster.loop.call_later(SOON_S, lambda: done(cluster.server.apply(txn)))
         b.answer_next(again)
 

@@ -53,6 +53,8 @@ RETRY_S: Final = 0.5
 END_S: Final = 1.0
 """How long the end of a session is waited for."""
 
+REMOVED: Final = "the node's record was removed from the store"
+
 
 class Host(LockHost, Protocol):
     """What a node's programs see of it: the file system, or a simulated one."""
@@ -369,8 +371,7 @@ class Membership:
         if not self.up:
             return
         if isinstance(batch, WatchGap):
-            # Our own record was not changed, or the lease would tell.
-            self._look_below()
+            self._look_anew(self.record)
             return
         own = NODES + self.name.encode()
         for event in batch.events:
@@ -381,27 +382,30 @@ class Membership:
                 and event.kind == "delete"
                 and event.kv.mod_revision > self.record
             ):
-                self._fence(LockLost("the node's record was removed from the store"))
+                self._fence(LockLost(REMOVED))
             else:
                 self.questions.told(event)
 
-    def _look_below(self) -> None:
-        """What was put for us while the watch had a gap."""
-        own, record = NODES + self.name.encode(), self.record
+    def _look_anew(self, record: int) -> None:
+        """What became of our record, and was put below it, while the watch had a gap."""
+        own = NODES + self.name.encode()
 
         def read(result: TxnResult | DlmfsError) -> None:
             if not self.up or self.record != record:  # another life of ours has a watch of its own
                 return
             if isinstance(result, DlmfsError):
-                self.loop.call_later(RETRY_S, self._look_below)
+                self.loop.call_later(RETRY_S, self._look_anew, record)
+                return
+            ours, below = result.responses
+            if not isinstance(ours, KeyValue) or ours.create_revision != record:
+                self._fence(LockLost(REMOVED))
                 return
             self._watch = self.store.watch((own,), result.revision + 1, self._told)
-            (below,) = result.responses
             assert isinstance(below, tuple)
             puts = tuple(Event("put", kv) for kv in below if isinstance(kv, KeyValue))
             self._told(WatchBatch(result.revision, puts))
 
-        self.store.txn(Txn((), (Range(own + b"/"),)), read)
+        self.store.txn(Txn((), (Get(own), Range(own + b"/"))), read)
 
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""

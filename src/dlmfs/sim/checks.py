@@ -96,7 +96,7 @@ class Checks:
         self.grants = self.reads = self.writes = self.refusals = self.losses = self.judged = 0
         self.margin: float | None = None
         """The least share of a lease time between a node's last answer and its lease's end."""
-        self._files: dict[tuple[int, int], Open] = {}
+        self._files: dict[tuple[str, int, int], Open] = {}
         self._numbers = 0
 
     def seen(self, lock: Lock) -> Seen:
@@ -147,7 +147,7 @@ class Checks:
         """The daemon takes a request up."""
         request = call.request
         if request.op == "release":
-            opened = self._files.pop((id(node.fs), request.args[0]), None)
+            opened = self._files.pop((node.name, node.life, request.args[0]), None)
             if opened is not None:
                 opened.released = self.now
         elif isinstance(request.note, Open):
@@ -191,7 +191,7 @@ class Checks:
         handle = node.fs.handles.get(fh)
         lock = node.lock(opened.lock)
         opened.outcome = "unknown" if call.overtaken else "ok"
-        self._files[id(node.fs), fh] = opened
+        self._files[node.name, node.life, fh] = opened
         if handle is None or lock is None or handle.token == 0:
             opened.outcome, opened.closed = "unknown", self.now
             return
