@@ -94,6 +94,58 @@ def test_sources() -> None:
             parse_source(wrong)
 
 
+# -- where the output goes -----------------------------------------------------------------------------
+
+
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("verb", ["--help", "--version", "help", "lock --help"])
+def test_a_reader_that_is_gone_ends_it_in_silence(verb: str) -> None:
+    """What is still buffered at the end is written where the error can be caught."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        for environment in (BUFFERED, {**BUFFERED, "PYTHONUNBUFFERED": "1"}):
+            done = subprocess.run(
+                [*DLMFS, *verb.split()], stdout=writing, stderr=subprocess.PIPE, env=environment,
+                timeout=60, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (141, b"")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("verb", ["--version", "lock --help", "simulate --seed 1"])
+def test_an_output_that_is_full_is_named(verb: str) -> None:
+    with open("/dev/full", "w") as full:
+        for environment in (BUFFERED, {**BUFFERED, "PYTHONUNBUFFERED": "1"}):
+            done = subprocess.run(
+                [*DLMFS, *verb.split()], stdout=full, stderr=subprocess.PIPE, env=environment,
+                timeout=60, check=False,
+            )  # fmt: skip
+            assert done.returncode == 74
+            assert done.stderr == b"dlmfs: the output cannot be written: No space left on device\n"
+
+
+@fuse
+def test_without_standard_streams(nodes: Nodes) -> None:
+    """As some supervisors start programs; the new mount's daemon has none either."""
+    where = nodes.folder / "m"
+    where.mkdir()
+    mount = ["mount", f"local:{nodes.folder}/state.db", str(where)]
+    lock = str(where / "dom/x")
+    for words in (
+        mount, ["value", "set", lock], ["value", "get", lock], ["status", str(where)],
+        ["why", lock], ["top", str(where)], ["umount", str(where)],
+    ):  # fmt: skip
+        if words[0] == "value":
+            (where / "dom").mkdir(exist_ok=True)
+        script = '"$@" <&- >&- 2>&-'
+        done = subprocess.run(["sh", "-c", script, "sh", *DLMFS, *words], timeout=60, check=False)
+        assert done.returncode == 0, words
+
+
 # -- mistakes ------------------------------------------------------------------------------------------
 
 
@@ -107,6 +159,7 @@ def test_mistakes_get_one_line_and_their_exit_code(tmp_path: Path) -> None:
     refused("status", str(tmp_path), code=2, says="not a dlmfs mount")
     refused("info", str(tmp_path / "x"), code=2, says="not on a dlmfs mount")
     refused("mont", code=2, says="did you mean 'mount'")
+    refused("info", str(tmp_path / "a\n\x1b[31m"), code=2, says="/a\\n\\x1b[31m is not on")
     (tmp_path / "file").touch()
     refused("mount", "local", str(tmp_path / "file"), code=1, says="not a folder")
 
