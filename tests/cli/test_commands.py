@@ -336,6 +336,32 @@ def test_default_node_names(nodes: Nodes) -> None:
 
 
 @fuse
+def test_a_lock_is_named_alike_in_every_command(nodes: Nodes) -> None:
+    """DOMAIN/LOCK below the mount that the environment names, or a path from the current folder."""
+    where = nodes.mount("a")
+    (where / "dom").mkdir()
+
+    def told(*words: str, cwd: Path = nodes.folder, mount: str = str(where)) -> str:
+        done = subprocess.run(
+            [*DLMFS, *words], cwd=cwd, env={**os.environ, "DLMFS_MOUNT": mount}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False,
+        )  # fmt: skip
+        return f"{done.returncode} {done.stdout}".strip()
+
+    assert told("value", "set", "dom/x", "here") == "0"
+    for path, cwd in (("dom/x", nodes.folder), ("x", where / "dom"), ("a/dom/x", nodes.folder)):
+        assert told("value", "get", path, cwd=cwd) == "0 here"
+        assert "0 dom/x\n" in told("why", path, cwd=cwd)
+        assert "dom/x" in told("info", path, cwd=cwd)
+        assert told("lock", path, "printenv", "DLMFS_LOCK", cwd=cwd) == f"0 {where}/dom/x"
+    assert told("nodes").startswith("0 a ")
+    assert told("domain", "rm", "none").startswith("2 dlmfs: there is nothing of a domain")
+    nowhere = str(nodes.folder)
+    for words in (["why", "dom/x"], ["value", "get", "dom/x"], ["nodes"]):
+        assert f"{nowhere} is not on a dlmfs mount" in told(*words, mount=nowhere)
+
+
+@fuse
 def test_status_and_info_for_people(nodes: Nodes) -> None:
     a, b = nodes.pair("owner=file")
     holder = nodes.hold(a / "dom/x")

@@ -148,6 +148,24 @@ def test_exit_codes(nodes: Nodes) -> None:
 
 
 @fuse
+def test_in_vain_it_says_where_and_what_tells_more(nodes: Nodes) -> None:
+    a = nodes.mount("a", "owner=file")
+    name = os.fsdecode(b"\xff\n\x1b[31m")
+    shown = r"\xff\n\x1b[31m"
+    path = a / "dom" / name
+    inner = [*DLMFS, "lock", "--verbose", "-n", str(path), "true"]
+    done = locked(path, *inner)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"dlmfs: {a}/dom/{shown} is in use (`dlmfs why {a}/dom/{shown}` says who is in the way)\n"
+    )
+    both = [str(a / "dom/x"), str(a / "dom/y")]
+    several = locked(path.parent / "x", "--", *inner[:-2], *both, "--", "true")
+    assert "`dlmfs why` says who" in several.stderr
+    assert locked(path, *(w for w in inner if w != "--verbose")).stderr == ""
+
+
+@fuse
 def test_the_environment_and_the_standard_streams(nodes: Nodes) -> None:
     a = nodes.mount("a")
     odd = a / "dom/a  b\n"

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Final, NoReturn
 
+from dlmfs.cli.text import plain
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
 from dlmfs.errors import Deadlock, DlmfsError, LockLost, NotGranted, TimedOut, UsageError
@@ -40,7 +41,7 @@ mount); made if they are missing. If a lock is lost the command and all its proc
                         exit code if the lock was not granted (default 1)
   -c, --command         COMMAND is one word, for the shell
   -o, --close           the command does not inherit the lock's open file
-      --verbose         say how long the wait was
+      --verbose         say how long the wait was, or that it was in vain
 
 Exit code: the command's own, or 128+n if signal n ended it; 1 (-E) not granted; 64 wrong arguments;
 69 unavailable; 75 a lock was lost while the command ran; 77 not permitted; 126 the command cannot be
@@ -172,11 +173,15 @@ def run(args: list[str]) -> int:
         begun = time.monotonic()
         fds = take(places, order)
     except UsageError as error:
-        print(f"dlmfs: {error}", file=sys.stderr)
+        print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
     except NotGranted as error:
         if order.verbose or isinstance(error, Deadlock):
-            print(f"dlmfs: {error}", file=sys.stderr)
+            which = f" {plain(places[0].path)}" if len(places) == 1 else ""
+            print(
+                f"dlmfs: {plain(str(error))} (`dlmfs why{which}` says who is in the way)",
+                file=sys.stderr,
+            )
         return order.conflict_exit
     if order.verbose:
         waited = time.monotonic() - begun
