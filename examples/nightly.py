@@ -13,7 +13,7 @@ import datetime as dt
 import subprocess
 import sys
 
-from dlmfs.client import Lock
+from dlmfs.client import DlmfsError, Lock
 
 
 def main(name: str, *command: str) -> int:
@@ -31,4 +31,7 @@ def main(name: str, *command: str) -> int:
 if __name__ == "__main__":
     if "--" not in sys.argv[2:3] or len(sys.argv) < 4:
         sys.exit("usage: nightly.py DOMAIN/LOCK -- COMMAND [ARG...]")
-    sys.exit(main(sys.argv[1], *sys.argv[3:]))
+    try:
+        sys.exit(main(sys.argv[1], *sys.argv[3:]))
+    except DlmfsError as error:  # no such lock, nothing mounted, not permitted, or lost
+        sys.exit(f"nightly.py: {error}")
