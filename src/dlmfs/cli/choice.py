@@ -26,7 +26,7 @@ def lock_at(path: str) -> tuple[MountEntry, str, str]:
     """The mount, domain and lock that a path names: absolute, from the current folder, or DOMAIN/LOCK
     below the mount that `choose` finds. The mount itself is not touched, so the file need not exist,
     nor the daemon run. Raises UsageError, Unavailable where nothing is mounted."""
-    if not os.path.isabs(path) and find(path) is None:
+    if not os.path.isabs(path) and path.count("/") == 1 and find(path) is None:
         path = os.path.join(find_mount().mountpoint, path)
     real, entry = resolve(path)
     if entry is None or not entry.is_dlmfs:
