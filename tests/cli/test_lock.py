@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,6 +146,15 @@ def test_exit_codes(nodes: Nodes) -> None:
     assert not (nodes.folder / "x").exists()
     assert locked(x.parent / ("n" * 32), "true").returncode == 64
     assert locked("--help").returncode == 0
+
+
+@fuse
+def test_it_is_called_after_its_command(nodes: Nodes) -> None:
+    """Where it is told of by name: else all that wait and hold would be one `dlmfs`."""
+    a = nodes.mount("a")
+    done = locked(a / "dom/x", "--", *DLMFS, "status", str(a))
+    name = f"lock:{os.path.basename(DLMFS[0])}"[:15]
+    assert re.search(rf"held by +EX +pid \d+ {re.escape(name)} ", done.stdout), done.stdout
 
 
 @fuse
