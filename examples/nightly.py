@@ -6,7 +6,8 @@ Put the same line into every node's crontab:
     0 3 * * *  nightly.py jobs/report -- /usr/local/bin/make-report
 
 The lock keeps two from running at once; its value, which travels with it, tells those who come
-later that today's run is done. If a node dies in the middle, the next one does the work again.
+later that today's run is done, as long as one of the nodes stays mounted. If a node dies in the
+middle, the next one does the work again.
 """
 
 import datetime as dt
