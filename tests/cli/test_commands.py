@@ -146,6 +146,22 @@ def test_without_standard_streams(nodes: Nodes) -> None:
         assert done.returncode == 0, words
 
 
+@fuse
+def test_names_that_the_output_cannot_show(nodes: Nodes) -> None:
+    """Neither an encoding without the letters, nor bytes that are none, nor the terminal's own."""
+    where = nodes.mount("a")
+    for name in ("d\xf6main", b"\xff", "\x1b[31m"):
+        (where / os.fsdecode(name)).mkdir()
+    for words in (["nodes", str(where)], ["status", str(where)], ["doctor", str(where)]):
+        done = subprocess.run(
+            [*DLMFS, *words], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.stderr == ""
+        for shown in (r"d\xf6main", r"\xff", r"\x1b[31m"):
+            assert shown in done.stdout, words
+
+
 # -- mistakes ------------------------------------------------------------------------------------------
 
 
