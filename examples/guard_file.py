@@ -9,7 +9,7 @@ its late write is refused: the other one's token is larger. Exit code 75 then.
 
 import sys
 
-from dlmfs.client import Lock, LockLost
+from dlmfs.client import DlmfsError, Lock
 from dlmfs.client.guard import FileGuard
 
 
@@ -17,7 +17,7 @@ def main(name: str, path: str) -> int:
     try:
         with Lock(name) as lock:
             FileGuard(path).replace(lock.token, sys.stdin.buffer.read())
-    except LockLost as error:  # StaleToken is one: the guard's word for it
+    except DlmfsError as error:  # LockLost too, and the guard's word for it, StaleToken
         print(error, file=sys.stderr)
         return error.exit
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 from wsgiref.simple_server import make_server
 
-from dlmfs.client import Lock, LockLost
+from dlmfs.client import DlmfsError, Lock
 from dlmfs.client.guard import Register, WsgiGuard, check, headers
 
 value = b""
@@ -43,7 +43,7 @@ def put(name: str, url: str, data: str) -> int:
                 with error:
                     check(error.code, dict(error.headers))
                     raise
-    except LockLost as error:  # StaleToken is one: the guard's word for it
+    except DlmfsError as error:  # LockLost too, and the guard's word for it, StaleToken
         print(error, file=sys.stderr)
         return error.exit
     return 0

@@ -11,7 +11,7 @@ import sqlite3
 import sys
 from contextlib import closing
 
-from dlmfs.client import Lock, LockLost
+from dlmfs.client import DlmfsError, Lock
 from dlmfs.client.guard import SqlGuard
 
 
@@ -24,7 +24,7 @@ def main(name: str, database: str, item: str, count: int) -> int:
             with guard.transaction(connection, name, lock.token) as cursor:
                 cursor.execute("INSERT OR IGNORE INTO stock VALUES (?, 0)", (item,))
                 cursor.execute("UPDATE stock SET count=count+? WHERE item=?", (count, item))
-    except LockLost as error:  # StaleToken is one: the guard's word for it
+    except DlmfsError as error:  # LockLost too, and the guard's word for it, StaleToken
         print(error, file=sys.stderr)
         return error.exit
     return 0

@@ -4,7 +4,7 @@
 import os
 import sys
 
-from dlmfs.client import Lock
+from dlmfs.client import DlmfsError, Lock
 
 
 def lead(name: str) -> None:
@@ -18,4 +18,7 @@ def lead(name: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: leader.py DOMAIN/LOCK")
-    lead(sys.argv[1])
+    try:
+        lead(sys.argv[1])
+    except DlmfsError as error:  # no such lock, nothing mounted, not permitted, or lost
+        sys.exit(f"leader.py: {error}")

@@ -6,14 +6,15 @@ Put the same line into every node's crontab:
     0 3 * * *  nightly.py jobs/report -- /usr/local/bin/make-report
 
 The lock keeps two from running at once; its value, which travels with it, tells those who come
-later that today's run is done. If a node dies in the middle, the next one does the work again.
+later that today's run is done, as long as one of the nodes stays mounted. If a node dies in the
+middle, the next one does the work again.
 """
 
 import datetime as dt
 import subprocess
 import sys
 
-from dlmfs.client import Lock
+from dlmfs.client import DlmfsError, Lock
 
 
 def main(name: str, *command: str) -> int:
@@ -31,4 +32,7 @@ def main(name: str, *command: str) -> int:
 if __name__ == "__main__":
     if "--" not in sys.argv[2:3] or len(sys.argv) < 4:
         sys.exit("usage: nightly.py DOMAIN/LOCK -- COMMAND [ARG...]")
-    sys.exit(main(sys.argv[1], *sys.argv[3:]))
+    try:
+        sys.exit(main(sys.argv[1], *sys.argv[3:]))
+    except DlmfsError as error:  # no such lock, nothing mounted, not permitted, or lost
+        sys.exit(f"nightly.py: {error}")

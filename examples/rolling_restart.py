@@ -12,7 +12,7 @@ lock's value, and those still waiting do nothing; another version starts afresh.
 import subprocess
 import sys
 
-from dlmfs.client import Lock
+from dlmfs.client import DlmfsError, Lock
 
 
 def main(name: str, version: str, *command: str) -> int:
@@ -30,4 +30,7 @@ def main(name: str, version: str, *command: str) -> int:
 if __name__ == "__main__":
     if "--" not in sys.argv[3:4] or len(sys.argv) < 5:
         sys.exit("usage: rolling_restart.py DOMAIN/LOCK VERSION -- COMMAND [ARG...]")
-    sys.exit(main(sys.argv[1], sys.argv[2], *sys.argv[4:]))
+    try:
+        sys.exit(main(sys.argv[1], sys.argv[2], *sys.argv[4:]))
+    except DlmfsError as error:  # no such lock, nothing mounted, not permitted, or lost
+        sys.exit(f"rolling_restart.py: {error}")

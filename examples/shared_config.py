@@ -10,7 +10,7 @@ for the lock exclusively, which every reader is told: it lets go, and reads anew
 
 import sys
 
-from dlmfs.client import Lock
+from dlmfs.client import DlmfsError, Lock
 
 
 def watch(name: str) -> None:
@@ -30,10 +30,13 @@ def change(name: str, value: str) -> None:
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["watch", name]:
-            watch(name)
-        case ["set", name, value]:
-            change(name, value)
-        case _:
-            sys.exit("usage: shared_config.py watch DOMAIN/LOCK | set DOMAIN/LOCK VALUE")
+    try:
+        match sys.argv[1:]:
+            case ["watch", name]:
+                watch(name)
+            case ["set", name, value]:
+                change(name, value)
+            case _:
+                sys.exit("usage: shared_config.py watch DOMAIN/LOCK | set DOMAIN/LOCK VALUE")
+    except DlmfsError as error:  # no such lock, nothing mounted, not permitted, or lost
+        sys.exit(f"shared_config.py: {error}")

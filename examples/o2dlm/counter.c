@@ -3,6 +3,8 @@
  *
  *     gcc -o counter counter.c -lo2dlm -lcom_err         (Debian: ocfs2-tools-dev, comerr-dev)
  *     dlmfs o2dlm-run -- ./counter /dlm shop orders 3    adds 3, prints what it is then
+ *
+ * The number lives as long as some node has the lock: alone in the cluster each run begins at 0.
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -12,9 +12,11 @@ import inspect
 import json
 import logging
 import os
+import select
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +32,8 @@ CONNECTIONS_MAX: Final = 32
 TALK_S: Final = 10.0
 """An asker who does not talk or listen for this long is dropped."""
 CROWDED_TALK_S: Final = 0.5
+LOOK_S: Final = 1.0
+"""How often an asker looks whether the daemon is stopped: then it need not be waited for."""
 
 Handler = Callable[[dict[str, object]], object]
 
@@ -187,6 +191,7 @@ def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -
         try:
             sock.sendall(json.dumps(request).encode() + b"\n")
             sock.shutdown(socket.SHUT_WR)
+            _await_answer(sock, pid, timeout_s)
             with sock.makefile("rb") as file:
                 line = file.readline()
             answer = json.loads(line)
@@ -197,6 +202,16 @@ def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -
     if "error" in answer:
         raise _error(answer["error"])
     return answer["ok"]
+
+
+def _await_answer(sock: socket.socket, pid: int, timeout_s: float) -> None:
+    """Until something can be read. Raises TimeoutError, for a stopped daemon soon."""
+    deadline = time.monotonic() + timeout_s
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while not poll.poll(1000 * min(LOOK_S, timeout_s)):
+        if _state(pid) or time.monotonic() >= deadline:
+            raise TimeoutError
 
 
 def daemon_pid(entry: MountEntry) -> int | None:

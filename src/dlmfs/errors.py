@@ -15,6 +15,7 @@
     │   └── Deadlock                 EDEADLK      32         1      ... or would never have ended
     ├── LockLost                     EIO          32         75     the lease or the state is gone
     │   └── StaleToken               ESTALE       32         75     a later holder has been here already
+    ├── OutputFailed                 EIO          32         74     standard output takes no more
     └── Bug                          EIO          4          70     a broken invariant of ours
 
 A message says what is wrong, where, and what to do, in one line. Whose fault it is shows in
@@ -98,6 +99,10 @@ class Deadlock(NotGranted):
     """Two processes hold the lock shared and both want it exclusively: this one came later."""
 
     errno = errno.EDEADLK
+
+
+class OutputFailed(DlmfsError):
+    errno, mount_exit, exit = errno.EIO, 32, 74
 
 
 class Bug(DlmfsError):

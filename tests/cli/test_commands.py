@@ -94,6 +94,74 @@ def test_sources() -> None:
             parse_source(wrong)
 
 
+# -- where the output goes -----------------------------------------------------------------------------
+
+
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("verb", ["--help", "--version", "help", "lock --help"])
+def test_a_reader_that_is_gone_ends_it_in_silence(verb: str) -> None:
+    """What is still buffered at the end is written where the error can be caught."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        for environment in (BUFFERED, {**BUFFERED, "PYTHONUNBUFFERED": "1"}):
+            done = subprocess.run(
+                [*DLMFS, *verb.split()], stdout=writing, stderr=subprocess.PIPE, env=environment,
+                timeout=60, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (141, b"")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("verb", ["--version", "lock --help", "simulate --seed 1"])
+def test_an_output_that_is_full_is_named(verb: str) -> None:
+    with open("/dev/full", "w") as full:
+        for environment in (BUFFERED, {**BUFFERED, "PYTHONUNBUFFERED": "1"}):
+            done = subprocess.run(
+                [*DLMFS, *verb.split()], stdout=full, stderr=subprocess.PIPE, env=environment,
+                timeout=60, check=False,
+            )  # fmt: skip
+            assert done.returncode == 74
+            assert done.stderr == b"dlmfs: the output cannot be written: No space left on device\n"
+
+
+@fuse
+def test_without_standard_streams(nodes: Nodes) -> None:
+    """As some supervisors start programs; the new mount's daemon has none either."""
+    where = nodes.folder / "m"
+    where.mkdir()
+    mount = ["mount", f"local:{nodes.folder}/state.db", str(where)]
+    lock = str(where / "dom/x")
+    for words in (
+        mount, ["value", "set", lock], ["value", "get", lock], ["status", str(where)],
+        ["why", lock], ["top", str(where)], ["umount", str(where)],
+    ):  # fmt: skip
+        if words[0] == "value":
+            (where / "dom").mkdir(exist_ok=True)
+        script = '"$@" <&- >&- 2>&-'
+        done = subprocess.run(["sh", "-c", script, "sh", *DLMFS, *words], timeout=60, check=False)
+        assert done.returncode == 0, words
+
+
+@fuse
+def test_names_that_the_output_cannot_show(nodes: Nodes) -> None:
+    """Neither an encoding without the letters, nor bytes that are none, nor the terminal's own."""
+    where = nodes.mount("a")
+    for name in ("d\xf6main", b"\xff", "\x1b[31m"):
+        (where / os.fsdecode(name)).mkdir()
+    for words in (["nodes", str(where)], ["status", str(where)], ["doctor", str(where)]):
+        done = subprocess.run(
+            [*DLMFS, *words], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.stderr == ""
+        for shown in (r"d\xf6main", r"\xff", r"\x1b[31m"):
+            assert shown in done.stdout, words
+
+
 # -- mistakes ------------------------------------------------------------------------------------------
 
 
@@ -107,6 +175,7 @@ def test_mistakes_get_one_line_and_their_exit_code(tmp_path: Path) -> None:
     refused("status", str(tmp_path), code=2, says="not a dlmfs mount")
     refused("info", str(tmp_path / "x"), code=2, says="not on a dlmfs mount")
     refused("mont", code=2, says="did you mean 'mount'")
+    refused("info", str(tmp_path / "a\n\x1b[31m"), code=2, says="/a\\n\\x1b[31m is not on")
     (tmp_path / "file").touch()
     refused("mount", "local", str(tmp_path / "file"), code=1, says="not a folder")
 
@@ -280,6 +349,32 @@ def test_default_node_names(nodes: Nodes) -> None:
         dlmfs("mount", f"local:{nodes.state}", str(where))
         names.append(nodes.status(where)["node"])
     assert names == [host, f"{host}-2"]
+
+
+@fuse
+def test_a_lock_is_named_alike_in_every_command(nodes: Nodes) -> None:
+    """DOMAIN/LOCK below the mount that the environment names, or a path from the current folder."""
+    where = nodes.mount("a")
+    (where / "dom").mkdir()
+
+    def told(*words: str, cwd: Path = nodes.folder, mount: str = str(where)) -> str:
+        done = subprocess.run(
+            [*DLMFS, *words], cwd=cwd, env={**os.environ, "DLMFS_MOUNT": mount}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False,
+        )  # fmt: skip
+        return f"{done.returncode} {done.stdout}".strip()
+
+    assert told("value", "set", "dom/x", "here") == "0"
+    for path, cwd in (("dom/x", nodes.folder), ("x", where / "dom"), ("a/dom/x", nodes.folder)):
+        assert told("value", "get", path, cwd=cwd) == "0 here"
+        assert "0 dom/x\n" in told("why", path, cwd=cwd)
+        assert "dom/x" in told("info", path, cwd=cwd)
+        assert told("lock", path, "printenv", "DLMFS_LOCK", cwd=cwd) == f"0 {where}/dom/x"
+    assert told("nodes").startswith("0 a ")
+    assert told("domain", "rm", "none").startswith("2 dlmfs: there is nothing of a domain")
+    nowhere = str(nodes.folder)
+    for words in (["why", "dom/x"], ["value", "get", "dom/x"], ["nodes"]):
+        assert f"{nowhere} is not on a dlmfs mount" in told(*words, mount=nowhere)
 
 
 @fuse

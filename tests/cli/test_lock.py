@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,6 +146,33 @@ def test_exit_codes(nodes: Nodes) -> None:
     assert not (nodes.folder / "x").exists()
     assert locked(x.parent / ("n" * 32), "true").returncode == 64
     assert locked("--help").returncode == 0
+
+
+@fuse
+def test_it_is_called_after_its_command(nodes: Nodes) -> None:
+    """Where it is told of by name: else all that wait and hold would be one `dlmfs`."""
+    a = nodes.mount("a")
+    done = locked(a / "dom/x", "--", *DLMFS, "status", str(a))
+    name = f"lock:{os.path.basename(DLMFS[0])}"[:15]
+    assert re.search(rf"held by +EX +pid \d+ {re.escape(name)} ", done.stdout), done.stdout
+
+
+@fuse
+def test_in_vain_it_says_where_and_what_tells_more(nodes: Nodes) -> None:
+    a = nodes.mount("a", "owner=file")
+    name = os.fsdecode(b"\xff\n\x1b[31m")
+    shown = r"\xff\n\x1b[31m"
+    path = a / "dom" / name
+    inner = [*DLMFS, "lock", "--verbose", "-n", str(path), "true"]
+    done = locked(path, *inner)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"dlmfs: {a}/dom/{shown} is in use (`dlmfs why {a}/dom/{shown}` says who is in the way)\n"
+    )
+    both = [str(a / "dom/x"), str(a / "dom/y")]
+    several = locked(path.parent / "x", "--", *inner[:-2], *both, "--", "true")
+    assert "`dlmfs why` says who" in several.stderr
+    assert locked(path, *(w for w in inner if w != "--verbose")).stderr == ""
 
 
 @fuse

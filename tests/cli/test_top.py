@@ -125,7 +125,14 @@ def test_what_is_not_well_is_said_and_the_rest_shown(nodes: Nodes) -> None:
 
 
 def test_mistakes(nodes: Nodes) -> None:
-    for args in (["-d", "-1"], ["-d", "nan"], ["-n", "0"], ["-s", "size"], ["/tmp"]):
+    for args in (
+        ["-d", "-1"],
+        ["-d", "nan"],
+        ["-d", "1e10"],
+        ["-n", "0"],
+        ["-s", "size"],
+        ["/tmp"],
+    ):
         done = dlmfs("top", "-b", *args, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.count("\n") == 1
@@ -285,6 +292,26 @@ def test_any_size(nodes: Nodes) -> None:
         terminal.type("q")
         assert terminal.ended() == 0
         assert b"Traceback" not in terminal.all
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_narrow_terminal_shows_the_lock_and_the_whole_story(nodes: Nodes) -> None:
+    a, _, _ = busy(nodes)
+    with live(a) as terminal:
+        terminal.until(lambda t: "GRANTS/S" in t)
+        terminal.resize(15, 40)
+        terminal.type("\x0c")
+        shown = terminal.until(lambda t: "GRANTS/S" not in t and "dom/x" in t)
+        assert "WAIT  LONGEST  LOCK" in shown
+        terminal.type("\r")
+        terminal.until(lambda t: "see what it does on" in words(t) and "`ps -o pid," in words(t))
+        terminal.type("x?")
+        terminal.until(lambda t: "grants per second, name" in words(t))
+        terminal.type("xq")
+        assert terminal.ended() == 0
 
 
 def test_odd_names_are_shown(nodes: Nodes) -> None:

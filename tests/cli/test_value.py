@@ -156,6 +156,7 @@ def test_mistakes(nodes: Nodes, tmp_path: Path) -> None:
     assert b"cannot be a lock" in value("get", a / "dom" / ("x" * 40), code=2)
     assert b"get|set|watch" in value(code=2)
     assert b"-w SECS" in value("get", "-w", "-1", a / "dom/x", code=2)
+    assert b"-E CODE" in value("get", "-E", "256", a / "dom/x", code=2)
     assert b"-w" in value("get", "-w", "soon", a / "dom/x", code=2)
     nodes.kill(a)
     until(lambda: b"is gone" in value("get", a / "dom/x", code=69), "it dies")

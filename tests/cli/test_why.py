@@ -219,6 +219,10 @@ def test_a_stopped_asker_and_a_dead_one(nodes: Nodes) -> None:
     a = nodes.mount("a")
     (a / "dom").mkdir()
     pid = nodes.pid(a)
+    os.kill(pid, signal.SIGSTOP)
+    done = dlmfs("why", str(a / "dom/x"), check=False)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert f"(pid {pid}, stopped) does not answer" in done.stderr
     os.kill(pid, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z", "it dies")
     done = dlmfs("why", str(a / "dom/x"), check=False)

@@ -87,6 +87,25 @@ def test_all_are_here_and_in_the_table() -> None:
     assert all(f'"{name}"' in text for name in here)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nightly.py", "nope", "--", "true"),
+        ("leader.py", "nope"),
+        ("rolling_restart.py", "nope", "v1", "--", "true"),
+        ("shared_config.py", "watch", "nope"),
+        ("guard_file.py", "nope", "/dev/null"),
+        ("guard_sql.py", "nope", ":memory:", "apples", "1"),
+        ("guard_http.py", "put", "nope", "http://localhost/", "x"),
+    ],
+)
+def test_a_mistake_gets_a_line(nodes: Nodes, words: tuple[str, ...]) -> None:
+    done = run(nodes.mount("a"), *words)
+    assert done.returncode != 0
+    assert "is not a lock" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_nightly(nodes: Nodes, tmp_path: Path, stack: ExitStack) -> None:
     """Both nodes' cron starts it at once; it runs on one, and again when that one failed."""
     a, b = nodes.pair()
@@ -113,7 +132,9 @@ def test_leader(nodes: Nodes, stack: ExitStack) -> None:
     kill(b)
     assert second.process.wait(PATIENCE_S) == 1
     assert second.process.stderr is not None
-    assert b"LockLost" in second.process.stderr.read()
+    told = second.process.stderr.read()
+    assert told.startswith(b"leader.py: ")
+    assert b" was lost" in told
 
 
 def test_rolling_restart(nodes: Nodes, tmp_path: Path, stack: ExitStack) -> None:

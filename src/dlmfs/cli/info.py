@@ -14,7 +14,7 @@ from dlmfs.control import ask
 def run(args: list[str]) -> int:
     parser = Parser(prog="dlmfs info", description="One lock: mode, token, holders, value.")
     parser.add_argument("--json", action="store_true", help="for programs: one object")
-    parser.add_argument("path", metavar="PATH", help="a lock's file, such as /dlm/jobs/backup")
+    parser.add_argument("path", metavar="PATH", help="DOMAIN/LOCK, or /dlm/DOMAIN/LOCK")
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
     report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})

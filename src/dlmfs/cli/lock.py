@@ -5,6 +5,7 @@ Starts quickly: what takes long to import is left out (argparse), or imported wh
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getopt
 import itertools
@@ -14,6 +15,7 @@ import sys
 import time
 from typing import Final, NoReturn
 
+from dlmfs.cli.text import plain
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
 from dlmfs.errors import Deadlock, DlmfsError, LockLost, NotGranted, TimedOut, UsageError
@@ -40,7 +42,7 @@ mount); made if they are missing. If a lock is lost the command and all its proc
                         exit code if the lock was not granted (default 1)
   -c, --command         COMMAND is one word, for the shell
   -o, --close           the command does not inherit the lock's open file
-      --verbose         say how long the wait was
+      --verbose         say how long the wait was, or that it was in vain
 
 Exit code: the command's own, or 128+n if signal n ended it; 1 (-E) not granted; 64 wrong arguments;
 69 unavailable; 75 a lock was lost while the command ran; 77 not permitted; 126 the command cannot be
@@ -169,14 +171,19 @@ def run(args: list[str]) -> int:
             print(HELP, end="")
             return 0
         places = arrange(order.paths)
+        _call_oneself(order.command[0])
         begun = time.monotonic()
         fds = take(places, order)
     except UsageError as error:
-        print(f"dlmfs: {error}", file=sys.stderr)
+        print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
     except NotGranted as error:
         if order.verbose or isinstance(error, Deadlock):
-            print(f"dlmfs: {error}", file=sys.stderr)
+            which = f" {plain(places[0].path)}" if len(places) == 1 else ""
+            print(
+                f"dlmfs: {plain(str(error))} (`dlmfs why{which}` says who is in the way)",
+                file=sys.stderr,
+            )
         return order.conflict_exit
     if order.verbose:
         waited = time.monotonic() - begun
@@ -194,6 +201,12 @@ def run(args: list[str]) -> int:
         for fd in fds.values():
             os.set_inheritable(fd, True)
     return supervise(order.command, environment, {fd: p.path for p, fd in fds.items()})
+
+
+def _call_oneself(command: str) -> None:
+    """Where processes are told by name (status, why, top, ps) all holders would be one `dlmfs`."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as file:
+        file.write(b"lock:" + os.fsencode(os.path.basename(command)))  # the kernel cuts it at 15
 
 
 def take(places: list[Place], order: Order) -> dict[Place, int]:

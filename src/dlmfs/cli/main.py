@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import Final
 
-from dlmfs.errors import Bug, DlmfsError
+from dlmfs.cli.text import plain
+from dlmfs.errors import Bug, DlmfsError, OutputFailed, UsageError
 
 VERBS: Final = {
     "mount": "join a lock service: mount it on a folder",
@@ -28,6 +31,10 @@ VERBS: Final = {
 }
 HELPERS: Final = ("mount.dlmfs", "mount.fuse.dlmfs", "mount.fuse3.dlmfs")
 MOUNTING: Final = ("mount", "umount")
+HANDING_ON: Final = ("lock", "o2dlm-run")
+"""They run a command, which is to have the standard streams as we got them."""
+UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What write(2) says of standard output. An error of a file has its name; this one has none."""
 
 
 def usage() -> str:
@@ -45,6 +52,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.insert(0, "mount")
         if helper:
             args.insert(1, "--helper")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as standard error: a name may hold anything
+    return _guard(args)
+
+
+def _as_mount_calls_us(args: list[str]) -> bool:
+    """mount(8) runs the program of a `fuse.dlmfs` entry as `dlmfs SOURCE DIR -o ...`, no verb."""
+    return (
+        len(args) >= 2
+        and args[0] not in VERBS
+        and not args[0].startswith("-")
+        and args[1].startswith("/")
+    )
+
+
+def _guard(args: list[str]) -> int:
+    """The command's exit code; what goes wrong is told in one line."""
+    mounting = bool(args) and args[0] in MOUNTING
+    try:
+        try:
+            return _dispatch(args)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at the interpreter's exit nobody could catch what it raises
+    except DlmfsError as error:
+        print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
+        return error.mount_exit if mounting else error.exit
+    except KeyboardInterrupt:
+        return 8 if mounting else 130
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
+            _drop_output()
+            print(f"dlmfs: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return OutputFailed.mount_exit if mounting else OutputFailed.exit
+        if os.environ.get("DLMFS_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        print(
+            f"dlmfs: internal error: {type(error).__name__}: {error} (DLMFS_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
+        return Bug.mount_exit if mounting else Bug.exit
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere, instead of failing again at the interpreter's exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("help", "-h", "--help"):
         print(usage(), end="")
         return 0 if args else 2
@@ -59,40 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         close = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        print(f"dlmfs: unknown verb '{verb}'{hint} (`dlmfs help` lists them)", file=sys.stderr)
-        return 2
-    return _run(verb, args)
+        raise UsageError(f"unknown verb '{verb}'{hint} (`dlmfs help` lists them)")
+    if verb not in HANDING_ON:
+        _fill_streams()
+    return int(importlib.import_module(f"dlmfs.cli.{verb.replace('-', '_')}").run(args))
 
 
-def _as_mount_calls_us(args: list[str]) -> bool:
-    """mount(8) runs the program of a `fuse.dlmfs` entry as `dlmfs SOURCE DIR -o ...`, no verb."""
-    return (
-        len(args) >= 2
-        and args[0] not in VERBS
-        and not args[0].startswith("-")
-        and args[1].startswith("/")
-    )
-
-
-def _run(verb: str, args: list[str]) -> int:
-    mounting = verb in MOUNTING
-    try:
-        return int(importlib.import_module(f"dlmfs.cli.{verb.replace('-', '_')}").run(args))
-    except DlmfsError as error:
-        print(f"dlmfs: {error}", file=sys.stderr)
-        return error.mount_exit if mounting else error.exit
-    except KeyboardInterrupt:
-        return 8 if mounting else 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout at exit
-        return 141
-    except Exception as error:
-        if os.environ.get("DLMFS_DEBUG"):
-            import traceback
-
-            traceback.print_exc()
-        print(
-            f"dlmfs: internal error: {type(error).__name__}: {error} (DLMFS_DEBUG=1 shows where)",
-            file=sys.stderr,
-        )
-        return Bug.mount_exit if mounting else Bug.exit
+def _fill_streams() -> None:
+    """What we were started without (`>&-`) is None in Python, and its number would go to the next
+    file that is opened."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

@@ -7,6 +7,7 @@ from typing import Any
 
 from dlmfs.cli.choice import choose
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.text import plain
 from dlmfs.control import ask
 
 
@@ -23,8 +24,8 @@ def run(args: list[str]) -> int:
 def render(node: dict[str, Any]) -> str:
     """One node for people."""
     own = "  (this one)" if node["own"] else ""
-    domains = " ".join(node["domains"]) or "-"
+    domains = " ".join(plain(name) for name in node["domains"]) or "-"
     return (
-        f"{node['node']:12} host {node['host']}  pid {node['pid']}  {node['mountpoint']}  "
+        f"{node['node']:12} host {node['host']}  pid {node['pid']}  {plain(node['mountpoint'])}  "
         f"domains: {domains}{own}"
     )

@@ -13,6 +13,7 @@ import curses
 import locale
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from typing import Any, Final
 
 from dlmfs.cli import top, why
 from dlmfs.cli.text import plain
-from dlmfs.cli.top import HEADER, View, heading, line
+from dlmfs.cli.top import HEADER, NARROW_HEADER, View, heading, line
 from dlmfs.errors import DlmfsError, UsageError
 
 TICK_MS: Final = 100
 DELAY_MIN_S, DELAY_MAX_S = 0.1, 60.0
+NARROW: Final = 60
+"""Columns; with fewer the table leaves numbers out."""
 ESCAPE: Final = 27
 SORT_KEYS: Final = {"w": "waiters", "l": "longest", "g": "grants", "n": "name"}
 HELP: Final = """\
@@ -183,7 +186,7 @@ class Screen:
         page = self.page
         if key in (curses.KEY_DOWN, ord("j"), curses.KEY_NPAGE, ord(" ")):
             step = 1 if key in (curses.KEY_DOWN, ord("j")) else max(1, self._height() - 3)
-            page.first = min(page.first + step, max(0, len(page.lines) - 1))
+            page.first = min(page.first + step, max(0, len(self._wrapped(page)) - 1))
         elif key in (curses.KEY_UP, ord("k"), curses.KEY_PPAGE):
             step = 1 if key in (curses.KEY_UP, ord("k")) else max(1, self._height() - 3)
             page.first = max(0, page.first - step)
@@ -233,9 +236,18 @@ class Screen:
     def _draw_page(self, page: _Page) -> None:
         height = self._height()
         self._put(0, page.title, curses.A_BOLD)
-        for y, text in enumerate(page.lines[page.first :][: max(0, height - 2)], 1):
+        for y, text in enumerate(self._wrapped(page)[page.first :][: max(0, height - 2)], 1):
             self._put(y, text)
         self._put(height - 1, "up down: scroll   any other key: back", curses.A_DIM)
+
+    def _wrapped(self, page: _Page) -> list[str]:
+        """A page's lines as this width shows them whole."""
+        width = max(20, int(self.window.getmaxyx()[1]) - 1)
+        shown: list[str] = []
+        for text in page.lines:
+            further = " " * (len(text) - len(text.lstrip()) + 4)
+            shown += textwrap.wrap(text, width, subsequent_indent=further) or [""]
+        return shown
 
     def _draw_table(self) -> None:
         seen = self.looker.seen
@@ -250,12 +262,13 @@ class Screen:
         lines = heading(seen, self.view)
         for y, text in enumerate(lines):
             self._put(y, text, curses.A_BOLD if y else curses.A_NORMAL)
-        self._put(len(lines), HEADER, curses.A_REVERSE)
+        narrow = int(self.window.getmaxyx()[1]) < NARROW
+        self._put(len(lines), NARROW_HEADER if narrow else HEADER, curses.A_REVERSE)
         room = max(1, self._room())
         self.first = max(min(self.first, self.chosen), self.chosen - room + 1)
         for y, row in enumerate(self.rows[self.first : self.first + room], len(lines) + 1):
             here = y - len(lines) - 1 + self.first == self.chosen
-            self._put(y, line(row), curses.A_BOLD if here else curses.A_NORMAL)
+            self._put(y, line(row, narrow=narrow), curses.A_BOLD if here else curses.A_NORMAL)
         self._put(self._height() - 1, self._foot(), curses.A_DIM)
 
     def _foot(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import Any
 
 from dlmfs.cli.parser import Parser
@@ -43,7 +42,6 @@ def run(args: list[str]) -> int:
         print("no dlmfs is mounted on this host; `dlmfs mount local DIR` mounts one")
     else:
         print("\n\n".join(render(report, everything=parsed.all) for report in reports))
-    sys.stdout.flush()
     return code
 
 

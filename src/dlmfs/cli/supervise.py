@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
+from dlmfs.cli.text import plain
 from dlmfs.client.logic import is_lost
 from dlmfs.errors import LockLost
 
@@ -96,14 +97,14 @@ def supervise(
     try:
         child = _spawn(command, {**os.environ, **environment}, before)
     except OSError as error:
-        print(f"dlmfs: {command[0]}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        print(f"dlmfs: {plain(command[0])}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
     watch = _Watch(locks)
     watch.start()
     code = _await(child, watch)
     if not watch.lost:
         return code if code is not None else 0
-    print(f"dlmfs: {watch.lost} was lost: the command is ended", file=sys.stderr)
+    print(f"dlmfs: {plain(watch.lost)} was lost: the command is ended", file=sys.stderr)
     end_all(watch.grace_s)
     return LockLost.exit
 

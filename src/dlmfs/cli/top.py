@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from typing import Any, Final
@@ -17,6 +16,7 @@ from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.mountinfo import MountEntry
 
 ASK_S: Final = 3.0
+DELAY_MAX_S: Final = 86_400
 SORTS: Final = ("waiters", "longest", "grants", "name")
 
 Facts = dict[str, Any]
@@ -41,8 +41,10 @@ def run(args: list[str]) -> int:
     add("-a", "--all", action="store_true", help="idle locks too")
     add("mountpoint", metavar="MOUNTPOINT", nargs="?", help="left out: all of this host")
     parsed = parser.parse_args(args)
-    if not 0 <= parsed.delay < math.inf or (parsed.count is not None and parsed.count < 1):
-        raise UsageError("-d SECS: give seconds, 0 or more; -n N: a number from 1")
+    if not 0 <= parsed.delay <= DELAY_MAX_S:
+        raise UsageError(f"-d SECS: give seconds from 0 to {DELAY_MAX_S}")
+    if parsed.count is not None and parsed.count < 1:
+        raise UsageError("-n N: give a number from 1")
     if parsed.mountpoint is not None:
         choose(parsed.mountpoint)
     view = View(parsed.sort, parsed.filter, reverse=parsed.reverse, idle=parsed.all)
@@ -160,10 +162,12 @@ def _merge(row: Facts, lock: Facts, told: Facts) -> None:
 
 
 HEADER: Final = f"{'WAIT':>5} {'LONGEST':>8} {'GRANTS/S':>9} {'HELD':>5} {'SINCE':>8}  LOCK"
+NARROW_HEADER: Final = f"{'WAIT':>5} {'LONGEST':>8}  LOCK"
 
 
-def line(row: Facts) -> str:
-    """One lock: numbers first, then the lock and its first holder, which may be cut off."""
+def line(row: Facts, *, narrow: bool = False) -> str:
+    """One lock: numbers first, then the lock and its first holder, which may be cut off. `narrow`:
+    fewer numbers, so that a terminal of 40 columns shows the lock."""
     longest = age(row["longest_s"]) if row["longest_s"] is not None else "-"
     rate = f"{row['grants_per_s']:.1f}" if row["grants_per_s"] is not None else "-"
     holder = row["holder"]
@@ -172,9 +176,10 @@ def line(row: Facts) -> str:
     if not by and row["node"]:
         by = f"node {row['node']}"
     name = plain(row["name"])
-    return (
-        f"{row['waiters']:>5} {longest:>8} {rate:>9} {row['holders']:>5} {since:>8}  {name:24}  {by}"
-    ).rstrip()
+    start = f"{row['waiters']:>5} {longest:>8}"
+    if narrow:
+        return f"{start}  {name}  {by}".rstrip()
+    return f"{start} {rate:>9} {row['holders']:>5} {since:>8}  {name:20}  {by}".rstrip()
 
 
 def heading(seen: Facts, view: View) -> list[str]:

@@ -53,7 +53,10 @@ def run(args: list[str]) -> int:
     parsed = parser.parse_args(args)
     if parsed.wait is not None and not 0 <= parsed.wait < math.inf:
         raise UsageError("-w SECS: give seconds, 0 or more")
+    if not 0 <= parsed.conflict_exit_code <= 255:
+        raise UsageError("-E CODE: give a number from 0 to 255")
     entry, domain, lock = lock_at(parsed.path)
+    parsed.path = os.path.join(entry.mountpoint, domain, lock)
     if parsed.verb == "get" and parsed.stale:
         report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
         _print(parsed, bytes.fromhex(report["lvb_hex"]), None, report["abandoned"], stale=True)
@@ -80,7 +83,7 @@ def _options(verb: str, parser: argparse.ArgumentParser) -> None:
         "-E", "--conflict-exit-code", metavar="CODE", type=int, default=1,
         help="the exit code where the lock, or the expected value, cannot be had (1)",
     )  # fmt: skip
-    add("path", metavar="PATH", help="a lock's file, such as /dlm/jobs/backup; made if missing")
+    add("path", metavar="PATH", help="DOMAIN/LOCK, or /dlm/DOMAIN/LOCK; made if missing")
     add("--hex", action="store_true", help="the bytes in hexadecimal, all 64 of them when printed")
     if verb == "set":
         add("value", metavar="VALUE", nargs="?", help="up to 64 bytes; left out: standard input")
@@ -269,7 +272,7 @@ def _watch(parsed: argparse.Namespace) -> None:
             # No silent state: it may have missed values, and does not know the present one. The
             # mount may be made anew, and be without the domain for a while.
             if not complained:
-                print(f"dlmfs: {error}; trying again", file=sys.stderr, flush=True)
+                print(f"dlmfs: {plain(str(error))}; trying again", file=sys.stderr, flush=True)
             complained = True
             time.sleep(BACK_S)
 

@@ -28,7 +28,7 @@ def run(args: list[str]) -> int:
         "themselves, and so on, across all nodes; names a deadlock if there is one.",
     )
     parser.add_argument("--json", action="store_true", help="for programs: one object")
-    parser.add_argument("path", metavar="PATH", help="a lock's file, such as /dlm/jobs/backup")
+    parser.add_argument("path", metavar="PATH", help="DOMAIN/LOCK, or /dlm/DOMAIN/LOCK")
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
     report = look(entry, domain, lock)
@@ -171,7 +171,7 @@ class _Teller:
         lines = []
         for claim in claims["holders"]:
             line = (
-                f"  {who(claim)} has it {MODES[claim['mode']]}, since {age(claim['since_s'])} "
+                f"  {who(claim)} has it {MODES[claim['mode']]}, for {age(claim['since_s'])} "
                 f"({self.place(node)})"
             )
             lines.append(line)

@@ -324,7 +324,8 @@ def _busy(path: str) -> MountFailed:
 
 
 def _refused(path: str, text: str) -> DlmfsError:
-    if "not permitted" in text.lower() or "permission denied" in text.lower():
+    # fusermount3 looks among the caller's own mounts only: another's is "not found in /etc/mtab".
+    if any(word in text.lower() for word in ("not permitted", "permission denied", "not found in")):
         return NotPermitted(f"{path} may be unmounted only by root or who mounted it: {text}")
     return MountFailed(f"{path} cannot be unmounted: {text}")
 

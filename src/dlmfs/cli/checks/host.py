@@ -218,7 +218,8 @@ def state_folder(path: Path, *, default: bool) -> Finding:
         return ok(about, f"{folder} is in memory ({kind}): fast, and empty after a reboot")
     if not default:
         return ok(
-            about, f"{folder} is on {kind}: values outlive a reboot, commits wait for the medium"
+            about,
+            f"{folder} is on {kind}: values outlive a power failure, commits wait for the medium",
         )
     return warn(
         about,

@@ -95,7 +95,7 @@ def _lease(about: str, status: Facts) -> Finding:
 
 def _store(about: str, store: Facts) -> Iterator[Finding]:
     if store.get("path"):
-        kind = "outlives a reboot" if store["durable"] else "in memory"
+        kind = "outlives a power failure" if store["durable"] else "in memory"
         yield ok(about, f"state in {plain(str(store['path']))}, {kind} ({store['filesystem']})")
     if store.get("warning"):
         yield warn(about, store["warning"], "upgrade etcd")
