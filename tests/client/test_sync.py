@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,12 @@ from dlmfs.client import (
     TimedOut,
     Unavailable,
     UsageError,
+    base,
+    watcher,
 )
+from dlmfs.client.keeper import Keeper
+from dlmfs.client.place import Place
+from dlmfs.client.watcher import Watcher
 from tests.cli.jobs import Job
 from tests.client.conftest import Twice
 from tests.client.threads import awaited, begin, free, join
@@ -418,3 +424,124 @@ def test_a_domain(lock: Twice) -> None:
 def test_a_name_that_is_no_domains() -> None:
     with pytest.raises(UsageError):
         Domain("/tmp/x")
+
+
+# -- one object used twice -----------------------------------------------------------------------------
+
+
+def test_who_takes_an_object_twice_is_refused_and_costs_it_nothing(lock: Twice) -> None:
+    """The refusal must neither drop what is held nor forget that it is lost."""
+    mine = Lock(lock.a)
+    with mine:
+        with pytest.raises(UsageError, match="held by this object"), mine:
+            pass
+        with pytest.raises(UsageError, match="held by this object"):
+            mine.try_acquire()
+        assert mine.held
+        assert not free(lock.b)
+        mine.lost.set()
+        mine.wanted.set()
+        with pytest.raises(UsageError, match="held by this object"):
+            mine.acquire()
+        assert mine.lost.is_set()
+        assert mine.wanted.is_set()
+
+
+def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked whether it is held before either has taken it."""
+    both = threading.Barrier(2)
+    real = base.place
+
+    def placed(*args: Any) -> Place:
+        where = real(*args)
+        both.wait(PATIENCE_S)
+        return where
+
+    mine = Lock(lock.a)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            mine.acquire(PATIENCE_S)
+        except UsageError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "place", placed)
+        join(begin(take), begin(take))
+    assert sorted(outcomes) == ["held", "refused"]
+    mine.release()
+    assert free(lock.b)
+
+
+def test_a_released_lock_is_free_at_once_for_another_object(lock: Twice) -> None:
+    """Also before the thread that held it has ended."""
+    first, second = Lock(lock.a), Lock(lock.a)
+    for _ in range(50):
+        first.acquire()
+        first.release()
+        assert second.try_acquire()
+        second.release()
+
+
+# -- exceptions of a signal's handler ------------------------------------------------------------------
+
+
+def test_a_release_that_an_exception_ended_goes_on(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+
+    def interrupted(_self: Keeper) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "_close_unused", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.release()
+        assert not mine.held
+    mine.acquire(PATIENCE_S)  # by the same object
+    mine.release()
+    assert free(lock.b)
+
+
+def test_a_handler_may_release_in_the_middle_of_a_release(lock: Twice) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+    keeper = mine._keeper
+    assert keeper is not None
+
+    def handle() -> None:
+        with keeper._mutex, watcher._making:
+            mine.release()
+
+    join(begin(handle))
+    assert free(lock.b)
+
+
+def test_no_thread_for_the_notices_is_an_error_and_nothing_is_held(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> Watcher:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlmfs.client.keeper.watcher", refuse)
+        mine = Lock(lock.a)
+        outcome: list[type[BaseException] | None] = []
+        join(begin(lambda: outcome.append(_raised(mine.acquire))))
+        assert outcome == [RuntimeError]
+    assert free(lock.b)
+
+
+def _raised(what: Callable[[], object]) -> type[BaseException] | None:
+    try:
+        what()
+    except BaseException as error:
+        return type(error)
+    return None

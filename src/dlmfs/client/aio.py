@@ -65,17 +65,18 @@ class Lock(BaseLock):
         return True
 
     async def _take(self, *, trying: bool, limit: float | None) -> None:
-        self.lost.clear()
-        self.wanted.clear()
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
         event = _Event(loop, self.lost, self.wanted, self.on_notice)
-        keeper = self._begin(trying, _Teller(loop, over), event)
+        keeper = self._new(trying, _Teller(loop, over), event)
+        self._begin(keeper)
+        self.lost.clear()
+        self.wanted.clear()
         try:
             keeper.start()
             await self._wait(keeper, over, limit)
         except BaseException:
-            self._end()
+            self._end(keeper)
             await asyncio.wait([over], timeout=ENDS_WITHIN_S)
             raise
 
@@ -135,7 +136,9 @@ class Lock(BaseLock):
         trace: TracebackType | None,
     ) -> None:
         """Drop the lock. Raises LockLost if it was lost meanwhile, unless something else is raised."""
-        keeper = self._end()
+        keeper = self._keeper
+        if keeper is not None:
+            self._end(keeper)
         block, self._block = self._block, None
         ours = block is not None and block.was_cancelled(kind)
         if keeper is not None and (kind is None or ours):

@@ -8,7 +8,8 @@ the grant and the line that would have noted it; here none can.
 
 Rules of this file
 ------------------
-* `_mutex` guards the race of grant and giving up: whoever comes first decides, once.
+* `_mutex` guards the race of grant and giving up: whoever comes first decides, once. It is reentrant:
+  a signal's handler, or `__del__`, may come while the same thread has it.
 * A thread is signalled only under `_mutex` while it says that it is in a call: never one that ended.
 * A signal may come just before the system call that it should end: it is repeated until the wait is
   over. The thread's retries keep its place in the queue (docs/reference.md, "Signals").
@@ -97,15 +98,18 @@ class Keeper(threading.Thread):
         """Why it came to nothing."""
         self.settled = threading.Event()
         """The wait is over, one way or the other."""
+        self._gate = threading.Lock()
+        self._gate.acquire()
         self.is_lost = False
         self._told = told
         self.on_event = event
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._in_call = False
         self._given_up = False
         self._fd = -1
         self._users = 0
+        self._turn: Turn | None = None
         self._leaving = -1
         """The descriptor that is released, and closed by its last user."""
         self._early = 0
@@ -116,11 +120,10 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, BLOCKED)
         _keepers[id(self)] = self
-        turn: Turn | None = None
         try:
             fd = -1
             try:
-                turn = self._turn()
+                self._turn = self._enter()
                 fd = logic.drive(logic.taking(self.request), self._do)
                 self.token = int(os.getxattr(fd, TOKEN))
             except OSError as error:
@@ -136,15 +139,15 @@ class Keeper(threading.Thread):
             while (job := self._jobs.get()) is not None:
                 job()
         finally:
-            if turn is not None:
-                turns.leave(self._lock, turn)
+            self.release()  # again: a signal's handler may have ended the caller's
+            self._leave()
             del _keepers[id(self)]
 
     @property
     def _lock(self) -> object:
         return self.request.place.dev, self.request.place.domain, self.request.place.name
 
-    def _turn(self) -> Turn:
+    def _enter(self) -> Turn:
         """Wait for those of this process that came before. Raises Cancelled, NotGranted."""
         path, trying = self.request.place.path, self.request.trying
         turn = turns.enter(
@@ -163,6 +166,8 @@ class Keeper(threading.Thread):
                 watcher().add(fd, self)
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
+            except BaseException as error:  # no thread for the watcher: or it is never settled
+                self.error = error
         with self._mutex:
             if self._given_up and self.error is None:
                 watcher().remove(fd)
@@ -172,6 +177,7 @@ class Keeper(threading.Thread):
             elif fd >= 0:
                 os.close(fd)
             self.settled.set()
+            self._gate.release()
         if self.error is not None:
             self._jobs.put(None)
 
@@ -219,7 +225,27 @@ class Keeper(threading.Thread):
         if fd >= 0:
             os.close(fd)
 
+    @property
+    def has_it(self) -> bool:
+        """Granted, and neither lost nor released."""
+        return self._fd >= 0 and not self.is_lost
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is awaited or held any more."""
+        return self.settled.is_set() and self._fd < 0
+
     # -- any thread ----------------------------------------------------------------------------
+
+    def wait(self, limit: float | None = None) -> bool:
+        """Wait until it is settled; False after `limit` seconds. For the one thread that began it.
+
+        Not by the event, whose wait is written in Python: an exception of a signal's handler in the
+        middle of that may leave it locked, and this thread waiting for it with the lock in hand."""
+        if self.settled.is_set():
+            return True
+        most = -1 if limit is None else max(0.0, min(limit, threading.TIMEOUT_MAX))
+        return self._gate.acquire(timeout=most)
 
     def give_up(self) -> bool:
         """End the wait: nothing will be held. False if it is settled already: held, or failed.
@@ -233,18 +259,20 @@ class Keeper(threading.Thread):
             if self._given_up:
                 return True
             self._given_up = True
-        turns.look()
+        if self.ident is None:
+            return True  # it has not begun, and looks before it waits
         with contextlib.suppress(RuntimeError):  # while the interpreter ends
             threading.Thread(target=self._interrupt, name="dlmfs:cancel", daemon=True).start()
         return True
 
     def _interrupt(self) -> None:
+        turns.look()
         _catch_wake()
         for pause in itertools.chain(AGAIN_S, itertools.repeat(AGAIN_S[-1])):
             with self._mutex:
                 if self._in_call and self.ident is not None:
                     signal.pthread_kill(self.ident, WAKE)
-            if self.settled.wait(pause):
+            if self.settled.wait(pause) or not self.is_alive():
                 return
 
     @contextlib.contextmanager
@@ -297,22 +325,35 @@ class Keeper(threading.Thread):
         self.on_event(lost)
 
     def release(self) -> None:
-        """Drop the lock. May be repeated; never waits."""
+        """Drop the lock. Never waits. May be repeated, and goes on where an exception ended it: a
+        signal's handler may raise at any line of it."""
         if self.process != os.getpid():
             return  # closed already, by `_forked`
-        with self._mutex:
-            if self._fd < 0:
-                return
-            watcher().remove(self._fd)
-            self._fd, self._leaving = -1, self._fd
-        self._close_unused()
-        self._jobs.put(None)
+        try:
+            with self._mutex:
+                if self._fd >= 0:
+                    watcher().remove(self._fd)
+                    self._fd, self._leaving = -1, self._fd
+            self._close_unused()
+        finally:
+            self._jobs.put(None)
+
+    def leave(self) -> None:
+        """After `release`: let the next one of this process have its turn before this returns, and
+        not only when the thread has ended: a trylock would be refused for nothing. Not for `__del__`,
+        which may come in the middle of another's turn."""
+        if self.process == os.getpid() and self.is_over and self._leaving < 0:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._turn is not None:
+            turns.leave(self._lock, self._turn)
 
     def _close_unused(self) -> None:
         with self._mutex:
             if self._leaving >= 0 and not self._users:
-                os.close(self._leaving)
-                self._leaving = -1
+                fd, self._leaving = self._leaving, -1  # nothing comes between this and the close
+                os.close(fd)
 
 
 def _forked() -> None:

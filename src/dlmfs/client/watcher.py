@@ -65,7 +65,8 @@ class Watcher:
 
 
 _watcher: Watcher | None = None
-_making = threading.Lock()
+_making = threading.RLock()
+"""Reentrant, for a signal's handler that releases a lock."""
 
 
 def watcher() -> Watcher:
@@ -79,7 +80,7 @@ def watcher() -> Watcher:
 
 def _forked() -> None:
     global _watcher, _making  # noqa: PLW0603 - the parent's thread does not run here
-    _making = threading.Lock()
+    _making = threading.RLock()
     if _watcher is not None:
         _watcher.abandon()
         _watcher = None
