@@ -23,11 +23,10 @@ from dlmfs.client import (
     TimedOut,
     Unavailable,
     UsageError,
-    base,
     watcher,
 )
 from dlmfs.client.keeper import Keeper
-from dlmfs.client.place import Place
+from dlmfs.client.place import Place, place
 from dlmfs.client.watcher import Watcher
 from tests.cli.jobs import Job
 from tests.client.conftest import Twice
@@ -452,7 +451,7 @@ def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
 ) -> None:
     """Both have looked whether it is held before either has taken it."""
     both = threading.Barrier(2)
-    real = base.place
+    real = place
 
     def placed(*args: Any) -> Place:
         where = real(*args)
@@ -471,7 +470,7 @@ def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
             outcomes.append("held")
 
     with monkeypatch.context() as patch:
-        patch.setattr(base, "place", placed)
+        patch.setattr("dlmfs.client.base.place", placed)
         join(begin(take), begin(take))
     assert sorted(outcomes) == ["held", "refused"]
     mine.release()
