@@ -190,6 +190,26 @@ def test_the_end_of_the_loop_with_a_wait_under_way(lock: Twice) -> None:
     assert not waiter.held
 
 
+def test_a_lock_that_is_lost_as_soon_as_granted_cancels_nothing_after_the_block(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Lock.acquire
+
+    async def acquire(self: Lock) -> None:
+        await real(self)
+        assert self._keeper is not None
+        self._keeper.is_lost = True
+
+    async def main() -> None:
+        with pytest.raises(LockLost):
+            async with Lock(lock.a):
+                raise AssertionError("the block must not begin")
+        await asyncio.sleep(0)  # where a task learns that it was cancelled
+
+    monkeypatch.setattr(Lock, "acquire", acquire)
+    asyncio.run(main())
+
+
 def test_notices_by_callback_and_by_waiting(lock: Twice) -> None:
     async def main() -> None:
         heard = asyncio.Semaphore(0)

@@ -126,7 +126,11 @@ class Lock(BaseLock):
         assert isinstance(event, _Event)
         event.block = self._block
         if keeper.is_lost:
-            self._block.lost()
+            # Not by `_block.lost`: a task that cancels itself is only told at its next await, and
+            # that may come after the block.
+            self._block = None
+            self._end(keeper)
+            self._lost_by(keeper)
         return self
 
     async def __aexit__(
