@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import threading
 import time
@@ -423,6 +424,34 @@ def test_a_domain(lock: Twice) -> None:
 def test_a_name_that_is_no_domains() -> None:
     with pytest.raises(UsageError):
         Domain("/tmp/x")
+
+
+def test_a_callback_that_waits_does_not_keep_other_locks_from_being_told(lock: Twice) -> None:
+    goes_on = threading.Event()
+    other = lock.a.with_name(f"{lock.a.name}-other")
+    with (
+        Lock(lock.a, on_notice=lambda: goes_on.wait(PATIENCE_S)) as one,
+        Lock(other) as two,
+    ):
+        threads = []
+        for mine, theirs in ((one, lock.b), (two, lock.b.with_name(other.name))):
+            threads.append(begin(lambda theirs=theirs: Lock(theirs).acquire(PATIENCE_S)))  # type: ignore[misc]
+            assert mine.wanted.wait(PATIENCE_S), f"nobody said that {theirs} is wanted"
+        assert not goes_on.is_set()
+        goes_on.set()
+    join(*threads)
+
+
+def test_what_was_about_an_earlier_holding_is_not_told_of_the_next(lock: Twice) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+    earlier = mine._keeper
+    assert earlier is not None
+    mine.release()
+    with mine:
+        earlier.happened(select.POLLERR | select.POLLIN)
+        assert not mine.lost.is_set()
+        assert not mine.wanted.is_set()
 
 
 # -- one object used twice -----------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Lock(BaseLock):
         self.lost = asyncio.Event()
         self.wanted = asyncio.Event()
         self._block: _Block | None = None
+        self._event: _Event | None = None
 
     __init__.__doc__ = BaseLock.__init__.__doc__
 
@@ -70,6 +71,9 @@ class Lock(BaseLock):
         event = _Event(loop, self.lost, self.wanted, self.on_notice)
         keeper = self._new(trying, _Teller(loop, over), event)
         self._begin(keeper)
+        if self._event is not None:
+            self._event.is_past = True
+        self._event = event
         self.lost.clear()
         self.wanted.clear()
         try:
@@ -201,12 +205,16 @@ class _Event:
     ) -> None:
         self.loop, self.lost, self.wanted, self.on_notice = loop, lost, wanted, on_notice
         self.block: _Block | None = None
+        self.is_past = False
+        """The lock was acquired anew: what is still on its way is not about that."""
 
     def __call__(self, lost: bool) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self._happened, lost)
 
     def _happened(self, lost: bool) -> None:
+        if self.is_past:
+            return
         if lost:
             self.lost.set()
         self.wanted.set()  # of a lost lock too: whoever waits for it must not wait for ever

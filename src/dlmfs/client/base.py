@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from dlmfs.client import logic
-from dlmfs.client.keeper import Keeper
+from dlmfs.client.keeper import Event, Keeper
 from dlmfs.client.place import AnyPath, Place, place
 from dlmfs.errors import LockLost, UsageError
 
@@ -130,9 +130,7 @@ class BaseLock:
         if keeper.is_lost:
             raise LockLost(f"{self.path} was lost: stop what it protects")
 
-    def _new(
-        self, trying: bool, told: Callable[[], object], event: Callable[[bool], object]
-    ) -> Keeper:
+    def _new(self, trying: bool, told: Callable[[], object], event: Event) -> Keeper:
         """A keeper that is nobody's yet. Whoever makes one also ends it, and no other's: an object
         that is acquired twice by mistake must not lose what it has."""
         where = place(*self._given)  # anew: it may have been mounted again

@@ -80,15 +80,20 @@ def _catch_wake() -> None:
         libc.siginterrupt(WAKE, 1)  # or flock(2) would go on
 
 
+Event = Callable[[bool], Callable[[], object] | None]
+"""Notes that the lock is lost (True) or wanted, without waiting; gives the program's callback."""
+
+
 class Keeper(threading.Thread):
     """Waits for the lock and keeps it until `release`. `told` is called from this thread once
-    it is `settled`; `event`, from the watcher's, when the lock is wanted or lost."""
+    it is `settled`; `event`, from the watcher's, when the lock is wanted or lost, and the callback
+    that it gives, from this thread."""
 
     def __init__(
         self,
         request: logic.Request,
         told: Callable[[], object],
-        event: Callable[[bool], object],
+        event: Event,
     ) -> None:
         super().__init__(name=f"dlmfs:{request.place.name}", daemon=True)
         self.request = request
@@ -322,7 +327,20 @@ class Keeper(threading.Thread):
             if self._fd < 0:
                 return
             self.is_lost = self.is_lost or lost
-        self.on_event(lost)
+            callback = self.on_event(lost)  # here: after a release nothing is told any more
+        if callback is not None:
+            self._jobs.put(functools.partial(self._call_back, callback))
+
+    def _call_back(self, callback: Callable[[], object]) -> None:
+        """In this lock's thread: while one waits, another lock's loss must still be told."""
+        if not self.has_it:
+            return
+        try:
+            callback()
+        except BaseException:  # the thread stands for the holder and must go on
+            import logging
+
+            logging.getLogger("dlmfs.client").exception("a notice's callback failed")
 
     def release(self) -> None:
         """Drop the lock. Never waits. May be repeated, and goes on where an exception ended it: a

@@ -153,12 +153,11 @@ class _Event:
     ) -> None:
         self.lost, self.wanted, self.on_notice = lost, wanted, on_notice
 
-    def __call__(self, lost: bool) -> None:
+    def __call__(self, lost: bool) -> Callable[[], object] | None:
         if lost:
             self.lost.set()
         self.wanted.set()  # of a lost lock too: whoever waits for it must not wait for ever
-        if self.on_notice is not None and not lost:
-            self.on_notice()
+        return None if lost else self.on_notice
 
 
 def _nothing() -> None:
