@@ -99,6 +99,8 @@ class Keeper(threading.Thread):
         self.request = request
         self.process = os.getpid()
         self.token = 0
+        self.file = ""
+        """Which file it is, for a forked child."""
         self.error: BaseException | None = None
         """Why it came to nothing."""
         self.settled = threading.Event()
@@ -130,6 +132,7 @@ class Keeper(threading.Thread):
             try:
                 self._turn = self._enter()
                 fd = logic.drive(logic.taking(self.request), self._do)
+                self.file = _identity(fd)
                 self.token = int(os.getxattr(fd, TOKEN))
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
@@ -380,8 +383,9 @@ def _forked() -> None:
     keepers = list(_keepers.values())
     _keepers.clear()
     for keeper in keepers:
+        keeper.process = 0  # in a new pid namespace this process may have its parent's number
         for fd in (keeper._fd, keeper._leaving):  # noqa: SLF001 - its own module
-            _close_copy(fd, {keeper.request.place.path})
+            _close_copy(fd, {keeper.request.place.path}, keeper.file)
     if any(not keeper.settled.is_set() for keeper in keepers):
         # Opened in the parent just before the fork, and noted nowhere yet. A descriptor that the
         # program itself has on such a file goes too: it had asked the library for that lock.
@@ -390,11 +394,24 @@ def _forked() -> None:
             _close_copy(int(name), paths)
 
 
-def _close_copy(fd: int, paths: set[str]) -> None:
-    """Close it if it is one of these files: the parent may have closed it just before the fork."""
+def _close_copy(fd: int, paths: set[str], file: str = "") -> None:
+    """Close it if it is one of these files: the parent may have closed it just before the fork. Not
+    by its path alone: the mount may have been detached meanwhile, and then it has another."""
     with contextlib.suppress(OSError):
-        if os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)") in paths:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if {path, path.removesuffix(" (deleted)")} & paths or (file and _identity(fd) == file):
             os.close(fd)
+
+
+def _identity(fd: int) -> str:
+    """The file that is open there, by its mount and number, asking only the kernel; empty where that
+    does not tell (before Linux 5.14, or without /proc)."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as info:
+            lines = [line for line in info if line.startswith(("mnt_id:", "ino:"))]
+    except OSError:
+        return ""
+    return "".join(lines) if len(lines) == 2 else ""
 
 
 os.register_at_fork(after_in_child=_forked)

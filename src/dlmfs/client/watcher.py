@@ -47,7 +47,7 @@ class Watcher:
 
     def abandon(self) -> None:
         """In a forked child: the parent's epoll must not be touched, only let go."""
-        os.close(self._epoll.fileno())
+        self._epoll.close()  # and not its number alone, which would be closed again later
 
     def _watch(self) -> None:
         while True:
