@@ -195,7 +195,17 @@ def test_a_forked_child_of_the_same_number_does_not_take_itself_for_the_holder(
 ) -> None:
     """The first process of a pid namespace may fork the first of another."""
     done = subprocess.run(
-        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", FIRST, lock.a],
+        [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            sys.executable,
+            "-c",
+            FIRST,
+            lock.a,
+        ],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
         stdout=subprocess.PIPE,
         timeout=PATIENCE_S,
