@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import select
@@ -424,6 +425,27 @@ def test_a_domain(lock: Twice) -> None:
 def test_a_name_that_is_no_domains() -> None:
     with pytest.raises(UsageError):
         Domain("/tmp/x")
+
+
+def test_who_waits_behind_one_that_does_not_notice_the_loss_is_told(nodes: Nodes) -> None:
+    """Under owner=node they wait for each other in flock(2), of which the mount's end is no end."""
+    path = nodes.mount("a", "owner=node") / "dom/x"
+    path.parent.mkdir()
+    outcome: list[type[BaseException] | None] = []
+    with open(path, "w+b", buffering=0) as careless:
+        fcntl.flock(careless, fcntl.LOCK_EX)
+        thread = begin(lambda: outcome.append(_raised(Lock(path).acquire)))
+        number = f":{os.fstat(careless.fileno()).st_ino} "
+        until(
+            lambda: any(
+                "->" in line and number in line
+                for line in Path("/proc/locks").read_text().splitlines()
+            ),
+            "it waits",
+        )
+        kill(nodes.mounts[0])
+        join(thread)
+        assert outcome == [Unavailable]
 
 
 def test_a_callback_that_waits_does_not_keep_other_locks_from_being_told(lock: Twice) -> None:

@@ -121,6 +121,7 @@ class Keeper(threading.Thread):
         """The descriptor that is released, and closed by its last user."""
         self._early = 0
         """Events that came before it was settled."""
+        self._is_watched = False
 
     # -- this thread ---------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class Keeper(threading.Thread):
         """Decide, once, what came of it. Watching asks the daemon, so it begins before."""
         if self.error is None:
             try:
-                watcher().add(fd, self)
+                self._watch(fd)
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
             except BaseException as error:  # no thread for the watcher: or it is never settled
@@ -198,14 +199,24 @@ class Keeper(threading.Thread):
                     self._give_up_place(path)
                     raise
             case logic.Exclude(fd, operation):
+                # A wait in flock(2) ends with the file's holder, and not with the mount: a holder that
+                # does not notice a loss would keep this one waiting for nothing.
+                self._watch(fd)
                 return self._call(_libc().flock, fd, operation)
             case logic.MakeDomain(path):
                 os.mkdir(path)
             case logic.Device(fd):
                 return os.fstat(fd).st_dev
             case logic.Close(fd):
+                if self._is_watched:
+                    watcher().remove(fd)
                 os.close(fd)
         return 0
+
+    def _watch(self, fd: int) -> None:
+        if not self._is_watched:
+            watcher().add(fd, self)
+            self._is_watched = True
 
     def _call(self, function: Any, *arguments: object) -> int:
         """A call that may wait. Raises Cancelled instead of calling again once it was given up."""
@@ -213,6 +224,8 @@ class Keeper(threading.Thread):
             with self._mutex:
                 if self._given_up:
                     raise Cancelled(f"the wait for {self.request.place.path} was given up")
+                if logic.is_lost(self._early):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
                 self._in_call = True
             try:
                 result: int = function(*arguments)
@@ -326,6 +339,8 @@ class Keeper(threading.Thread):
         with self._mutex:
             if not self.settled.is_set():
                 self._early |= events
+                if lost:
+                    threading.Thread(target=self._interrupt, name="dlmfs:lost", daemon=True).start()
                 return
             if self._fd < 0:
                 return
