@@ -11,7 +11,9 @@ import contextlib
 import os
 import select
 import threading
-from typing import Protocol
+from typing import Final, Protocol
+
+EVENTS: Final = select.EPOLLIN | select.EPOLLET
 
 
 class Watched(Protocol):
@@ -27,6 +29,9 @@ class Watcher:
         self.process = os.getpid()
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}
+        self._round = 0
+        self._removed: dict[int, int] = {}
+        """In which round a number was removed: what that round brings may be about the file before."""
         thread = threading.Thread(target=self._watch, name="dlmfs:notices", daemon=True)
         thread.start()
 
@@ -34,7 +39,7 @@ class Watcher:
         """May wait for the mount's daemon, which is asked for the present state."""
         self._watched[fd] = holder
         try:
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+            self._epoll.register(fd, EVENTS)
         except OSError:
             del self._watched[fd]
             raise
@@ -42,6 +47,7 @@ class Watcher:
     def remove(self, fd: int) -> None:
         """To be called before it is closed: a copy of it elsewhere would keep it watched."""
         self._watched.pop(fd, None)
+        self._removed[fd] = self._round
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
@@ -56,12 +62,19 @@ class Watcher:
                 holder = self._watched.get(fd)
                 if holder is None:
                     continue
+                if self._removed.pop(fd, -1) == self._round:
+                    # Between the poll and here the number may have become another lock's, which
+                    # would be told of the loss of the one before: ask anew.
+                    with contextlib.suppress(OSError):
+                        self._epoll.modify(fd, EVENTS)
+                    continue
                 try:
                     holder.happened(events)
-                except Exception:  # a program's callback; the others' notices must go on
+                except Exception:  # of one lock; the others' notices must go on
                     import logging
 
-                    logging.getLogger("dlmfs.client").exception("a notice's callback failed")
+                    logging.getLogger("dlmfs.client").exception("a notice could not be told")
+            self._round += 1
 
 
 _watcher: Watcher | None = None
