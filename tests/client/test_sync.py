@@ -25,10 +25,11 @@ from dlmfs.client import (
     TimedOut,
     Unavailable,
     UsageError,
+    place,
     watcher,
 )
 from dlmfs.client.keeper import Keeper
-from dlmfs.client.place import Place, place
+from dlmfs.client.place import Place
 from dlmfs.client.watcher import Watcher
 from tests.cli.jobs import Job
 from tests.client.conftest import Twice
@@ -476,6 +477,42 @@ def test_what_was_about_an_earlier_holding_is_not_told_of_the_next(lock: Twice) 
         assert not mine.wanted.is_set()
 
 
+def test_a_stopped_daemon_does_not_keep_another_mounts_locks(nodes: Nodes) -> None:
+    """While it is asked about a lock that it has just granted, the one epoll can do nothing else."""
+    a, b = nodes.pair("owner=file")
+    device = place.place(a / "dom/x").dev
+    mine = Lock(b / "dom/mine")
+    mine.acquire()
+    fd = os.open(a / "dom/x", os.O_RDWR | os.O_CREAT)
+    asked = threading.Event()
+
+    def ask() -> None:
+        asked.set()
+        watcher.watcher(device).add(fd, mine._keeper)  # type: ignore[arg-type]
+        watcher.watcher(device).remove(fd)
+
+    pid = nodes.pid(a)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asking = begin(ask)
+        assert asked.wait(PATIENCE_S)
+        until(lambda: asleep_in_poll(asking), "the daemon is asked")
+        thread = begin(mine.release)
+        thread.join(PATIENCE_S / 3)
+        assert not thread.is_alive(), "it waits for the stopped daemon"
+        assert asking.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    join(asking)
+    os.close(fd)
+
+
+def asleep_in_poll(thread: threading.Thread) -> bool:
+    """Whether the thread sleeps in epoll_ctl(2)."""
+    text = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text()
+    return text.split()[0] == str({"x86_64": 233, "aarch64": 21}[os.uname().machine])
+
+
 # -- one object used twice -----------------------------------------------------------------------------
 
 
@@ -502,7 +539,7 @@ def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
 ) -> None:
     """Both have looked whether it is held before either has taken it."""
     both = threading.Barrier(2)
-    real = place
+    real = place.place
 
     def placed(*args: Any) -> Place:
         where = real(*args)
@@ -577,7 +614,7 @@ def test_a_handler_may_release_in_the_middle_of_a_release(lock: Twice) -> None:
 def test_no_thread_for_the_notices_is_an_error_and_nothing_is_held(
     lock: Twice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse() -> Watcher:
+    def refuse(_device: str) -> Watcher:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:

@@ -179,7 +179,7 @@ class Keeper(threading.Thread):
                 self.error = error
         with self._mutex:
             if self._given_up and self.error is None:
-                watcher().remove(fd)
+                watcher(self.request.place.dev).remove(fd)
                 self.error = Cancelled(f"the wait for {self.request.place.path} was given up")
             if self.error is None:
                 self._fd = fd
@@ -209,13 +209,13 @@ class Keeper(threading.Thread):
                 return os.fstat(fd).st_dev
             case logic.Close(fd):
                 if self._is_watched:
-                    watcher().remove(fd)
+                    watcher(self.request.place.dev).remove(fd)
                 os.close(fd)
         return 0
 
     def _watch(self, fd: int) -> None:
         if not self._is_watched:
-            watcher().add(fd, self)
+            watcher(self.request.place.dev).add(fd, self)
             self._is_watched = True
 
     def _call(self, function: Any, *arguments: object) -> int:
@@ -368,7 +368,7 @@ class Keeper(threading.Thread):
         try:
             with self._mutex:
                 if self._fd >= 0:
-                    watcher().remove(self._fd)
+                    watcher(self.request.place.dev).remove(self._fd)
                     self._fd, self._leaving = -1, self._fd
             self._close_unused()
         finally:

@@ -1,4 +1,4 @@
-"""One thread that hears, for all locks of this process, when somebody wants one and when it is lost.
+"""One thread that hears, for all locks of a mount, when somebody wants one and when it is lost.
 
 epoll(7) and not poll(2): a poll holds on to the open file while it sleeps, so that the close of
 another thread would release nothing. Edge-triggered: a notice stays readable until the lock is
@@ -77,26 +77,27 @@ class Watcher:
             self._round += 1
 
 
-_watcher: Watcher | None = None
+_watchers: dict[str, Watcher] = {}
+"""By the mount's device. One for each mount: while epoll asks a daemon that is stopped, nothing can be
+added to it or removed, and that must not concern another mount's locks."""
 _making = threading.RLock()
 """Reentrant, for a signal's handler that releases a lock."""
 
 
-def watcher() -> Watcher:
-    """This process's watcher."""
-    global _watcher  # noqa: PLW0603 - one for each process
+def watcher(device: str) -> Watcher:
+    """This process's watcher of a mount's locks."""
     with _making:
-        if _watcher is None:
-            _watcher = Watcher()
-        return _watcher
+        if device not in _watchers:
+            _watchers[device] = Watcher()
+        return _watchers[device]
 
 
 def _forked() -> None:
-    global _watcher, _making  # noqa: PLW0603 - the parent's thread does not run here
+    global _making  # noqa: PLW0603 - the parent's threads do not run here
     _making = threading.RLock()
-    if _watcher is not None:
-        _watcher.abandon()
-        _watcher = None
+    for each in _watchers.values():
+        each.abandon()
+    _watchers.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
