@@ -202,7 +202,7 @@ def test_what_lies_below_an_unmounted_mount_locks_nothing(nodes: Nodes) -> None:
     context = o2dlm.initialize(a, "dom")
     subprocess.run(["umount", "--lazy", a], check=True)
     assert below.is_dir()
-    with pytest.raises(o2dlm.O2dlmError, match="LOCKING.*unmounted"):
+    with pytest.raises(o2dlm.O2dlmError, match="unmounted"):
         o2dlm.lock(context, "x", 0, o2dlm.EXMODE)
     for fd in context.locks.values():
         os.close(fd)
