@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -70,6 +71,34 @@ def test_standard_input(nodes: Nodes) -> None:
     assert b"too long" in value("set", path, "z" * 65, code=2)
     assert b"not hexadecimal" in value("set", "--hex", path, "xy", code=2)
     assert value("get", path) == b"x" * 64 + b"\n", "a refused value was written"
+
+
+def test_those_who_set_it_on_one_node_exclude_each_other(nodes: Nodes) -> None:
+    """Under owner=node the node holds the lock, for both: each would find what it expects."""
+    path = nodes.mount("a", "owner=node") / "dom/x"
+    path.parent.mkdir()
+    value("set", path, "0")
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX)  # as one that has looked and not yet written
+        assert b"busy" in value("set", "-n", path, "2", "--expect", "0", code=1)
+        assert b"not free within" in value("set", "-w", "0.1", path, "2", "--expect", "0", code=1)
+        waiter = subprocess.Popen(
+            [*DLMFS, "value", "set", path, "2", "--expect", "0"], stderr=subprocess.DEVNULL
+        )
+        number = f":{os.fstat(fd).st_ino} "
+        until(
+            lambda: any(
+                "->" in line and number in line
+                for line in Path("/proc/locks").read_text().splitlines()
+            ),
+            "it waits",
+        )
+        os.pwrite(fd, b"1", 0)
+    finally:
+        os.close(fd)
+    assert waiter.wait(PATIENCE_S) == 1
+    assert value("get", path) == b"1\n"
 
 
 def test_expect_compares_before_it_writes(nodes: Nodes) -> None:

@@ -16,7 +16,7 @@ from dlmfs.client.aio import Domain, Lock
 from tests.client.conftest import Twice
 from tests.fs.nodes import PATIENCE_S, Nodes
 from tests.robust.helpers import kill
-from tests.waiting.agents import at_rest, waiting, wanting
+from tests.waiting.agents import waiting, wanting
 
 pytestmark = pytest.mark.fuse
 
@@ -190,6 +190,42 @@ def test_the_end_of_the_loop_with_a_wait_under_way(lock: Twice) -> None:
     assert not waiter.held
 
 
+def test_a_lock_that_is_lost_as_soon_as_granted_cancels_nothing_after_the_block(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Lock.acquire
+
+    async def acquire(self: Lock) -> None:
+        await real(self)
+        assert self._keeper is not None
+        self._keeper.is_lost = True
+
+    async def main() -> None:
+        with pytest.raises(LockLost):
+            async with Lock(lock.a):
+                raise AssertionError("the block must not begin")
+        await asyncio.sleep(0)  # where a task learns that it was cancelled
+
+    monkeypatch.setattr(Lock, "acquire", acquire)
+    asyncio.run(main())
+
+
+def test_what_was_about_an_earlier_holding_is_not_told_of_the_next(lock: Twice) -> None:
+    async def main() -> None:
+        mine = Lock(lock.a)
+        await mine.acquire()
+        assert mine._keeper is not None
+        event = mine._keeper.on_event
+        mine.release()
+        event(True)  # by the watcher, just before the release
+        async with mine:
+            await asyncio.sleep(0)
+            assert not mine.lost.is_set()
+            assert not mine.wanted.is_set()
+
+    asyncio.run(main())
+
+
 def test_notices_by_callback_and_by_waiting(lock: Twice) -> None:
     async def main() -> None:
         heard = asyncio.Semaphore(0)
@@ -256,8 +292,9 @@ def test_a_loss_ends_the_block(nodes: Nodes) -> None:
 def test_a_loss_and_a_cancellation_from_outside(nodes: Nodes) -> None:
     """Who cancels the task from outside sees it cancelled."""
 
-    async def block(path: Path, lost: asyncio.Event) -> None:
+    async def block(path: Path, begun: asyncio.Event, lost: asyncio.Event) -> None:
         async with Lock(path):
+            begun.set()
             try:
                 await asyncio.sleep(PATIENCE_S)
             except asyncio.CancelledError:
@@ -266,9 +303,9 @@ def test_a_loss_and_a_cancellation_from_outside(nodes: Nodes) -> None:
 
     async def main() -> None:
         a = nodes.mount("a")
-        lost = asyncio.Event()
-        task = asyncio.create_task(block(a / "dom/x", lost))
-        await until(lambda: (a / "dom/x").exists() and not at_rest(a / "dom/x"))
+        begun, lost = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(block(a / "dom/x", begun, lost))
+        await begun.wait()
         await asyncio.to_thread(kill, a)
         await lost.wait()
         task.cancel()

@@ -9,6 +9,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -154,6 +155,37 @@ def test_autocommit_and_names_are_refused(database: Path) -> None:
         SqlGuard(paramstyle="named")
 
 
+class Snapshot:
+    """A transaction that has read before: its reads show the row of that time (REPEATABLE READ as MySQL
+    and MariaDB have it, by default), while its writes go by the row of now, and see none there."""
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor, self.rowcount = cursor, 0
+        self._row = cursor.execute("SELECT token, stamp FROM dlmfs_guard").fetchone()
+        self._columns = 0
+
+    def execute(self, text: str, values: tuple[object, ...]) -> None:
+        if text.startswith("SELECT"):
+            self._columns = text.partition("FROM")[0].count(",") + 1
+        else:
+            self._cursor.execute(text, values)
+
+    def fetchone(self) -> Any:
+        return self._row[: self._columns]
+
+
+def test_a_transaction_that_sees_the_past_is_not_let_in(database: Path) -> None:
+    guard = SqlGuard()
+    with closing(sqlite3.connect(database)) as conn:
+        with guard.transaction(conn, "r", 5):
+            pass
+        cursor = Snapshot(conn.cursor())
+        with guard.transaction(conn, "r", 9):
+            pass
+        with pytest.raises(StaleToken, match="larger than 5"):
+            guard.admit(cursor, "r", 5)
+
+
 class Uncounted:
     """A cursor of a module that counts only changed rows, or none."""
 
@@ -175,6 +207,99 @@ def test_modules_that_count_otherwise(database: Path, count: int) -> None:
             SqlGuard().admit(cursor, "r", token)
         with pytest.raises(StaleToken):
             SqlGuard().admit(cursor, "r", 5)
+
+
+# -- files: who else there is --------------------------------------------------------------------------
+
+
+def test_all_names_of_a_file_have_one_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v1").write_text("x")
+    (tmp_path / "current").symlink_to("v1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative = FileGuard("v1")
+    FileGuard(tmp_path / "current").replace(9, b"nine")
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "v1").read_bytes() == b"nine"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for guard in (relative, FileGuard(tmp_path / "v1"), FileGuard("../current")):
+        with pytest.raises(StaleToken):
+            guard.replace(5, b"five")
+
+
+def test_a_process_that_was_forked_inside_neither_keeps_others_out_nor_lets_them_in(
+    tmp_path: Path,
+) -> None:
+    guard = FileGuard(tmp_path / "file")
+    reading, writing = os.pipe()
+    left, leaving = os.pipe()
+    inside = guard.admit(1)
+    with inside:
+        pids = [os.fork()]
+        if pids[0] == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+        pids.append(os.fork())
+        if pids[1] == 0:
+            inside.__exit__(None, None, None)
+            os.write(leaving, b"x")
+            os._exit(0)
+        assert os.read(left, 1) == b"x"
+        fd = os.open(guard.token_path, os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for each in (fd, reading, writing, left, leaving):
+        os.close(each)
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+def test_who_waited_at_a_token_file_that_was_removed_takes_the_new_one(tmp_path: Path) -> None:
+    guard = FileGuard(tmp_path / "file")
+    refused = threading.Event()
+
+    def late() -> None:
+        with pytest.raises(StaleToken), guard.admit(2):
+            pass
+        refused.set()
+
+    with guard.admit(1):
+        thread = threading.Thread(target=late, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + PATIENCE_S
+        info = os.stat(guard.token_path)
+        mark = f":{info.st_ino} "
+        while not any(
+            "->" in x and mark in x for x in Path("/proc/locks").read_text().splitlines()
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.unlink(guard.token_path)
+        with guard.admit(3):
+            pass
+    assert refused.wait(PATIENCE_S)
+    thread.join(PATIENCE_S)
+
+
+def test_the_names_of_what_remembers_are_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bool] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.path.samestat(os.fstat(fd), tmp_path.stat()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with FileGuard(tmp_path / "file").admit(1):
+        assert synced == [False, True]
+    Register(tmp_path / "tokens").enter("r", 1)
+    assert synced == [False, True] * 2
 
 
 # -- the register ---------------------------------------------------------------------------------------
@@ -356,3 +481,57 @@ def test_an_asgi_server_refuses_older_tokens() -> None:
 
     asyncio.run(main())
     assert order == [b"1", b"2", b"", b"3"]
+
+
+async def nothing() -> None:
+    """No part of a request comes."""
+
+
+@pytest.mark.parametrize("method", ["post", "MKCOL", "PROPPATCH"])
+def test_any_method_that_may_change_something_needs_a_token(method: str) -> None:
+    called: list[str] = []
+
+    def application(_environ: Any, _start: Any) -> list[bytes]:
+        called.append("wsgi")
+        return []
+
+    async def asynchronous(*_: Any) -> None:
+        called.append("asgi")
+
+    async def send(_message: Any) -> None:
+        pass
+
+    statuses: list[str] = []
+    WsgiGuard(application, Register())(
+        {"REQUEST_METHOD": method}, lambda status, _headers: statuses.append(status)
+    )
+    scope = {"type": "http", "method": method, "path": "/", "headers": []}
+    asyncio.run(AsgiGuard(asynchronous, Register())(scope, nothing, send))
+    assert not called
+    assert statuses[0].startswith("428")
+
+
+@pytest.mark.parametrize("text", ["0" * 20 + "1" + "9" * 30, "0" * 21 + "9" * 5000])
+def test_a_number_that_is_no_token_does_not_shut_all_others_out(text: str) -> None:
+    register = Register()
+    statuses: list[str] = []
+    guard = WsgiGuard(lambda *_: [], register)
+    environ = {"REQUEST_METHOD": "POST", "HTTP_DLMFS_TOKEN": text}
+    guard(environ, lambda status, _headers: statuses.append(status))
+    assert statuses[0].startswith("400")
+    assert register.enter("", 1)
+
+
+def test_two_tokens_are_none() -> None:
+    sent: list[Any] = []
+
+    async def application(*_: Any) -> None:
+        raise AssertionError("it was let in")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    lines = [(b"dlmfs-token", b"9"), (b"Dlmfs-Token", b"5")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": lines}
+    asyncio.run(AsgiGuard(application, Register())(scope, nothing, send))
+    assert sent[0]["status"] == 400

@@ -193,3 +193,16 @@ def test_programs_that_are_started_do_not_inherit_a_lock(lock: Twice) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_what_lies_below_an_unmounted_mount_locks_nothing(nodes: Nodes) -> None:
+    below = nodes.folder / "a" / "dom"
+    below.mkdir(parents=True)
+    a = nodes.mount("a")
+    context = o2dlm.initialize(a, "dom")
+    subprocess.run(["umount", "--lazy", a], check=True)
+    assert below.is_dir()
+    with pytest.raises(o2dlm.O2dlmError, match="unmounted"):
+        o2dlm.lock(context, "x", 0, o2dlm.EXMODE)
+    for fd in context.locks.values():
+        os.close(fd)

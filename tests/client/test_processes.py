@@ -144,6 +144,76 @@ def test_what_is_opened_in_the_instant_of_a_fork_is_closed_in_the_child(lock: Tw
         assert keeper._keepers
 
 
+def test_a_forked_child_keeps_no_lock_whatever_its_file_is_called(
+    lock: Twice, tmp_path: Path
+) -> None:
+    """By its name it is a deleted file's; or its mount was detached, which shortens its path."""
+    a, b = (path.with_name(f"{path.name} (deleted)") for path in lock)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    subprocess.run(["mount", "--bind", lock.a.parent.parent, seen], check=True)
+    attached = True
+    try:
+        with Lock(a), Lock(seen / "dom" / f"{lock.a.name}-2") as other:
+            subprocess.run(["umount", "--lazy", seen], check=True)
+            attached = False
+            assert other.held
+            pid, pipe = in_child(lambda: None)
+        try:
+            assert free(b)
+            assert free(lock.b.with_name(f"{lock.b.name}-2"))
+        finally:
+            os.close(pipe)
+            os.waitpid(pid, 0)
+    finally:
+        if attached:
+            subprocess.run(["umount", "--lazy", seen], check=True)
+
+
+FIRST = """
+import ctypes, os, sys
+from dlmfs.client import Lock
+assert os.getpid() == 1
+lock = Lock(sys.argv[1])
+lock.acquire()
+fd = lock.fileno()
+assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID
+if os.fork() == 0:
+    assert os.getpid() == 1
+    assert not lock.held
+    os.dup2(2, fd)  # the child's own file at that number
+    lock.release() if lock.held else lock.__del__()
+    os.fstat(fd)
+    os.write(1, b"well")
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_forked_child_of_the_same_number_does_not_take_itself_for_the_holder(
+    lock: Twice,
+) -> None:
+    """The first process of a pid namespace may fork the first of another."""
+    done = subprocess.run(
+        [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            sys.executable,
+            "-c",
+            FIRST,
+            lock.a,
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        stdout=subprocess.PIPE,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    assert done.stdout == b"well"
+
+
 def test_a_program_that_is_started_does_not_inherit_the_lock(lock: Twice) -> None:
     with Lock(lock.a):
         child = subprocess.Popen(["sleep", "1000"], close_fds=False)

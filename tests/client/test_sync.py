@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +25,12 @@ from dlmfs.client import (
     TimedOut,
     Unavailable,
     UsageError,
+    place,
+    watcher,
 )
+from dlmfs.client.keeper import Keeper
+from dlmfs.client.place import Place
+from dlmfs.client.watcher import Watcher
 from tests.cli.jobs import Job
 from tests.client.conftest import Twice
 from tests.client.threads import awaited, begin, free, join
@@ -418,3 +426,209 @@ def test_a_domain(lock: Twice) -> None:
 def test_a_name_that_is_no_domains() -> None:
     with pytest.raises(UsageError):
         Domain("/tmp/x")
+
+
+def test_who_waits_behind_one_that_does_not_notice_the_loss_is_told(nodes: Nodes) -> None:
+    """Under owner=node they wait for each other in flock(2), of which the mount's end is no end."""
+    path = nodes.mount("a", "owner=node") / "dom/x"
+    path.parent.mkdir()
+    outcome: list[type[BaseException] | None] = []
+    with open(path, "w+b", buffering=0) as careless:
+        fcntl.flock(careless, fcntl.LOCK_EX)
+        thread = begin(lambda: outcome.append(_raised(Lock(path).acquire)))
+        number = f":{os.fstat(careless.fileno()).st_ino} "
+        until(
+            lambda: any(
+                "->" in line and number in line
+                for line in Path("/proc/locks").read_text().splitlines()
+            ),
+            "it waits",
+        )
+        kill(nodes.mounts[0])
+        join(thread)
+        assert outcome == [Unavailable]
+
+
+def test_a_callback_that_waits_does_not_keep_other_locks_from_being_told(lock: Twice) -> None:
+    goes_on = threading.Event()
+    other = lock.a.with_name(f"{lock.a.name}-other")
+    with (
+        Lock(lock.a, on_notice=lambda: goes_on.wait(PATIENCE_S)) as one,
+        Lock(other) as two,
+    ):
+        threads = []
+        for mine, theirs in ((one, lock.b), (two, lock.b.with_name(other.name))):
+            threads.append(begin(lambda theirs=theirs: Lock(theirs).acquire(PATIENCE_S)))  # type: ignore[misc]
+            assert mine.wanted.wait(PATIENCE_S), f"nobody said that {theirs} is wanted"
+        assert not goes_on.is_set()
+        goes_on.set()
+    join(*threads)
+
+
+def test_what_was_about_an_earlier_holding_is_not_told_of_the_next(lock: Twice) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+    earlier = mine._keeper
+    assert earlier is not None
+    mine.release()
+    with mine:
+        earlier.happened(select.POLLERR | select.POLLIN)
+        assert not mine.lost.is_set()
+        assert not mine.wanted.is_set()
+
+
+def test_a_stopped_daemon_does_not_keep_another_mounts_locks(nodes: Nodes) -> None:
+    """While it is asked about a lock that it has just granted, the one epoll can do nothing else."""
+    a, b = nodes.pair("owner=file")
+    device = place.place(a / "dom/x").dev
+    mine = Lock(b / "dom/mine")
+    mine.acquire()
+    fd = os.open(a / "dom/x", os.O_RDWR | os.O_CREAT)
+    asked = threading.Event()
+
+    def ask() -> None:
+        asked.set()
+        watcher.watcher(device).add(fd, mine._keeper)  # type: ignore[arg-type]
+        watcher.watcher(device).remove(fd)
+
+    pid = nodes.pid(a)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asking = begin(ask)
+        assert asked.wait(PATIENCE_S)
+        until(lambda: asleep_in_poll(asking), "the daemon is asked")
+        thread = begin(mine.release)
+        thread.join(PATIENCE_S / 3)
+        assert not thread.is_alive(), "it waits for the stopped daemon"
+        assert asking.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    join(asking)
+    os.close(fd)
+
+
+def asleep_in_poll(thread: threading.Thread) -> bool:
+    """Whether the thread sleeps in epoll_ctl(2)."""
+    text = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text()
+    return text.split()[0] == str({"x86_64": 233, "aarch64": 21}[os.uname().machine])
+
+
+# -- one object used twice -----------------------------------------------------------------------------
+
+
+def test_who_takes_an_object_twice_is_refused_and_costs_it_nothing(lock: Twice) -> None:
+    """The refusal must neither drop what is held nor forget that it is lost."""
+    mine = Lock(lock.a)
+    with mine:
+        with pytest.raises(UsageError, match="held by this object"), mine:
+            pass
+        with pytest.raises(UsageError, match="held by this object"):
+            mine.try_acquire()
+        assert mine.held
+        assert not free(lock.b)
+        mine.lost.set()
+        mine.wanted.set()
+        with pytest.raises(UsageError, match="held by this object"):
+            mine.acquire()
+        assert mine.lost.is_set()
+        assert mine.wanted.is_set()
+
+
+def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked whether it is held before either has taken it."""
+    both = threading.Barrier(2)
+    real = place.place
+
+    def placed(*args: Any) -> Place:
+        where = real(*args)
+        both.wait(PATIENCE_S)
+        return where
+
+    mine = Lock(lock.a)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            mine.acquire(PATIENCE_S)
+        except UsageError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlmfs.client.base.place", placed)
+        join(begin(take), begin(take))
+    assert sorted(outcomes) == ["held", "refused"]
+    mine.release()
+    assert free(lock.b)
+
+
+def test_a_released_lock_is_free_at_once_for_another_object(lock: Twice) -> None:
+    """Also before the thread that held it has ended."""
+    first, second = Lock(lock.a), Lock(lock.a)
+    for _ in range(50):
+        first.acquire()
+        first.release()
+        assert second.try_acquire()
+        second.release()
+
+
+# -- exceptions of a signal's handler ------------------------------------------------------------------
+
+
+def test_a_release_that_an_exception_ended_goes_on(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+
+    def interrupted(_self: Keeper) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "_close_unused", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.release()
+        assert not mine.held
+    mine.acquire(PATIENCE_S)  # by the same object
+    mine.release()
+    assert free(lock.b)
+
+
+def test_a_handler_may_release_in_the_middle_of_a_release(lock: Twice) -> None:
+    mine = Lock(lock.a)
+    mine.acquire()
+    keeper = mine._keeper
+    assert keeper is not None
+
+    def handle() -> None:
+        with keeper._mutex, watcher._making:
+            mine.release()
+
+    join(begin(handle))
+    assert free(lock.b)
+
+
+def test_no_thread_for_the_notices_is_an_error_and_nothing_is_held(
+    lock: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_device: str) -> Watcher:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlmfs.client.keeper.watcher", refuse)
+        mine = Lock(lock.a)
+        outcome: list[type[BaseException] | None] = []
+        join(begin(lambda: outcome.append(_raised(mine.acquire))))
+        assert outcome == [RuntimeError]
+    assert free(lock.b)
+
+
+def _raised(what: Callable[[], object]) -> type[BaseException] | None:
+    try:
+        what()
+    except BaseException as error:
+        return type(error)
+    return None

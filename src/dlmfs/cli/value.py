@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import math
 import os
@@ -114,12 +115,29 @@ def _take(parsed: argparse.Namespace, flags: int) -> int:
     flags |= os.O_CREAT | (os.O_NONBLOCK if wait == 0 else 0)
     try:
         if not wait:
-            return os.open(parsed.path, flags, 0o666)
+            return _open(parsed.path, flags)
         return _open_within(parsed.path, flags, wait)
     except OSError as error:
         if error.errno == errno.ETXTBSY:
             raise Conflict(f"{parsed.path} is busy (`dlmfs why` says by whom)") from None
         raise _refusal(parsed.path, error) from None
+
+
+def _open(path: str, flags: int) -> int:
+    """Under owner=node all processes of a node share its lock, and two could both find the expected
+    value before either writes. So those who write also exclude each other by a POSIX lock: not by
+    flock(2), as `dlmfs lock` does, whose command may set the value."""
+    fd = os.open(path, flags, 0o666)
+    try:
+        if flags & os.O_ACCMODE == os.O_RDWR:
+            fcntl.lockf(fd, fcntl.LOCK_EX | (fcntl.LOCK_NB if flags & os.O_NONBLOCK else 0))
+    except BlockingIOError:
+        os.close(fd)
+        raise OSError(errno.ETXTBSY, "another one sets it") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _open_within(path: str, flags: int, wait: float) -> int:
@@ -129,7 +147,7 @@ def _open_within(path: str, flags: int, wait: float) -> int:
 
     def attempt() -> None:
         try:
-            outcome.append(os.open(path, flags, 0o666))
+            outcome.append(_open(path, flags))
         except OSError as error:
             outcome.append(error)
 

@@ -28,6 +28,7 @@ class Lock(BaseLock):
         self.lost = asyncio.Event()
         self.wanted = asyncio.Event()
         self._block: _Block | None = None
+        self._event: _Event | None = None
 
     async def acquire(self, timeout: float | None = None) -> None:
         """Wait for the lock, `timeout` seconds at most (None: as long as the object says).
@@ -50,17 +51,21 @@ class Lock(BaseLock):
         return True
 
     async def _take(self, *, trying: bool, limit: float | None) -> None:
-        self.lost.clear()
-        self.wanted.clear()
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
         event = _Event(loop, self.lost, self.wanted, self.on_notice)
-        keeper = self._begin(trying, _Teller(loop, over), event)
+        keeper = self._new(trying, _Teller(loop, over), event)
+        self._begin(keeper)
+        if self._event is not None:
+            self._event.is_past = True
+        self._event = event
+        self.lost.clear()
+        self.wanted.clear()
         try:
             keeper.start()
             await self._wait(keeper, over, limit)
         except BaseException:
-            self._end()
+            self._end(keeper)
             await asyncio.wait([over], timeout=ENDS_WITHIN_S)
             raise
 
@@ -110,7 +115,11 @@ class Lock(BaseLock):
         assert isinstance(event, _Event)
         event.block = self._block
         if keeper.is_lost:
-            self._block.lost()
+            # Not by `_block.lost`: a task that cancels itself is only told at its next await, and
+            # that may come after the block.
+            self._block = None
+            self._end(keeper)
+            self._lost_by(keeper)
         return self
 
     async def __aexit__(
@@ -120,7 +129,9 @@ class Lock(BaseLock):
         trace: TracebackType | None,
     ) -> None:
         """Drop the lock. Raises LockLost if it was lost meanwhile, unless something else is raised."""
-        keeper = self._end()
+        keeper = self._keeper
+        if keeper is not None:
+            self._end(keeper)
         block, self._block = self._block, None
         ours = block is not None and block.was_cancelled(kind)
         if keeper is not None and (kind is None or ours):
@@ -179,12 +190,16 @@ class _Event:
     ) -> None:
         self.loop, self.lost, self.wanted, self.on_notice = loop, lost, wanted, on_notice
         self.block: _Block | None = None
+        self.is_past = False
+        """The lock was acquired anew: what is still on its way is not about that."""
 
     def __call__(self, lost: bool) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self._happened, lost)
 
     def _happened(self, lost: bool) -> None:
+        if self.is_past:
+            return
         if lost:
             self.lost.set()
         self.wanted.set()  # of a lost lock too: whoever waits for it must not wait for ever

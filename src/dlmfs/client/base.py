@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 from dlmfs.client import logic
-from dlmfs.client.keeper import Keeper
+from dlmfs.client.keeper import Event, Keeper
 from dlmfs.client.place import AnyPath, Place, place
 from dlmfs.errors import LockLost, UsageError
 
 ENDS_WITHIN_S = 1.0
 """How long the end of a wait that was given up is awaited. Only a stopped daemon leaves one longer:
 nothing will be held, and the thread ends when the daemon goes on."""
+
+_beginning = threading.RLock()
+"""Of two that acquire one object at once, one must be refused."""
+
+
+def _forked() -> None:
+    global _beginning  # noqa: PLW0603 - another thread of the parent may have it
+    _beginning = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class BaseLock:
@@ -79,7 +91,7 @@ class BaseLock:
         keeper = self._keeper
         if keeper is None or not self._is_held:
             return False
-        return not keeper.is_lost and keeper.process == os.getpid()
+        return keeper.has_it and keeper.process == os.getpid()
 
     @property
     def token(self) -> int:
@@ -101,8 +113,7 @@ class BaseLock:
 
     def release(self) -> None:
         """Drop the lock. Raises UsageError if it was not acquired; nothing if it was lost."""
-        self._kept()
-        self._end()
+        self._end(self._kept())
 
     def cancel(self) -> None:
         """End another thread's or task's `acquire`, which raises Cancelled; no effect without one."""
@@ -123,29 +134,31 @@ class BaseLock:
         if keeper.is_lost:
             raise LockLost(f"{self.path} was lost: stop what it protects")
 
-    def _begin(
-        self, trying: bool, told: Callable[[], object], event: Callable[[bool], object]
-    ) -> Keeper:
-        """A keeper that is about to start."""
-        keeper = self._keeper
-        if keeper is not None and keeper.process == os.getpid():
-            what = "held" if self._is_held else "waited for"
-            raise UsageError(f"{self.path} is {what} by this object: make one for each holder")
-        self._place = place(*self._given)  # anew: it may have been mounted again
-        request = logic.Request(self._place, self.shared, trying, self.create)
-        self._is_held = False
-        self._keeper = Keeper(request, told, event)
-        return self._keeper
+    def _new(self, trying: bool, told: Callable[[], object], event: Event) -> Keeper:
+        """A keeper that is nobody's yet. Whoever makes one also ends it, and no other's: an object
+        that is acquired twice by mistake must not lose what it has."""
+        where = place(*self._given)  # anew: it may have been mounted again
+        return Keeper(logic.Request(where, self.shared, trying, self.create), told, event)
 
-    def _end(self) -> Keeper | None:
-        """Drop whatever is held; gives who held it."""
-        keeper = self._keeper
-        if keeper is not None:
-            keeper.give_up()
-            keeper.release()
-        self._keeper = None
-        self._is_held = False
-        return keeper
+    def _begin(self, keeper: Keeper) -> None:
+        """From here on it is this object's. Raises UsageError if there is another."""
+        with _beginning:
+            other = self._keeper
+            if other is not None and other.process == os.getpid() and not other.is_over:
+                what = "held" if self._is_held else "waited for"
+                raise UsageError(f"{self.path} is {what} by this object: make one for each holder")
+            self._place = keeper.request.place
+            self._is_held = False
+            self._keeper = keeper
+
+    def _end(self, keeper: Keeper) -> None:
+        """Drop what this keeper holds or awaits."""
+        keeper.give_up()
+        keeper.release()
+        keeper.leave()
+        if self._keeper is keeper:
+            self._keeper = None
+            self._is_held = False
 
 
 def settled(keeper: Keeper) -> None:

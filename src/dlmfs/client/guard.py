@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from typing import Any, Final, Protocol
 from dlmfs.errors import BadState, StaleToken, UsageError
 
 TOKEN_MAX: Final = (1 << 64) - 1
+TOKEN_DIGITS: Final = len(str(TOKEN_MAX))
 
 
 class HasToken(Protocol):
@@ -52,15 +54,26 @@ def _stale(what: str, token: int, seen: int) -> StaleToken:
 # -- files --------------------------------------------------------------------------------------------
 
 
+def _sync_folder(path: str) -> None:
+    """Make a name in the folder durable, or after a power failure the file may be the one before."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class FileGuard:
     """Guards a file, or whatever its path stands for, against holders of the past.
 
     The largest token is kept in a file beside it, PATH.token, which is locked with flock(2) while
     somebody is let in: processes of one host, and whoever shares a file system that has flock(2).
+    PATH is where symbolic links lead to from the present folder, so that all who name one file keep
+    one token; a file that has several names (hard links) is to be guarded by one of them.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = os.path.realpath(os.fspath(path))
         self.token_path = f"{self.path}.token"
 
     @contextlib.contextmanager
@@ -69,17 +82,35 @@ class FileGuard:
 
         Raises StaleToken, BadState if PATH.token is not what was written there, OSError."""
         _checked(token)
-        fd = os.open(self.token_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd, process = self._locked(), os.getpid()
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
             seen = self._read(fd)
             if token < seen:
                 raise _stale(self.path, token, seen)
             if token > seen:
                 os.pwrite(fd, f"{token:020d}\n".encode(), 0)
                 os.fsync(fd)
+            if not seen:
+                _sync_folder(self.token_path)
             yield
         finally:
+            if os.getpid() == process:
+                # A child that was forked meanwhile has a copy: closing alone would leave it locked.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def _locked(self) -> int:
+        """The open file, locked, and still the one of that name: it may have been removed by hand."""
+        while True:
+            fd = os.open(self.token_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(self.token_path)):
+                        return fd
+            except BaseException:
+                os.close(fd)
+                raise
             os.close(fd)
 
     def _read(self, fd: int) -> int:
@@ -108,10 +139,10 @@ class FileGuard:
 # -- SQL ----------------------------------------------------------------------------------------------
 
 _MARKS: Final = {
-    "qmark": ("?", "?", "?"),
-    "format": ("%s", "%s", "%s"),
-    "pyformat": ("%s", "%s", "%s"),
-    "numeric": (":1", ":2", ":3"),
+    "qmark": ("?", "?", "?", "?"),
+    "format": ("%s", "%s", "%s", "%s"),
+    "pyformat": ("%s", "%s", "%s", "%s"),
+    "numeric": (":1", ":2", ":3", ":4"),
 }
 
 
@@ -119,7 +150,9 @@ class SqlGuard:
     """Guards what is in a database, by a table with the largest token of each resource.
 
     For any DB-API (PEP 249) module: `paramstyle` is the module's. The row is locked by the
-    transaction that let somebody in, until it commits.
+    transaction that let somebody in, until it commits. Who was let in is told from the stamp that it
+    left: counts of rows differ between modules, and a transaction that has read before may be shown
+    the row of that time (MySQL's REPEATABLE READ), but its own writes it does see.
     """
 
     def __init__(self, *, table: str = "dlmfs_guard", paramstyle: str = "qmark") -> None:
@@ -127,15 +160,20 @@ class SqlGuard:
             raise UsageError(f"{table!r} is no name of a table")
         if paramstyle not in _MARKS:
             raise UsageError(f"paramstyle {paramstyle!r} is not one of {', '.join(_MARKS)}")
-        one, two, three = _MARKS[paramstyle]
+        one, two, three, four = _MARKS[paramstyle]
         self._create = (
             f"CREATE TABLE IF NOT EXISTS {table} "
-            "(resource VARCHAR(128) PRIMARY KEY, token NUMERIC(20) NOT NULL)"
+            "(resource VARCHAR(128) PRIMARY KEY, token NUMERIC(20) NOT NULL, "
+            "stamp VARCHAR(32) NOT NULL)"
         )
         # The table's name is checked above; values are never put into the text.
-        self._raise = f"UPDATE {table} SET token={one} WHERE resource={two} AND token<={three}"  # noqa: S608
-        self._look = f"SELECT token FROM {table} WHERE resource={one}"  # noqa: S608
-        self._insert = f"INSERT INTO {table} (resource, token) VALUES ({one}, {two})"  # noqa: S608
+        self._raise = (
+            f"UPDATE {table} SET token={one}, stamp={two} WHERE resource={three} AND token<={four}"  # noqa: S608
+        )
+        self._look = f"SELECT token, stamp FROM {table} WHERE resource={one}"  # noqa: S608
+        self._insert = (
+            f"INSERT INTO {table} (resource, token, stamp) VALUES ({one}, {two}, {three})"  # noqa: S608
+        )
 
     def create(self, connection: Any) -> None:
         """Make the table, where it is missing, and commit."""
@@ -148,15 +186,19 @@ class SqlGuard:
         connection commits each statement by itself. The first use of a resource by two transactions
         at once may fail in one of them with the module's IntegrityError: try that again."""
         _checked(token)
-        cursor.execute(self._raise, (token, resource, token))
-        if cursor.rowcount != 1:
-            # Some count only rows that were changed, and some count none: so look.
-            cursor.execute(self._look, (resource,))
-            row = cursor.fetchone()
-            if row is None:
-                cursor.execute(self._insert, (resource, token))
-            elif int(row[0]) > token:
+        stamp = secrets.token_hex(16)
+        cursor.execute(self._raise, (token, stamp, resource, token))
+        cursor.execute(self._look, (resource,))
+        row = cursor.fetchone()
+        if row is None:
+            cursor.execute(self._insert, (resource, token, stamp))
+        elif row[1] != stamp:
+            if int(row[0]) > token:
                 raise _stale(resource, token, int(row[0]))
+            # The row is shown as it was when this transaction began to read.
+            raise StaleToken(
+                f"{resource} has seen a token larger than {token}: it is too late, the lock was lost"
+            )
         connection = getattr(cursor, "connection", None)
         if getattr(connection, "in_transaction", True) is False:
             raise UsageError("the connection commits each statement by itself: turn that off")
@@ -181,8 +223,8 @@ HEADER: Final = "Dlmfs-Token"
 REFUSED: Final = "Dlmfs-Refused"
 """In the answer, so that the client can tell our refusal from the application's."""
 
-UNSAFE: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
-"""Methods that change something (RFC 9110, section 9.2.1)."""
+SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+"""Methods that change nothing (RFC 9110, section 9.2.1). Any other may, also one nobody has heard of."""
 
 
 class Register:
@@ -235,6 +277,7 @@ class Register:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, self._path)
+            _sync_folder(self._path)
         self._seen = seen
 
 
@@ -254,9 +297,16 @@ class _Refusal(Exception):
 def _token_of(text: str | None) -> int:
     if text is None:
         raise _Refusal(428, "Precondition Required", f"the header {HEADER} is missing")
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:21]) <= TOKEN_MAX):
+    is_number = text.isascii() and text.isdigit() and len(text) <= TOKEN_DIGITS
+    if not (is_number and 0 < int(text) <= TOKEN_MAX):
         raise _Refusal(400, "Bad Request", f"the header {HEADER} is no fencing token")
     return int(text)
+
+
+def _needs_token(method: str, methods: frozenset[str] | None) -> bool:
+    """Applications may take `post` for POST."""
+    method = method.upper()
+    return method not in SAFE if methods is None else method in methods
 
 
 def _too_late(error: StaleToken) -> _Refusal:
@@ -265,7 +315,8 @@ def _too_late(error: StaleToken) -> _Refusal:
 
 class WsgiGuard:
     """WSGI middleware: requests that change something need a token in `Dlmfs-Token`, not smaller
-    than any seen before. 428 without one, 400 for no number, 412 for one of the past.
+    than any seen before. 428 without one, 400 for no number, 412 for one of the past. `methods`:
+    those that need one, in capitals; None: all but GET, HEAD, OPTIONS and TRACE.
 
     `resource`: of a request's path, where one server guards several, each with a lock of its own.
     What a client says of itself must not choose it.
@@ -277,7 +328,7 @@ class WsgiGuard:
         register: Register,
         *,
         resource: Callable[[str], str] = _one_resource,
-        methods: frozenset[str] = UNSAFE,
+        methods: frozenset[str] | None = None,
     ) -> None:
         self.app, self.register = app, register
         self.resource, self.methods = resource, methods
@@ -286,7 +337,7 @@ class WsgiGuard:
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        if environ.get("REQUEST_METHOD", "GET") not in self.methods:
+        if not _needs_token(environ.get("REQUEST_METHOD", "GET"), self.methods):
             return self.app(environ, start_response)
         resource = self.resource(environ.get("PATH_INFO", ""))
         try:
@@ -349,7 +400,7 @@ class AsgiGuard:
         register: Register,
         *,
         resource: Callable[[str], str] = _one_resource,
-        methods: frozenset[str] = UNSAFE,
+        methods: frozenset[str] | None = None,
     ) -> None:
         self.app, self.register = app, register
         self.resource, self.methods = resource, methods
@@ -361,11 +412,13 @@ class AsgiGuard:
         receive: Callable[[], Awaitable[Any]],
         send: Callable[[dict[str, Any]], Awaitable[None]],
     ) -> None:
-        if scope["type"] != "http" or scope["method"] not in self.methods:
+        if scope["type"] != "http" or not _needs_token(scope["method"], self.methods):
             await self.app(scope, receive, send)
             return
         name = HEADER.lower().encode()
-        text = next((v.decode("latin-1") for k, v in scope["headers"] if k.lower() == name), None)
+        texts = [v.decode("latin-1") for k, v in scope["headers"] if k.lower() == name]
+        # As RFC 9110 (5.2) joins lines of one name: two tokens are no token.
+        text = ", ".join(texts) if texts else None
         try:
             async with self._admitted(self.resource(scope["path"]), _token_of(text)):
                 await self.app(scope, receive, send)

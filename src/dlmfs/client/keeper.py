@@ -8,7 +8,8 @@ the grant and the line that would have noted it; here none can.
 
 Rules of this file
 ------------------
-* `_mutex` guards the race of grant and giving up: whoever comes first decides, once.
+* `_mutex` guards the race of grant and giving up: whoever comes first decides, once. It is reentrant:
+  a signal's handler, or `__del__`, may come while the same thread has it.
 * A thread is signalled only under `_mutex` while it says that it is in a call: never one that ended.
 * A signal may come just before the system call that it should end: it is repeated until the wait is
   over. The thread's retries keep its place in the queue (docs/reference.md, "Signals").
@@ -79,49 +80,60 @@ def _catch_wake() -> None:
         libc.siginterrupt(WAKE, 1)  # or flock(2) would go on
 
 
+Event = Callable[[bool], Callable[[], object] | None]
+"""Notes that the lock is lost (True) or wanted, without waiting; gives the program's callback."""
+
+
 class Keeper(threading.Thread):
     """Waits for the lock and keeps it until `release`. `told` is called from this thread once
-    it is `settled`; `event`, from the watcher's, when the lock is wanted or lost."""
+    it is `settled`; `event`, from the watcher's, when the lock is wanted or lost, and the callback
+    that it gives, from this thread."""
 
     def __init__(
         self,
         request: logic.Request,
         told: Callable[[], object],
-        event: Callable[[bool], object],
+        event: Event,
     ) -> None:
         super().__init__(name=f"dlmfs:{request.place.name}", daemon=True)
         self.request = request
         self.process = os.getpid()
         self.token = 0
+        self.file = ""
+        """Which file it is, for a forked child."""
         self.error: BaseException | None = None
         """Why it came to nothing."""
         self.settled = threading.Event()
         """The wait is over, one way or the other."""
+        self._gate = threading.Lock()
+        self._gate.acquire()
         self.is_lost = False
         self._told = told
         self.on_event = event
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._in_call = False
         self._given_up = False
         self._fd = -1
         self._users = 0
+        self._turn: Turn | None = None
         self._leaving = -1
         """The descriptor that is released, and closed by its last user."""
         self._early = 0
         """Events that came before it was settled."""
+        self._is_watched = False
 
     # -- this thread ---------------------------------------------------------------------------
 
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, BLOCKED)
         _keepers[id(self)] = self
-        turn: Turn | None = None
         try:
             fd = -1
             try:
-                turn = self._turn()
+                self._turn = self._enter()
                 fd = logic.drive(logic.taking(self.request), self._do)
+                self.file = _identity(fd)
                 self.token = int(os.getxattr(fd, TOKEN))
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
@@ -136,15 +148,15 @@ class Keeper(threading.Thread):
             while (job := self._jobs.get()) is not None:
                 job()
         finally:
-            if turn is not None:
-                turns.leave(self._lock, turn)
+            self.release()  # again: a signal's handler may have ended the caller's
+            self._leave()
             del _keepers[id(self)]
 
     @property
     def _lock(self) -> object:
         return self.request.place.dev, self.request.place.domain, self.request.place.name
 
-    def _turn(self) -> Turn:
+    def _enter(self) -> Turn:
         """Wait for those of this process that came before. Raises Cancelled, NotGranted."""
         path, trying = self.request.place.path, self.request.trying
         turn = turns.enter(
@@ -160,18 +172,21 @@ class Keeper(threading.Thread):
         """Decide, once, what came of it. Watching asks the daemon, so it begins before."""
         if self.error is None:
             try:
-                watcher().add(fd, self)
+                self._watch(fd)
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
+            except BaseException as error:  # no thread for the watcher: or it is never settled
+                self.error = error
         with self._mutex:
             if self._given_up and self.error is None:
-                watcher().remove(fd)
+                watcher(self.request.place.dev).remove(fd)
                 self.error = Cancelled(f"the wait for {self.request.place.path} was given up")
             if self.error is None:
                 self._fd = fd
             elif fd >= 0:
                 os.close(fd)
             self.settled.set()
+            self._gate.release()
         if self.error is not None:
             self._jobs.put(None)
 
@@ -184,14 +199,24 @@ class Keeper(threading.Thread):
                     self._give_up_place(path)
                     raise
             case logic.Exclude(fd, operation):
+                # A wait in flock(2) ends with the file's holder, and not with the mount: a holder that
+                # does not notice a loss would keep this one waiting for nothing.
+                self._watch(fd)
                 return self._call(_libc().flock, fd, operation)
             case logic.MakeDomain(path):
                 os.mkdir(path)
             case logic.Device(fd):
                 return os.fstat(fd).st_dev
             case logic.Close(fd):
+                if self._is_watched:
+                    watcher(self.request.place.dev).remove(fd)
                 os.close(fd)
         return 0
+
+    def _watch(self, fd: int) -> None:
+        if not self._is_watched:
+            watcher(self.request.place.dev).add(fd, self)
+            self._is_watched = True
 
     def _call(self, function: Any, *arguments: object) -> int:
         """A call that may wait. Raises Cancelled instead of calling again once it was given up."""
@@ -199,6 +224,8 @@ class Keeper(threading.Thread):
             with self._mutex:
                 if self._given_up:
                     raise Cancelled(f"the wait for {self.request.place.path} was given up")
+                if logic.is_lost(self._early):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
                 self._in_call = True
             try:
                 result: int = function(*arguments)
@@ -219,7 +246,27 @@ class Keeper(threading.Thread):
         if fd >= 0:
             os.close(fd)
 
+    @property
+    def has_it(self) -> bool:
+        """Granted, and neither lost nor released."""
+        return self._fd >= 0 and not self.is_lost
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is awaited or held any more."""
+        return self.settled.is_set() and self._fd < 0
+
     # -- any thread ----------------------------------------------------------------------------
+
+    def wait(self, limit: float | None = None) -> bool:
+        """Wait until it is settled; False after `limit` seconds. For the one thread that began it.
+
+        Not by the event, whose wait is written in Python: an exception of a signal's handler in the
+        middle of that may leave it locked, and this thread waiting for it with the lock in hand."""
+        if self.settled.is_set():
+            return True
+        most = -1 if limit is None else max(0.0, min(limit, threading.TIMEOUT_MAX))
+        return self._gate.acquire(timeout=most)
 
     def give_up(self) -> bool:
         """End the wait: nothing will be held. False if it is settled already: held, or failed.
@@ -233,18 +280,20 @@ class Keeper(threading.Thread):
             if self._given_up:
                 return True
             self._given_up = True
-        turns.look()
+        if self.ident is None:
+            return True  # it has not begun, and looks before it waits
         with contextlib.suppress(RuntimeError):  # while the interpreter ends
             threading.Thread(target=self._interrupt, name="dlmfs:cancel", daemon=True).start()
         return True
 
     def _interrupt(self) -> None:
+        turns.look()
         _catch_wake()
         for pause in itertools.chain(AGAIN_S, itertools.repeat(AGAIN_S[-1])):
             with self._mutex:
                 if self._in_call and self.ident is not None:
                     signal.pthread_kill(self.ident, WAKE)
-            if self.settled.wait(pause):
+            if self.settled.wait(pause) or not self.is_alive():
                 return
 
     @contextlib.contextmanager
@@ -290,29 +339,57 @@ class Keeper(threading.Thread):
         with self._mutex:
             if not self.settled.is_set():
                 self._early |= events
+                if lost:
+                    threading.Thread(target=self._interrupt, name="dlmfs:lost", daemon=True).start()
                 return
             if self._fd < 0:
                 return
             self.is_lost = self.is_lost or lost
-        self.on_event(lost)
+            callback = self.on_event(lost)  # here: after a release nothing is told any more
+        if callback is not None:
+            self._jobs.put(functools.partial(self._call_back, callback))
+
+    def _call_back(self, callback: Callable[[], object]) -> None:
+        """In this lock's thread: while one waits, another lock's loss must still be told."""
+        if not self.has_it:
+            return
+        try:
+            callback()
+        except BaseException:  # the thread stands for the holder and must go on
+            import logging
+
+            logging.getLogger("dlmfs.client").exception("a notice's callback failed")
 
     def release(self) -> None:
-        """Drop the lock. May be repeated; never waits."""
+        """Drop the lock. Never waits. May be repeated, and goes on where an exception ended it: a
+        signal's handler may raise at any line of it."""
         if self.process != os.getpid():
             return  # closed already, by `_forked`
-        with self._mutex:
-            if self._fd < 0:
-                return
-            watcher().remove(self._fd)
-            self._fd, self._leaving = -1, self._fd
-        self._close_unused()
-        self._jobs.put(None)
+        try:
+            with self._mutex:
+                if self._fd >= 0:
+                    watcher(self.request.place.dev).remove(self._fd)
+                    self._fd, self._leaving = -1, self._fd
+            self._close_unused()
+        finally:
+            self._jobs.put(None)
+
+    def leave(self) -> None:
+        """After `release`: let the next one of this process have its turn before this returns, and
+        not only when the thread has ended: a trylock would be refused for nothing. Not for `__del__`,
+        which may come in the middle of another's turn."""
+        if self.process == os.getpid() and self.is_over and self._leaving < 0:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._turn is not None:
+            turns.leave(self._lock, self._turn)
 
     def _close_unused(self) -> None:
         with self._mutex:
             if self._leaving >= 0 and not self._users:
-                os.close(self._leaving)
-                self._leaving = -1
+                fd, self._leaving = self._leaving, -1  # nothing comes between this and the close
+                os.close(fd)
 
 
 def _forked() -> None:
@@ -321,8 +398,9 @@ def _forked() -> None:
     keepers = list(_keepers.values())
     _keepers.clear()
     for keeper in keepers:
+        keeper.process = 0  # in a new pid namespace this process may have its parent's number
         for fd in (keeper._fd, keeper._leaving):  # noqa: SLF001 - its own module
-            _close_copy(fd, {keeper.request.place.path})
+            _close_copy(fd, {keeper.request.place.path}, keeper.file)
     if any(not keeper.settled.is_set() for keeper in keepers):
         # Opened in the parent just before the fork, and noted nowhere yet. A descriptor that the
         # program itself has on such a file goes too: it had asked the library for that lock.
@@ -331,11 +409,24 @@ def _forked() -> None:
             _close_copy(int(name), paths)
 
 
-def _close_copy(fd: int, paths: set[str]) -> None:
-    """Close it if it is one of these files: the parent may have closed it just before the fork."""
+def _close_copy(fd: int, paths: set[str], file: str = "") -> None:
+    """Close it if it is one of these files: the parent may have closed it just before the fork. Not
+    by its path alone: the mount may have been detached meanwhile, and then it has another."""
     with contextlib.suppress(OSError):
-        if os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)") in paths:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if {path, path.removesuffix(" (deleted)")} & paths or (file and _identity(fd) == file):
             os.close(fd)
+
+
+def _identity(fd: int) -> str:
+    """The file that is open there, by its mount and number, asking only the kernel; empty where that
+    does not tell (before Linux 5.14, or without /proc)."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as info:
+            lines = [line for line in info if line.startswith(("mnt_id:", "ino:"))]
+    except OSError:
+        return ""
+    return "".join(lines) if len(lines) == 2 else ""
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -87,8 +87,9 @@ class O2dlmError(DlmfsError):
 class Context:
     """An open domain; made by `initialize`. Its fields are for this module."""
 
-    def __init__(self, mount: str, domain: str) -> None:
+    def __init__(self, mount: str, domain: str, dev: str) -> None:
         self.mount = mount
+        self.dev = dev
         self.path = f"{mount}/{domain}"
         self.locks: dict[str, int] = {}
         self.basts: dict[int, tuple[Callable[[Any], object], Any]] = {}
@@ -124,9 +125,10 @@ def initialize(dlmfs_path: AnyPath | None, domain_name: str) -> Context:
             raise O2dlmError(Code.NO_FS_DIR, path)
     finally:
         os.close(fd)
-    if mountinfo.find(path) is None:
+    entry = mountinfo.find(path)
+    if entry is None:
         raise O2dlmError(Code.NO_FS, f"{path} is not on a dlmfs mount")
-    context = Context(path.rstrip("/"), domain_name)
+    context = Context(path.rstrip("/"), domain_name, entry.dev)
     _make_domain(context)
     hidden = f".{secrets.token_hex(8)}"
     with _named(Code.LOCKING):
@@ -151,7 +153,13 @@ def _make_domain(context: Context) -> None:
 
 
 def _open(context: Context, lock_id: str, flags: int) -> int:
-    return os.open(f"{context.path}/{lock_id}", flags | os.O_CREAT | os.O_CLOEXEC, 0o664)
+    fd = os.open(f"{context.path}/{lock_id}", flags | os.O_CREAT | os.O_CLOEXEC, 0o664)
+    dev = os.fstat(fd).st_dev
+    if f"{os.major(dev)}:{os.minor(dev)}" != context.dev:
+        # Below a mount that is gone there may be a folder of that name: its files lock nothing.
+        os.close(fd)
+        raise O2dlmError(Code.LOCKING, f"{context.mount} was unmounted or mounted anew: initialize")
+    return fd
 
 
 def lock(context: Context, lock_id: str, lock_flags: int, level: Level) -> None:

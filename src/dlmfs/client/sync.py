@@ -32,37 +32,48 @@ class Lock(BaseLock):
         Raises TimedOut, Cancelled (see `cancel`), Deadlock; UsageError, NotPermitted, Unavailable
         where it cannot be had. Whatever is raised, by a signal's handler too: nothing is held.
         """
-        self._take(trying=False, limit=self.timeout if timeout is None else timeout)
+        keeper = self._made(trying=False)
+        try:
+            self._take(keeper, self.timeout if timeout is None else timeout)
+        except BaseException:
+            self._end(keeper)
+            raise
 
     def try_acquire(self) -> bool:
         """Have it at once, or not: whether it is held now. Another node's user is never waited for;
         a lock that is merely cached there is handed over. Raises as `acquire`."""
+        keeper = self._made(trying=True)
         try:
-            self._take(trying=True, limit=None)
-        except NotGranted as error:
+            self._take(keeper, None)
+        except BaseException as error:
+            self._end(keeper)
             if type(error) is NotGranted:
                 return False
             raise
         return True
 
-    def _take(self, *, trying: bool, limit: float | None) -> None:
-        self.lost.clear()
-        self.wanted.clear()
+    def _made(self, trying: bool) -> Keeper:
         # The keeper must not keep this object alive: what nobody can reach is to be released.
-        event = _Event(self.lost, self.wanted, self.on_notice)
-        keeper = self._begin(trying, _nothing, event)
+        return self._new(trying, _nothing, _Event(self.lost, self.wanted, self.on_notice))
+
+    def _take(self, keeper: Keeper, limit: float | None) -> None:
+        """Whatever it raises, `_end` is still to be called: a signal's handler may raise after it."""
+        self._begin(keeper)
+        for event in (self.lost, self.wanted):
+            if event.is_set():  # a handler that raises in `clear` may leave an event locked
+                event.clear()
         try:
             keeper.start()
             self._wait(keeper, limit)
         except BaseException:
-            self._end()
-            keeper.settled.wait(ENDS_WITHIN_S)
+            self._end(keeper)
+            keeper.wait(ENDS_WITHIN_S)
             raise
 
     def _wait(self, keeper: Keeper, limit: float | None) -> None:
-        if not keeper.settled.wait(limit) and keeper.give_up():
+        if not keeper.wait(limit) and keeper.give_up():
             raise TimedOut(f"{self.path} could not be had within {limit:g} s")
-        keeper.settled.wait()  # it comes at once now
+        keeper.wait()  # it comes at once now
         settled(keeper)
         self._is_held = True
 
@@ -94,12 +105,13 @@ class Lock(BaseLock):
         return self._kept().abandoned()
 
     def __enter__(self) -> Self:
+        keeper = self._made(trying=False)
         try:
-            self.acquire()
+            self._take(keeper, self.timeout)
+            return self
         except BaseException:
-            self._end()
+            self._end(keeper)
             raise
-        return self
 
     def __exit__(
         self,
@@ -108,9 +120,11 @@ class Lock(BaseLock):
         trace: TracebackType | None,
     ) -> None:
         """Drop the lock. Raises LockLost if it was lost meanwhile, unless something else is raised."""
-        keeper = self._end()
-        if kind is None and keeper is not None:
-            self._lost_by(keeper)
+        keeper = self._keeper
+        if keeper is not None:
+            self._end(keeper)
+            if kind is None:
+                self._lost_by(keeper)
 
 
 class _Event:
@@ -124,12 +138,11 @@ class _Event:
     ) -> None:
         self.lost, self.wanted, self.on_notice = lost, wanted, on_notice
 
-    def __call__(self, lost: bool) -> None:
+    def __call__(self, lost: bool) -> Callable[[], object] | None:
         if lost:
             self.lost.set()
         self.wanted.set()  # of a lost lock too: whoever waits for it must not wait for ever
-        if self.on_notice is not None and not lost:
-            self.on_notice()
+        return None if lost else self.on_notice
 
 
 def _nothing() -> None:

@@ -26,7 +26,10 @@ class Turns:
 
     def __init__(self) -> None:
         self._queues: dict[object, list[Turn]] = {}
-        self._changed = threading.Condition()
+        self._mutex = threading.RLock()
+        """Itself, and not by way of the condition: an exception of a signal's handler may come in
+        the middle of what a condition does in Python before it releases."""
+        self._changed = threading.Condition(self._mutex)
 
     def enter(
         self, lock: object, shared: bool, *, trying: bool, given_up: Callable[[], bool]
@@ -34,7 +37,7 @@ class Turns:
         """Wait for one's turn; None if it did not come: `given_up`, or it is `trying` and somebody
         is before it."""
         turn = Turn(shared)
-        with self._changed:
+        with self._mutex:
             queue = self._queues.setdefault(lock, [])
             queue.append(turn)
             if not trying:
@@ -45,19 +48,21 @@ class Turns:
             return None
 
     def leave(self, lock: object, turn: Turn) -> None:
-        with self._changed:
+        """May be repeated, and goes on where an exception ended it."""
+        with self._mutex:
             self._remove(lock, turn)
 
     def _remove(self, lock: object, turn: Turn) -> None:
-        queue = self._queues[lock]
-        queue.remove(turn)
+        queue = self._queues.get(lock, [])
+        if turn in queue:
+            queue.remove(turn)
         if not queue:
-            del self._queues[lock]
+            self._queues.pop(lock, None)
         self._changed.notify_all()
 
     def look(self) -> None:
         """Somebody has given up."""
-        with self._changed:
+        with self._mutex:
             self._changed.notify_all()
 
 

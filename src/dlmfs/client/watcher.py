@@ -1,4 +1,4 @@
-"""One thread that hears, for all locks of this process, when somebody wants one and when it is lost.
+"""One thread that hears, for all locks of a mount, when somebody wants one and when it is lost.
 
 epoll(7) and not poll(2): a poll holds on to the open file while it sleeps, so that the close of
 another thread would release nothing. Edge-triggered: a notice stays readable until the lock is
@@ -11,7 +11,9 @@ import contextlib
 import os
 import select
 import threading
-from typing import Protocol
+from typing import Final, Protocol
+
+EVENTS: Final = select.EPOLLIN | select.EPOLLET
 
 
 class Watched(Protocol):
@@ -27,6 +29,9 @@ class Watcher:
         self.process = os.getpid()
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}
+        self._round = 0
+        self._removed: dict[int, int] = {}
+        """In which round a number was removed: what that round brings may be about the file before."""
         thread = threading.Thread(target=self._watch, name="dlmfs:notices", daemon=True)
         thread.start()
 
@@ -34,7 +39,7 @@ class Watcher:
         """May wait for the mount's daemon, which is asked for the present state."""
         self._watched[fd] = holder
         try:
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+            self._epoll.register(fd, EVENTS)
         except OSError:
             del self._watched[fd]
             raise
@@ -42,12 +47,13 @@ class Watcher:
     def remove(self, fd: int) -> None:
         """To be called before it is closed: a copy of it elsewhere would keep it watched."""
         self._watched.pop(fd, None)
+        self._removed[fd] = self._round
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
     def abandon(self) -> None:
         """In a forked child: the parent's epoll must not be touched, only let go."""
-        os.close(self._epoll.fileno())
+        self._epoll.close()  # and not its number alone, which would be closed again later
 
     def _watch(self) -> None:
         while True:
@@ -56,33 +62,42 @@ class Watcher:
                 holder = self._watched.get(fd)
                 if holder is None:
                     continue
+                if self._removed.pop(fd, -1) == self._round:
+                    # Between the poll and here the number may have become another lock's, which
+                    # would be told of the loss of the one before: ask anew.
+                    with contextlib.suppress(OSError):
+                        self._epoll.modify(fd, EVENTS)
+                    continue
                 try:
                     holder.happened(events)
-                except Exception:  # a program's callback; the others' notices must go on
+                except Exception:  # of one lock; the others' notices must go on
                     import logging
 
-                    logging.getLogger("dlmfs.client").exception("a notice's callback failed")
+                    logging.getLogger("dlmfs.client").exception("a notice could not be told")
+            self._round += 1
 
 
-_watcher: Watcher | None = None
-_making = threading.Lock()
+_watchers: dict[str, Watcher] = {}
+"""By the mount's device. One for each mount: while epoll asks a daemon that is stopped, nothing can be
+added to it or removed, and that must not concern another mount's locks."""
+_making = threading.RLock()
+"""Reentrant, for a signal's handler that releases a lock."""
 
 
-def watcher() -> Watcher:
-    """This process's watcher."""
-    global _watcher  # noqa: PLW0603 - one for each process
+def watcher(device: str) -> Watcher:
+    """This process's watcher of a mount's locks."""
     with _making:
-        if _watcher is None:
-            _watcher = Watcher()
-        return _watcher
+        if device not in _watchers:
+            _watchers[device] = Watcher()
+        return _watchers[device]
 
 
 def _forked() -> None:
-    global _watcher, _making  # noqa: PLW0603 - the parent's thread does not run here
-    _making = threading.Lock()
-    if _watcher is not None:
-        _watcher.abandon()
-        _watcher = None
+    global _making  # noqa: PLW0603 - the parent's threads do not run here
+    _making = threading.RLock()
+    for each in _watchers.values():
+        each.abandon()
+    _watchers.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
