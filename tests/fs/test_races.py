@@ -177,3 +177,18 @@ def test_a_clean_end_with_waiters_behind_each_other_marks_no_death(nodes: Nodes)
     elsewhere = nodes.hold(b / "dom/x")
     assert elsewhere.wait() == "held"
     assert os.getxattr(b / "dom/x", ABANDONED) == b""
+
+
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_a_trylock_after_another_nodes_close_is_never_refused_for_its_sake(
+    nodes: Nodes, rule: str
+) -> None:
+    """close(2) returns before the daemon reads the RELEASE. The trylock's wish could overtake it, and
+    found a user who had gone (promise 6). One in ten was refused so."""
+    a, b = (node / "dom/x" for node in nodes.pair(f"owner={rule}"))
+    for path in (a, b):
+        path.touch()
+    for turn in range(200):
+        here, there = (a, b) if turn % 2 else (b, a)
+        os.close(os.open(here, os.O_RDWR))
+        os.close(os.open(there, os.O_RDONLY | os.O_NONBLOCK))

@@ -5,6 +5,7 @@ Rules of this file
 * Actions are carried out in the order in which the core gave them, whatever comes of each.
 * The core hears of others' wishes when they have changed, and with what came here before them.
 * A trylock is answered in bounded time, without the cluster if need be (promise 6, protocol-traps 13).
+* Another node's trylock is refused for users only who are here still: see `_refuse`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dlmfs.core.events import (
     Grant,
     Identify,
     Notify,
+    Phase,
     RefuseTry,
     Stage,
     Withdraw,
@@ -43,6 +45,7 @@ class Local:
 
     __slots__ = (
         "_lock",
+        "_looked_again",
         "_seen",
         "_todo",
         "_try_timer",
@@ -59,6 +62,8 @@ class Local:
         self.told = False
         self.wanted: Wanted | None = NOTHING
         """What the core was told last; None: tell it in any case."""
+        self._looked_again: Wanted | None = None
+        """What the core was told a second time, for the sake of trylocks."""
         self._seen: dict[int, int] | None = None
         self._todo: list[Action] = []
         self._try_timer: Timer | None = None
@@ -89,7 +94,7 @@ class Local:
                         kin = host.is_kin(claim, list(lock.res.holders.values()))
                         self._todo.extend(lock.res.identified(claim, kin=kin))
                     case RefuseTry():
-                        self.refuse_try = True
+                        self._refuse()
                     case Ask() | Drop():
                         self.told = False
                     case Withdraw():
@@ -123,6 +128,24 @@ class Local:
         queue = [w.revision for w in view.others() if not w.trying]
         self._seen = {r: seen.get(r, last) for r in queue} or None
         return min(self._seen.values()) if self._seen else None
+
+    def _refuse(self) -> None:
+        """The core wants others' trylocks refused. First the requests are heard that the kernel had for
+        us before we heard of these wishes: a close(2) returns before its RELEASE is read, and what
+        begins after that must not be refused for its sake. They are read in the next turn of the loop,
+        behind what waits for that turn already: so the core is asked again two turns from now."""
+        if self.wanted is self._looked_again:
+            self.refuse_try = True
+        elif self.wanted is not None:
+            loop = self._lock.space.loop
+            loop.call_soon(loop.call_soon, self._ask_again, self.wanted)
+
+    def _ask_again(self, wanted: Wanted) -> None:
+        lock = self._lock
+        if self.wanted is wanted and lock.res.phase is not Phase.LOST:
+            self._looked_again = wanted
+            self.run(lock.res.wanted(*wanted[0], self._before_others(lock.view)))
+            lock.resume()
 
     # -- the time of trylocks -------------------------------------------------------------------
 
