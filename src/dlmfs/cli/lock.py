@@ -9,20 +9,29 @@ import fcntl
 import getopt
 import itertools
 import os
-import signal
 import sys
 import time
 from typing import Final, NoReturn
 
+from dlmfs.cli.front import Behind
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
-from dlmfs.errors import Deadlock, DlmfsError, LockLost, NotGranted, TimedOut, UsageError
+from dlmfs.errors import (
+    Deadlock,
+    DlmfsError,
+    LockLost,
+    NotGranted,
+    TimedOut,
+    Unavailable,
+    UsageError,
+)
 
 USAGE_EXIT: Final = 64
 """As flock(1), which takes its codes from sysexits.h: 2 may well be the command's own."""
 
-AGAIN_S: Final = 0.05
-"""The timer goes on: its signal may come just before the system call that it should end."""
+ANSWER_S: Final = 15.0
+"""Whoever would not wait is answered within this for each lock, unless the daemon stands still: 5 s at
+most where the store does not answer, for domain and lock, and 3 s for another node that is silent."""
 
 HELP: Final = """\
 usage: dlmfs lock [OPTIONS] PATH... -- COMMAND [ARG...]
@@ -170,7 +179,11 @@ def run(args: list[str]) -> int:
             return 0
         places = arrange(order.paths)
         begun = time.monotonic()
+        behind = Behind()
+        if not behind.is_here:
+            behind.wait(*limit(places, order))
         fds = take(places, order)
+        tokens = [str(token(fd, where)) for where, fd in fds.items()]
     except UsageError as error:
         print(f"dlmfs: {error}", file=sys.stderr)
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
@@ -178,49 +191,49 @@ def run(args: list[str]) -> int:
         if order.verbose or isinstance(error, Deadlock):
             print(f"dlmfs: {error}", file=sys.stderr)
         return order.conflict_exit
+    behind.has_it()
     if order.verbose:
         waited = time.monotonic() - begun
         print(f"dlmfs: having the lock took {waited:.6f} s", file=sys.stderr)
     environment = {
         "DLMFS_LOCK": "\n".join(p.path for p in places),
         "DLMFS_MODE": "PR" if order.shared else "EX",
-        "DLMFS_TOKEN": "\n".join(
-            str(token(fd, p)) for fd, p in zip(fds.values(), places, strict=True)
-        ),
+        "DLMFS_TOKEN": "\n".join(tokens),
     }
     from dlmfs.cli.supervise import supervise
 
     if not order.close:
         for fd in fds.values():
             os.set_inheritable(fd, True)
-    return supervise(order.command, environment, {fd: p.path for p, fd in fds.items()})
+    return behind.end(supervise(order.command, environment, {fd: p.path for p, fd in fds.items()}))
 
 
 def take(places: list[Place], order: Order) -> dict[Place, int]:
-    """The open files of the locks, all of them granted. Raises TimedOut after `order.wait_s`, which
-    is for all of them together."""
+    """The open files of the locks, all of them granted."""
     fds = {}
-    if order.wait_s and not order.trying:
-        signal.signal(signal.SIGALRM, _time_is_up)
-        signal.setitimer(signal.ITIMER_REAL, order.wait_s, AGAIN_S)
-    try:
-        for each in places:
-            request = logic.Request(each, order.shared, order.trying)
-            fds[each] = logic.drive(logic.taking(request), do)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if signal.getsignal(signal.SIGALRM) is _time_is_up:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for each in places:
+        request = logic.Request(each, order.shared, order.trying)
+        fds[each] = logic.drive(logic.taking(request), do)
     return fds
 
 
-def _time_is_up(*_: object) -> None:
-    raise TimedOut("the lock could not be had in that time")
+def limit(places: list[Place], order: Order) -> tuple[float | None, DlmfsError]:
+    """How many seconds the locks are waited for, all together, and what it means if they are not had
+    by then."""
+    late: DlmfsError = TimedOut("the lock could not be had in that time")
+    if order.trying:
+        wait_s = ANSWER_S * len(places)
+        where = " or ".join(sorted({p.mountpoint for p in places}))
+        late = Unavailable(
+            f"the daemon of {where} has not answered for {wait_s:g} s: it is stopped, or hangs "
+            "(`dlmfs status` says which)"
+        )
+        return wait_s, late
+    return order.wait_s, late
 
 
 def do(step: logic.Step) -> int:
-    """One step, in this process's only thread: Python's calls go on after a signal, unless its
-    handler raises."""
+    """One step. Python's calls go on after a signal."""
     match step:
         case logic.Open(path, flags):
             fd = os.open(path, flags, 0o666)

@@ -4,8 +4,7 @@ Rules of this file
 ------------------
 * The command stays in our process group and session: the terminal, its signals and the shell's job
   control work as if we were not there.
-* Signals are blocked and awaited, in the command's stead: nothing can come between its start and
-  our being ready for it. A signal that the kernel sent to the whole group has reached the command.
+* Signals are blocked and awaited, in the command's stead (signals.py).
 * Processes are found by parentage. We are the subreaper of the tree, so whatever detaches itself,
   double fork and new session included, becomes our child; when we have no child left, none lives.
 """
@@ -24,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
+from dlmfs.cli.signals import AWAITED, LOST, SI_KERNEL, STOPS, pass_on, reap, suffer
 from dlmfs.client.logic import is_lost
 from dlmfs.errors import LockLost
 
@@ -41,27 +41,7 @@ KILLING_S: Final = 10.0
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 
-SI_KERNEL: Final = 0x80
 PR_SET_CHILD_SUBREAPER: Final = 36
-
-STOPS: Final = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
-PASSED_ON: Final = frozenset(
-    {
-        signal.SIGHUP,
-        signal.SIGINT,
-        signal.SIGQUIT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGALRM,
-        signal.SIGCONT,
-        signal.SIGWINCH,
-    }
-)
-LOST: Final = signal.SIGIO
-"""The watching thread's word to the main one."""
-
-AWAITED: Final = PASSED_ON | STOPS | {signal.SIGCHLD, LOST}
 
 
 class _Watch(threading.Thread):
@@ -90,7 +70,6 @@ def supervise(
 ) -> int:
     """Run the command to its end; its exit code, or what docs/reference.md says of `dlmfs lock`.
     `locks`: open files and their paths; inheritable ones are the command's too."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -140,9 +119,9 @@ def _await(child: int, watch: _Watch) -> int | None:
         info = signal.sigwaitinfo(AWAITED)
         number = signal.Signals(info.si_signo)
         if number == signal.SIGCHLD:
-            code = _reap(child)
+            code = reap(child)
             if code is not None:
-                return code
+                return code if code >= 0 else 128 - code
         elif number == LOST:
             if watch.lost:
                 return None
@@ -150,9 +129,9 @@ def _await(child: int, watch: _Watch) -> int | None:
             watch.lost, watch.grace_s = path, WATCHDOG_GRACE_S
             return None
         else:
-            _pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
+            pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
             if number in STOPS:
-                _stop(number)
+                suffer(number)
 
 
 def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
@@ -171,33 +150,6 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
         if entry is not None and daemon_pid(entry) == parent:
             return path
     return ""
-
-
-def _reap(child: int) -> int | None:
-    """Take the status of whatever has ended; the command's exit code if it is among that."""
-    code = None
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            if pid == child:
-                code = os.waitstatus_to_exitcode(status)
-                code = code if code >= 0 else 128 - code
-    return code
-
-
-def _pass_on(number: signal.Signals, child: int, *, everywhere: bool) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if not everywhere or os.getpgid(child) != os.getpgrp():
-            os.kill(child, number)
-
-
-def _stop(number: signal.Signals) -> None:
-    """Stop as the signal would have stopped us; the shell sees it. Returns when it is continued."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-    signal.pthread_kill(threading.get_ident(), number)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
 
 # -- the end of all ---------------------------------------------------------------------------------
