@@ -37,13 +37,14 @@ def mounts(nodes: EtcdNodes, proxy: Proxy, *options: str) -> tuple[Path, Path]:
     return victim, nodes.mount("safe")
 
 
+@pytest.mark.parametrize("on_lost", ["none", "kill"])
 @pytest.mark.parametrize("how", ["cut off", "stopped"])
 def test_the_commands_tree_is_ended_before_another_is_granted_the_lock(
-    nodes: EtcdNodes, proxy: Proxy, how: str
+    nodes: EtcdNodes, proxy: Proxy, how: str, on_lost: str
 ) -> None:
-    """A stopped daemon says nothing; its watchdog does (`-o on-lost=`), and soon kills `dlmfs lock`
-    itself."""
-    victim, safe = mounts(nodes, proxy, *(["on-lost=kill"] if how == "stopped" else []))
+    """A stopped daemon says nothing, but its deadline is known. With `on-lost=kill` its watchdog soon
+    kills `dlmfs lock` itself."""
+    victim, safe = mounts(nodes, proxy, f"on-lost={on_lost}")
     job = Job(victim / "dom/x", "--", sys.executable, "-c", TREE, "0")
     handles: list[int] = []
     try:

@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 from dlmfs.cli.front import Behind
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
+from dlmfs.deadline import Deadline
 from dlmfs.errors import (
     Deadlock,
     DlmfsError,
@@ -205,7 +206,8 @@ def run(args: list[str]) -> int:
     if not order.close:
         for fd in fds.values():
             os.set_inheritable(fd, True)
-    return behind.end(supervise(order.command, environment, {fd: p.path for p, fd in fds.items()}))
+    locks = {fd: p.path for p, fd in fds.items()}
+    return behind.end(supervise(order.command, environment, locks, deadlines(places)))
 
 
 def take(places: list[Place], order: Order) -> dict[Place, int]:
@@ -215,6 +217,13 @@ def take(places: list[Place], order: Order) -> dict[Place, int]:
         request = logic.Request(each, order.shared, order.trying)
         fds[each] = logic.drive(logic.taking(request), do)
     return fds
+
+
+def deadlines(places: list[Place]) -> dict[str, Deadline]:
+    """That of each mount that has one, by the path of a lock there. To be found after the grant."""
+    one_each = {p.dev: p for p in places}
+    found = {p.path: Deadline.find(p.dev, p.uid) for p in one_each.values()}
+    return {path: deadline for path, deadline in found.items() if deadline is not None}
 
 
 def limit(places: list[Place], order: Order) -> tuple[float | None, DlmfsError]:

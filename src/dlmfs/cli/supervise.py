@@ -25,6 +25,7 @@ from typing import Final
 
 from dlmfs.cli.signals import AWAITED, LOST, SI_KERNEL, STOPS, pass_on, reap, suffer
 from dlmfs.client.logic import is_lost
+from dlmfs.deadline import Deadline, boottime, sleep_until
 from dlmfs.errors import LockLost
 
 GRACE_S: Final = 1.0
@@ -44,32 +45,54 @@ NOT_FOUND: Final = 127
 PR_SET_CHILD_SUBREAPER: Final = 36
 
 
-class _Watch(threading.Thread):
-    """Waits for the loss of a lock. A thread, since poll(2) asks the daemon, which may be stopped."""
+class _Watch:
+    """Waits for the loss of a lock, in threads of its own: poll(2) asks the daemon, which may stand
+    still, and then the deadlines are to be looked at."""
 
-    def __init__(self, locks: Mapping[int, str]) -> None:
-        super().__init__(daemon=True)
+    def __init__(self, locks: Mapping[int, str], deadlines: Mapping[str, Deadline]) -> None:
         self.lost = ""
         self.grace_s = GRACE_S
         self.locks = locks
+        self._deadlines = deadlines
 
-    def run(self) -> None:
+    def start(self) -> None:
+        threading.Thread(target=self._poll, daemon=True).start()
+        if self._deadlines:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _is_lost(self, path: str) -> None:
+        self.lost = self.lost or path
+        os.kill(os.getpid(), LOST)
+
+    def _poll(self) -> None:
         poll = select.poll()
         for fd in self.locks:
             poll.register(fd, 0)
         while True:
             for fd, events in poll.poll():
                 if is_lost(events):
-                    self.lost = self.locks[fd]
-                    os.kill(os.getpid(), LOST)
+                    self._is_lost(self.locks[fd])
                     return
+
+    def _look(self) -> None:
+        """They are moved on while the node is well; so each is looked at when the last one is there."""
+        while True:
+            at, path = min((each.at(), path) for path, each in self._deadlines.items())
+            if boottime() >= at:
+                self._is_lost(path)
+                return
+            sleep_until(at)
 
 
 def supervise(
-    command: Sequence[str], environment: Mapping[str, str], locks: Mapping[int, str]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    locks: Mapping[int, str],
+    deadlines: Mapping[str, Deadline],
 ) -> int:
     """Run the command to its end; its exit code, or what docs/reference.md says of `dlmfs lock`.
-    `locks`: open files and their paths; inheritable ones are the command's too."""
+    `locks`: open files and their paths; inheritable ones are the command's too. `deadlines`: by the
+    path of a lock, of each mount that has one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -77,7 +100,7 @@ def supervise(
     except OSError as error:
         print(f"dlmfs: {command[0]}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-    watch = _Watch(locks)
+    watch = _Watch(locks, deadlines)
     watch.start()
     code = _await(child, watch)
     if not watch.lost:
@@ -136,7 +159,7 @@ def _await(child: int, watch: _Watch) -> int | None:
 
 def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
     """The lock that is lost, if SIGTERM comes from the watchdog of its mount (`-o on-lost=`): a
-    process that the daemon has forked. A stopped daemon tells us nothing, and poll(2) neither."""
+    process that the daemon has forked. It may come before we have looked at the deadline."""
     try:
         with open(f"/proc/{sender}/stat", "rb") as file:
             parent = int(file.read().rpartition(b")")[2].split()[1])
@@ -190,7 +213,8 @@ def _none_left() -> bool:
 
 def end_all(grace_s: float) -> None:
     """SIGTERM to every process below us, SIGKILL after `grace_s` to those that are left and to those
-    that they make meanwhile."""
+    that they make meanwhile. One more SIGTERM for us is the watchdog's (`-o on-lost=`), or somebody's
+    who is in a hurry, too."""
     _signal_all(signal.SIGTERM, signal.SIGCONT)  # a stopped process cannot heed the first
     killing_at = time.monotonic() + grace_s
     while not _none_left():
@@ -201,4 +225,6 @@ def end_all(grace_s: float) -> None:
             return
         if now >= killing_at:
             _signal_all(signal.SIGKILL)
-        signal.sigtimedwait([signal.SIGCHLD], LOOK_S)
+        info = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], LOOK_S)
+        if info is not None and info.si_signo == signal.SIGTERM:
+            killing_at = min(killing_at, now + WATCHDOG_GRACE_S)
