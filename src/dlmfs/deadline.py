@@ -71,6 +71,9 @@ class Deadline:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._session = self._read()[1]
+        info = os.fstat(fd)
+        self.identity = info.st_dev, info.st_ino, self._session
+        """Of the session: no other's while this is open."""
 
     @classmethod
     def find(cls, dev: str, uid: int) -> Deadline | None:

@@ -30,10 +30,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from dlmfs.client import logic
+from dlmfs.client import deadlines, logic
 from dlmfs.client.turns import Turn, turns
 from dlmfs.client.watcher import watcher
-from dlmfs.errors import Cancelled, LockLost, NotGranted
+from dlmfs.errors import Cancelled, LockLost, NotGranted, Unavailable
 from dlmfs.model import LVB_SIZE
 
 AGAIN_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -108,6 +108,7 @@ class Keeper(threading.Thread):
         self._users = 0
         self._leaving = -1
         """The descriptor that is released, and closed by its last user."""
+        self._deadline: deadlines.Mount | None = None
         self._early = 0
         """Events that came before it was settled."""
 
@@ -160,12 +161,17 @@ class Keeper(threading.Thread):
         """Decide, once, what came of it. Watching asks the daemon, so it begins before."""
         if self.error is None:
             try:
+                self._deadline = deadlines.watch(self.request.place, self)
                 watcher().add(fd, self)
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
+            except RuntimeError as error:
+                self.error = Unavailable(f"{self.request.place.path} cannot be watched: {error}")
+            if self.error is not None and self._deadline is not None:
+                self._deadline.remove(self)
         with self._mutex:
             if self._given_up and self.error is None:
-                watcher().remove(fd)
+                self._unwatch(fd)
                 self.error = Cancelled(f"the wait for {self.request.place.path} was given up")
             if self.error is None:
                 self._fd = fd
@@ -174,6 +180,11 @@ class Keeper(threading.Thread):
             self.settled.set()
         if self.error is not None:
             self._jobs.put(None)
+
+    def _unwatch(self, fd: int) -> None:
+        watcher().remove(fd)
+        if self._deadline is not None:
+            self._deadline.remove(self)
 
     def _do(self, step: logic.Step) -> int:
         match step:
@@ -303,7 +314,7 @@ class Keeper(threading.Thread):
         with self._mutex:
             if self._fd < 0:
                 return
-            watcher().remove(self._fd)
+            self._unwatch(self._fd)
             self._fd, self._leaving = -1, self._fd
         self._close_unused()
         self._jobs.put(None)

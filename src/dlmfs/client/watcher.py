@@ -54,14 +54,18 @@ class Watcher:
             # One at a time: an event must not outlive its file, whose number may be used again.
             for fd, events in self._epoll.poll(maxevents=1):
                 holder = self._watched.get(fd)
-                if holder is None:
-                    continue
-                try:
-                    holder.happened(events)
-                except Exception:  # a program's callback; the others' notices must go on
-                    import logging
+                if holder is not None:
+                    tell(holder, events)
 
-                    logging.getLogger("dlmfs.client").exception("a notice's callback failed")
+
+def tell(holder: Watched, events: int) -> None:
+    """Whatever a program's callback raises: the others' notices must go on."""
+    try:
+        holder.happened(events)
+    except Exception:
+        import logging
+
+        logging.getLogger("dlmfs.client").exception("a notice's callback failed")
 
 
 _watcher: Watcher | None = None
