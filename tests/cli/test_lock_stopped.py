@@ -7,6 +7,7 @@ thread only.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -73,6 +74,10 @@ def test_the_wait_ends_all_the_same(nodes: Nodes, start: Start, read: bool, end:
             until(lambda: in_a_wait(behind))
             waiter.process.send_signal(end)
         assert waiter.process.wait(PATIENCE_S) == (-end if end else 9)
+        for pipe in (waiter.process.stdout, waiter.process.stderr):
+            assert pipe is not None
+            assert select.select([pipe], [], [], PATIENCE_S)[0], "a shell at $(...) goes on waiting"
+            assert pipe.read() == b""
         holder.let_go()
     holder.over()
     nothing_is_left(nodes, x)

@@ -7,38 +7,41 @@ one behind it ends, or before.
 
 Rules of this file
 ------------------
-* One byte in a pipe decides, once: the one behind takes it when it has the lock, the one in front when
-  it gives up. Whoever finds it gone came too late.
-* Until then the one behind dies with the one in front; what it is granted later it never uses.
+* The one in front decides, once: it answers the one behind, whose wait is over, or it has given up.
+* Until then the one behind dies with the one in front. What it is granted later it never uses.
+* Until then it has none of the standard streams either: somebody may wait for the end of one of them,
+  as a shell does at `$(...)`.
 * From then on the one in front only passes signals on, and the exit code back.
 """
 
 from __future__ import annotations
 
+import _socket  # what `socket` adds takes long to import
+import contextlib
 import os
 import signal
+import struct
 import sys
 import time
 from typing import Final, NoReturn
 
-from dlmfs.cli.signals import AWAITED, ENDS, SI_KERNEL, STOPS, pass_on, reap, suffer
-from dlmfs.errors import DlmfsError, Unavailable
+from dlmfs.cli.signals import AWAITED, ENDS, LOST, SI_KERNEL, STOPS, pass_on, reap, suffer
+from dlmfs.errors import Unavailable
 
 ENDS_WITHIN_S: Final = 1.0
 """How long the end of the one behind is awaited. Only a daemon that stands still leaves one longer."""
+ANSWER_S: Final = 15.0
+"""Whoever would not wait is answered within this for each lock, unless the daemon stands still: 5 s at
+most where the store does not answer, for domain and lock, and 3 s for another node that is silent."""
 PR_SET_PDEATHSIG: Final = 1
+STREAMS_SIZE: Final = struct.calcsize("3i")
 
 
-class Chance:
-    """Who takes it decides whether the lock is had."""
-
-    def __init__(self) -> None:
-        self._pipe, writing = os.pipe()
-        os.write(writing, b"1")
-        os.close(writing)
-
-    def take(self) -> bool:
-        return os.read(self._pipe, 1) != b""
+def no_answer(where: str, wait_s: float) -> Unavailable:
+    return Unavailable(
+        f"the daemon of {where} has not answered for {wait_s:g} s: it is stopped, or hangs "
+        "(`dlmfs status` says which)"
+    )
 
 
 class Behind:
@@ -47,15 +50,19 @@ class Behind:
     def __init__(self) -> None:
         """Fork. Raises Unavailable."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._chance = Chance()
+        self._streams = [fd for fd in (0, 1, 2) if _is_open(fd)]
+        ours, theirs = _socket.socketpair()
+        self._front = os.getpid()
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
-        front = os.getpid()
+        self._has_it = False
         try:
             self.pid = os.fork()
         except OSError as error:
             raise Unavailable(f"no process can be made: {error.strerror}") from None
+        self._socket, other = (theirs, ours) if self.is_here else (ours, theirs)
+        other.close()
         if self.is_here:
-            self._begin(front)
+            self._begin()
 
     @property
     def is_here(self) -> bool:
@@ -64,19 +71,31 @@ class Behind:
 
     # -- behind -------------------------------------------------------------------------------------
 
-    def _begin(self, front: int) -> None:
+    def _begin(self) -> None:
         """While it waits any signal ends it as if it were a program in C."""
         _die_with_parent(signal.SIGKILL)
-        if os.getppid() != front:
+        if os.getppid() != self._front:
             os._exit(1)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in self._streams:
+            os.dup2(null, fd)
+        os.close(null)
         if not _is_ignored(signal.SIGINT):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
-    def has_it(self) -> None:
-        """The lock is granted: to be used if the one in front has not given up, else this ends here."""
-        if not self._chance.take():
+    def over(self) -> None:
+        """The wait is over, whatever came of it. Ends here if the one in front has given up."""
+        os.kill(self._front, LOST)
+        space = _socket.CMSG_SPACE(STREAMS_SIZE)
+        word, messages, _, _ = self._socket.recvmsg(1, space, _socket.MSG_CMSG_CLOEXEC)
+        if not word:
             os._exit(1)
+        self._socket.close()
+        for _, _, data in messages:
+            for fd, copy in zip(self._streams, struct.iter_unpack("i", data), strict=True):
+                os.dup2(copy[0], fd)
+                os.close(copy[0])
         _die_with_parent(0)
 
     @staticmethod
@@ -89,17 +108,15 @@ class Behind:
 
     # -- in front -----------------------------------------------------------------------------------
 
-    def wait(self, limit_s: float | None, late: DlmfsError) -> NoReturn:
+    def wait(self, limit_s: float | None, late: Exception) -> NoReturn:
         """End as the one behind ends, by its exit code or signal, or by a signal that ends the wait.
-        Raises `late` if the lock is not had within `limit_s`."""
+        Raises `late` if the wait is not over within `limit_s`."""
         until = None if limit_s is None else time.monotonic() + limit_s
         while True:
             info = _next(until)
             if info is None:
-                until = None
-                if self._give_up():
-                    raise late
-                continue
+                self._give_up()
+                raise late
             number = signal.Signals(info.si_signo)
             if number == signal.SIGCHLD:
                 code = reap(self.pid)
@@ -107,22 +124,31 @@ class Behind:
                     self.end(code)
                 if code is not None:
                     _end_by(signal.Signals(-code))
-            elif number in ENDS and not _is_ignored(number) and self._give_up():
+            elif number == LOST and info.si_pid == self.pid and not self._has_it:
+                self._has_it, until = True, None
+                self._answer()
+            elif number in ENDS and not self._has_it and not _is_ignored(number):
+                self._give_up()
                 _end_by(number)
             else:
                 pass_on(number, self.pid, everywhere=info.si_code == SI_KERNEL)
                 if number in STOPS:
                     suffer(number)
 
-    def _give_up(self) -> bool:
-        """End the wait. False if it is over: the one behind has the lock."""
-        if not self._chance.take():
-            return False
+    def _answer(self) -> None:
+        """Give the one behind the standard streams."""
+        streams = struct.pack(f"{len(self._streams)}i", *self._streams)
+        message = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)] if streams else []
+        with contextlib.suppress(ConnectionError):  # it has ended meanwhile
+            self._socket.sendmsg([b"1"], message)
+        self._socket.close()
+
+    def _give_up(self) -> None:
+        """End the wait."""
         os.kill(self.pid, signal.SIGKILL)
         until = time.monotonic() + ENDS_WITHIN_S
         while reap(self.pid) is None and time.monotonic() < until:
             signal.sigtimedwait([signal.SIGCHLD], max(0.0, until - time.monotonic()))
-        return True
 
 
 def _next(until: float | None) -> signal.struct_siginfo | None:
@@ -130,6 +156,14 @@ def _next(until: float | None) -> signal.struct_siginfo | None:
     if until is None:
         return signal.sigwaitinfo(AWAITED)
     return signal.sigtimedwait(AWAITED, max(0.0, until - time.monotonic()))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _is_ignored(number: signal.Signals) -> bool:

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Final, NoReturn
 
-from dlmfs.cli.front import Behind
+from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
 from dlmfs.deadline import Deadline
@@ -23,16 +23,11 @@ from dlmfs.errors import (
     LockLost,
     NotGranted,
     TimedOut,
-    Unavailable,
     UsageError,
 )
 
 USAGE_EXIT: Final = 64
 """As flock(1), which takes its codes from sysexits.h: 2 may well be the command's own."""
-
-ANSWER_S: Final = 15.0
-"""Whoever would not wait is answered within this for each lock, unless the daemon stands still: 5 s at
-most where the store does not answer, for domain and lock, and 3 s for another node that is silent."""
 
 HELP: Final = """\
 usage: dlmfs lock [OPTIONS] PATH... -- COMMAND [ARG...]
@@ -183,8 +178,11 @@ def run(args: list[str]) -> int:
         behind = Behind()
         if not behind.is_here:
             behind.wait(*limit(places, order))
-        fds = take(places, order)
-        tokens = [str(token(fd, where)) for where, fd in fds.items()]
+        try:
+            fds = take(places, order)
+            tokens = [str(token(fd, where)) for where, fd in fds.items()]
+        finally:
+            behind.over()
     except UsageError as error:
         print(f"dlmfs: {error}", file=sys.stderr)
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
@@ -192,7 +190,6 @@ def run(args: list[str]) -> int:
         if order.verbose or isinstance(error, Deadlock):
             print(f"dlmfs: {error}", file=sys.stderr)
         return order.conflict_exit
-    behind.has_it()
     if order.verbose:
         waited = time.monotonic() - begun
         print(f"dlmfs: having the lock took {waited:.6f} s", file=sys.stderr)
@@ -229,16 +226,10 @@ def deadlines(places: list[Place]) -> dict[str, Deadline]:
 def limit(places: list[Place], order: Order) -> tuple[float | None, DlmfsError]:
     """How many seconds the locks are waited for, all together, and what it means if they are not had
     by then."""
-    late: DlmfsError = TimedOut("the lock could not be had in that time")
     if order.trying:
         wait_s = ANSWER_S * len(places)
-        where = " or ".join(sorted({p.mountpoint for p in places}))
-        late = Unavailable(
-            f"the daemon of {where} has not answered for {wait_s:g} s: it is stopped, or hangs "
-            "(`dlmfs status` says which)"
-        )
-        return wait_s, late
-    return order.wait_s, late
+        return wait_s, no_answer(" or ".join(sorted({p.mountpoint for p in places})), wait_s)
+    return order.wait_s, TimedOut("the lock could not be had in that time")
 
 
 def do(step: logic.Step) -> int:
