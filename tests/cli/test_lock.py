@@ -315,6 +315,21 @@ def test_a_waiting_one_ends_by_a_signal(
 
 
 @fuse
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_it_ends_as_the_process_that_has_the_lock(
+    nodes: Nodes, start: Start, number: signal.Signals
+) -> None:
+    x = nodes.mount("a") / "dom/x"
+    job = start("-o", x, "--", "sh", "-c", "echo $$; exec sleep 1000")
+    command = int(job.line())
+    os.kill(job.process.pid, signal.SIGIO)  # nobody's word
+    os.kill(job.behind(), number)
+    assert job.over()[0] == -number
+    assert locked("-n", x, "true").returncode == 0
+    os.kill(command, signal.SIGKILL)
+
+
+@fuse
 def test_what_is_to_be_ignored_ends_no_wait(nodes: Nodes, start: Start) -> None:
     """nohup(1), and what a shell starts in the background."""
     x = nodes.mount("a") / "dom/x"

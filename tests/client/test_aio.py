@@ -256,8 +256,9 @@ def test_a_loss_ends_the_block(nodes: Nodes) -> None:
 def test_a_loss_and_a_cancellation_from_outside(nodes: Nodes) -> None:
     """Who cancels the task from outside sees it cancelled."""
 
-    async def block(path: Path, lost: asyncio.Event) -> None:
+    async def block(path: Path, held: asyncio.Event, lost: asyncio.Event) -> None:
         async with Lock(path):
+            held.set()
             try:
                 await asyncio.sleep(PATIENCE_S)
             except asyncio.CancelledError:
@@ -266,9 +267,9 @@ def test_a_loss_and_a_cancellation_from_outside(nodes: Nodes) -> None:
 
     async def main() -> None:
         a = nodes.mount("a")
-        lost = asyncio.Event()
-        task = asyncio.create_task(block(a / "dom/x", lost))
-        await until(lambda: (a / "dom/x").exists() and not at_rest(a / "dom/x"))
+        held, lost = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(block(a / "dom/x", held, lost))
+        await held.wait()
         await asyncio.to_thread(kill, a)
         await lost.wait()
         task.cancel()

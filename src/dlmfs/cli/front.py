@@ -86,6 +86,7 @@ class Behind:
 
     def over(self) -> None:
         """The wait is over, whatever came of it. Ends here if the one in front has given up."""
+        self._socket.send(b"?")
         os.kill(self._front, LOST)
         space = _socket.CMSG_SPACE(STREAMS_SIZE)
         word, messages, _, _ = self._socket.recvmsg(1, space, _socket.MSG_CMSG_CLOEXEC)
@@ -124,9 +125,10 @@ class Behind:
                     self.end(code)
                 if code is not None:
                     _end_by(signal.Signals(-code))
-            elif number == LOST and info.si_pid == self.pid and not self._has_it:
-                self._has_it, until = True, None
-                self._answer()
+            elif number == LOST:
+                if not self._has_it and self._is_asked():
+                    self._has_it, until = True, None
+                    self._answer()
             elif number in ENDS and not self._has_it and not _is_ignored(number):
                 self._give_up()
                 _end_by(number)
@@ -134,6 +136,12 @@ class Behind:
                 pass_on(number, self.pid, everywhere=info.si_code == SI_KERNEL)
                 if number in STOPS:
                     suffer(number)
+
+    def _is_asked(self) -> bool:
+        """Whether the signal is the one behind's."""
+        with contextlib.suppress(BlockingIOError):
+            return self._socket.recv(1, _socket.MSG_DONTWAIT) != b""
+        return False
 
     def _answer(self) -> None:
         """Give the one behind the standard streams."""

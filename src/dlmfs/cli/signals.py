@@ -42,7 +42,7 @@ def pass_on(number: signal.Signals, child: int, *, everywhere: bool) -> None:
 
 def suffer(number: signal.Signals) -> None:
     """Let it do to us what it does by default. Returns when a stopped process is continued."""
-    if number not in STOPS:
+    if number not in STOPS | {signal.SIGKILL}:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_kill(threading.get_ident(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
