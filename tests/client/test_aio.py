@@ -16,7 +16,7 @@ from dlmfs.client.aio import Domain, Lock
 from tests.client.conftest import Twice
 from tests.fs.nodes import PATIENCE_S, Nodes
 from tests.robust.helpers import kill
-from tests.waiting.agents import at_rest, waiting, wanting
+from tests.waiting.agents import waiting, wanting
 
 pytestmark = pytest.mark.fuse
 
