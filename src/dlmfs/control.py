@@ -14,13 +14,13 @@ import logging
 import os
 import select
 import socket
-import stat
 import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from dlmfs import rundir
 from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
 
@@ -38,46 +38,16 @@ LOOK_S: Final = 1.0
 Handler = Callable[[dict[str, object]], object]
 
 
-def owner_of(entry: MountEntry) -> int:
-    """The user that mounted it, from the mount table."""
-    for option in entry.super_options:
-        if option.startswith("user_id="):
-            return int(option.removeprefix("user_id="))
-    return 0
-
-
 def control_folders(uid: int) -> tuple[Path, ...]:
-    """Where daemons of this user may listen, the best first. /run may be read-only, or another
-    user's where root is not the machine's root (containers)."""
-    shm = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-    own = Path(f"{shm}/dlmfs-{uid}/ctl")
-    return (Path("/run/dlmfs/ctl"), own) if uid == 0 else (own,)
+    """Where daemons of this user may listen, the best first."""
+    return tuple(map(Path, rundir.folders(uid)))
 
 
 def control_path(entry: MountEntry) -> Path:
     """Where the daemon of this mount listens."""
-    name = f"{entry.dev.replace(':', '-')}.sock"
-    places = [folder / name for folder in control_folders(owner_of(entry))]
+    name = rundir.name(entry.dev, "sock")
+    places = [folder / name for folder in control_folders(rundir.owner_of(entry))]
     return next((place for place in places if place.exists()), places[0])
-
-
-def _make_folder(uid: int) -> Path:
-    """The first folder that is ours alone, or can be made so. Raises NotPermitted."""
-    mode = 0o755 if uid == 0 else 0o700
-    refused = ""
-    for folder in control_folders(uid):
-        try:
-            for part in (folder.parent, folder):
-                with contextlib.suppress(FileExistsError):
-                    part.mkdir(mode)
-                info = part.lstat()
-                if not stat.S_ISDIR(info.st_mode) or info.st_uid != uid or info.st_mode & 0o022:
-                    raise NotPermitted(f"{part} is not a folder that only this user can write")
-        except (OSError, NotPermitted) as error:
-            refused = refused or str(error)
-            continue
-        return folder
-    raise NotPermitted(f"no place for the control socket: {refused}; remove it, or mend its mode")
 
 
 class ControlServer:
@@ -92,7 +62,7 @@ class ControlServer:
         *,
         allow_other: bool,
     ) -> None:
-        self.path = _make_folder(os.getuid()) / f"{entry.dev.replace(':', '-')}.sock"
+        self.path = Path(rundir.make_folder(os.getuid()), rundir.name(entry.dev, "sock"))
         self.handlers = handlers
         self.admin = admin
         self.allow_other = allow_other
@@ -229,7 +199,7 @@ def _peer(sock: socket.socket, entry: MountEntry) -> int | None:
     """The daemon's process; None for another user's, who is not to be believed."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
-    return int(pid) if uid in (0, owner_of(entry)) else None
+    return int(pid) if uid in (0, rundir.owner_of(entry)) else None
 
 
 def _state(pid: int) -> str:

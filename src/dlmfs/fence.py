@@ -13,20 +13,15 @@ import select
 import signal
 import struct
 import threading
-import time
 from collections.abc import Callable
 from typing import Final
 
+from dlmfs.deadline import boottime
 from dlmfs.model import OnLost
 from dlmfs.timing import Clock
 
 LOOK_S: Final = 0.5
 """The deadline is looked at this often: sleeping does not count the time of a suspended machine."""
-
-
-def boottime() -> float:
-    """Seconds since boot, with those of suspension."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class LeaseTimer(threading.Thread):

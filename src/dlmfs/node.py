@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Final
 from dlmfs import __version__, facts, health, identity, report, why
 from dlmfs.config import EtcdSource
 from dlmfs.control import ControlServer
+from dlmfs.deadline import Published, boottime
 from dlmfs.engine import admin, membership
 from dlmfs.engine.membership import Membership
-from dlmfs.errors import DlmfsError, UsageError
-from dlmfs.fence import LeaseTimer, Watchdog, boottime
+from dlmfs.errors import DlmfsError, Unavailable, UsageError
+from dlmfs.fence import LeaseTimer, Watchdog
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.tree import Tree
 from dlmfs.fuse import mount as fuse_mount
@@ -38,7 +39,7 @@ from dlmfs.traffic import Traffic
 
 if TYPE_CHECKING:
     from dlmfs.config import MountConfig, MountOptions
-    from dlmfs.store.base import Store
+    from dlmfs.store.base import Session
     from dlmfs.store.etcd.store import EtcdStore
 
 log = logging.getLogger("dlmfs.node")
@@ -58,7 +59,7 @@ class Node:
         self.mounted = False
         self.watchdog: Watchdog | None = None
         self.loop: asyncio.AbstractEventLoop
-        self.store: Store
+        self.store: SqliteStore | EtcdStore
         self.membership: Membership
         self.fs: FileSystem
         self.device: Device
@@ -78,6 +79,7 @@ class Node:
             await self._join(undo)
             self._mount()
             undo.callback(self._unmount)
+            self._publish(undo)
             await self._answering()
             control = ControlServer(
                 self._entry,
@@ -197,6 +199,26 @@ class Node:
             timing = member.timing
             self.watchdog.alive_until(fence_at, fence_at + timing.kill_after_s)
         self.loop.call_later(member.timing.renew_every_s / 4, self._feed_watchdog)
+
+    def _publish(self, undo: contextlib.AsyncExitStack) -> None:
+        """Tell programs the deadline, before any of them can be granted something."""
+        if isinstance(self.store, SqliteStore):
+            return
+        try:
+            published = Published(self._entry.dev)
+        except OSError as error:
+            raise Unavailable(f"the deadline cannot be told: {error}") from None
+        undo.callback(published.close)
+
+        def tell(session: Session) -> None:
+            assert session.renewed_at is not None
+            fence_at = session.renewed_at + Timing(session.ttl_s).fence_after_s
+            published.tell(fence_at, session.lease)
+
+        self.store.renewed = tell
+        session = self.membership.session
+        assert session is not None
+        tell(session)
 
     async def _finish(self, start: Callable[[Callable[[DlmfsError | None], None]], None]) -> None:
         """Wait for what `start` begins. Raises the DlmfsError that it ends with."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,13 @@ class Job:
             start_new_session=True,
         )
         self._text = b""
+
+    def behind(self) -> int:
+        """Its process that waits for the lock, and then has it."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        until(lambda: children.read_text())
+        return int(children.read_text())
 
     def line(self) -> str:
         """The next line of its output. Fails if none comes."""

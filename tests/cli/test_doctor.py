@@ -286,8 +286,10 @@ def test_places_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with socket.socket(socket.AF_UNIX) as living:
         living.bind(str(folder / "0-2.sock"))
         living.listen()
-        dead = says(list(host._dead_sockets()), "warn", "1 sockets of dead daemons")
-        assert dead.mend == f"rm {folder}/0-1.sock"
+        for number in (1, 2):
+            (folder / f"0-{number}.lease").touch()
+        dead = says(list(host._dead_sockets()), "warn", "2 files of dead daemons")
+        assert dead.mend == f"rm {folder}/0-1.sock {folder}/0-1.lease"
     folder.chmod(0o777)
     says([host._control_folder()], "fail", "no place for the daemons' sockets")
 

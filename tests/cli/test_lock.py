@@ -19,7 +19,7 @@ from dlmfs.errors import UsageError
 from tests.cli.jobs import Start, ended, locked, until
 from tests.cli.jobs import start as _start
 from tests.fs.conftest import nodes as _nodes
-from tests.fs.nodes import DLMFS, ROOT, Nodes
+from tests.fs.nodes import DLMFS, Nodes
 
 nodes = _nodes
 start = _start
@@ -108,19 +108,19 @@ def test_several_locks_have_one_order_whatever_the_mounts_are_called(
 def test_what_takes_long_to_import_is_not(nodes: Nodes) -> None:
     """It is to start within 60 ms; a measured time would say something else on each machine."""
     a = nodes.mount("a")
-    report = "import sys; from dlmfs.cli.main import main; main(['lock', *sys.argv[1:]]); "
-    report += "print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", report, str(a / "dom/x"), "true"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        [sys.executable, "-S", "-X", "importtime", *DLMFS[1:], "lock", str(a / "dom/x"), "true"],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert {"dlmfs.cli.front", "dlmfs.cli.supervise"} <= imported, "of both processes"
     slow = {"argparse", "asyncio", "dataclasses", "difflib", "inspect", "json", "logging", "socket"}
     slow |= {"subprocess", "traceback", "dlmfs.model", "dlmfs.client.keeper"}
-    assert not slow & set(done.stdout.split())
+    assert not slow & imported
 
 
 # -- the command and its surroundings ------------------------------------------------------------------
@@ -322,18 +322,75 @@ def test_opposite_orders_of_several_locks_neither_deadlock_nor_overlap(nodes: No
 
 
 @fuse
-def test_a_waiting_one_ends_by_a_signal(nodes: Nodes, start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("to", ["front", "behind", "group"])
+def test_a_waiting_one_ends_by_a_signal(
+    nodes: Nodes, start: Start, number: signal.Signals, to: str
+) -> None:
+    """As flock(1) does, whichever of its two processes it is sent to."""
     x = nodes.mount("a") / "dom/x"
     holder = start(x, "-c", "echo has; read _")
     assert holder.line() == "has"
-    for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)):
-        waiter = start("--verbose", x, "true")
-        until(lambda pid=waiter.process.pid: in_flock(pid))  # type: ignore[misc]
-        waiter.process.send_signal(number)
-        assert waiter.over()[0] == code
+    waiter = start(x, "true")
+    behind = waiter.behind()
+    until(lambda: in_a_wait(behind))
+    if to == "group":
+        os.killpg(waiter.process.pid, number)
+    else:
+        os.kill(behind if to == "behind" else waiter.process.pid, number)
+    assert waiter.over()[0] == -number
+    assert ended(behind)
 
 
-def in_flock(pid: int) -> bool:
+@fuse
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_it_ends_as_the_process_that_has_the_lock(
+    nodes: Nodes, start: Start, number: signal.Signals
+) -> None:
+    x = nodes.mount("a") / "dom/x"
+    job = start("-o", x, "--", "sh", "-c", "echo $$; exec sleep 1000")
+    command = int(job.line())
+    os.kill(job.process.pid, signal.SIGIO)  # nobody's word
+    os.kill(job.behind(), number)
+    assert job.over()[0] == -number
+    assert locked("-n", x, "true").returncode == 0
+    os.kill(command, signal.SIGKILL)
+
+
+@fuse
+def test_what_is_to_be_ignored_ends_no_wait(nodes: Nodes, start: Start) -> None:
+    """nohup(1), and what a shell starts in the background."""
+    x = nodes.mount("a") / "dom/x"
+    holder = start(x, "-c", "echo has; read _")
+    assert holder.line() == "has"
+    ignoring = [signal.SIGHUP, signal.SIGINT]
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignoring]
+    try:
+        waiter = start("-s", x, "echo", "done")
+    finally:
+        for number, how in zip(ignoring, before, strict=True):
+            signal.signal(number, how)
+    until(lambda: in_a_wait(waiter.behind()))
+    for number in ignoring:
+        os.killpg(waiter.process.pid, number)
+    holder.let_go()
+    assert waiter.line() == "done"
+    assert waiter.over()[0] == 0
+
+
+@fuse
+def test_the_wait_ends_with_the_process_that_was_started(nodes: Nodes, start: Start) -> None:
+    x = nodes.mount("a") / "dom/x"
+    holder = start(x, "-c", "echo has; read _")
+    assert holder.line() == "has"
+    waiter = start(x, "true")
+    behind = waiter.behind()
+    until(lambda: in_a_wait(behind))
+    waiter.process.kill()
+    assert ended(behind)
+
+
+def in_a_wait(pid: int) -> bool:
     """Asleep in flock(2), or in open(2), by the kernel's word."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/wchan").read_text() in (

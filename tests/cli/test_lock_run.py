@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs.cli import supervise
+from dlmfs.cli.signals import pass_on
 from tests.cli.jobs import Start, locked, until
 from tests.cli.jobs import start as _start
 from tests.fs.conftest import nodes as _nodes
@@ -56,10 +56,10 @@ def test_what_the_kernel_told_the_whole_group_is_not_told_twice() -> None:
     for own_group in (False, True):
         child = subprocess.Popen(["sleep", "1000"], process_group=0 if own_group else None)
         try:
-            supervise._pass_on(signal.SIGTERM, child.pid, everywhere=True)
-            supervise._pass_on(signal.SIGKILL, child.pid, everywhere=False)
+            pass_on(signal.SIGTERM, child.pid, everywhere=True)
+            pass_on(signal.SIGKILL, child.pid, everywhere=False)
             assert child.wait(PATIENCE_S) == (-signal.SIGTERM if own_group else -signal.SIGKILL)
-            supervise._pass_on(signal.SIGTERM, child.pid, everywhere=False)  # it is gone
+            pass_on(signal.SIGTERM, child.pid, everywhere=False)  # it is gone
         finally:
             child.kill()
 

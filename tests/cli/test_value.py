@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.programs import Opener, queued, run, until
-from tests.etcd.server import state_of
 from tests.fs.conftest import nodes as _nodes
 from tests.fs.nodes import DLMFS, PATIENCE_S, Nodes
+from tests.robust.helpers import stopped
 
 nodes = _nodes
 pytestmark = pytest.mark.fuse
@@ -145,18 +145,30 @@ def test_busy_locks_are_waited_for_as_long_as_told(nodes: Nodes) -> None:
     assert value("get", a / "dom/x") == b"after\n"
 
 
-def test_a_stopped_daemon_does_not_stop_the_clock(nodes: Nodes) -> None:
-    """A signal does not end an open(2) there: the time must be over all the same."""
-    a = nodes.mount("a")
+@pytest.mark.parametrize("read", [False, True], ids=["not read", "read"])
+def test_a_stopped_daemon_does_not_stop_the_clock(nodes: Nodes, read: bool) -> None:
+    """A signal does not end an open(2) there: the time must be over all the same. Once the daemon has
+    read the request not even SIGKILL does."""
+    a = nodes.mount("a", "owner=file")
     (a / "dom").mkdir()
-    value("set", a / "dom/x", "1")
-    pid = nodes.pid(a)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        until(lambda: state_of(pid) == "T", "it stops")
-        assert b"not free within 0.5 s" in value("get", "-w", "0.5", a / "dom/x", code=1)
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    x = a / "dom/x"
+    value("set", x, "1")
+    holder = Opener(nodes, ("x", x)).has(1)
+
+    def begin() -> subprocess.Popen[bytes]:
+        command = [*DLMFS, "value", "set", "-w", "3", str(x), "2"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    waiter = begin() if read else None
+    if waiter is not None:
+        queued(x, 1)
+    with stopped(a):
+        waiter = waiter or begin()
+        _, errors = waiter.communicate(timeout=PATIENCE_S)
+        assert waiter.returncode == 1
+        assert b"not free within 3 s" in errors
+        holder.end()
+    assert value("get", x) == b"1\n", "written after the command had failed"
 
 
 def test_a_value_of_a_dead_holder_is_called_doubtful(nodes: Nodes) -> None:

@@ -18,7 +18,7 @@ import pytest
 from dlmfs.client import Lock, LockLost, Unavailable
 from tests.cli.jobs import Job
 from tests.cli.test_lock_run import TREE
-from tests.etcd.mounts import EtcdNodes, take, until
+from tests.etcd.mounts import TTL, EtcdNodes, take, until
 from tests.etcd.proxy import Proxy
 from tests.etcd.server import PATIENCE_S
 
@@ -37,13 +37,14 @@ def mounts(nodes: EtcdNodes, proxy: Proxy, *options: str) -> tuple[Path, Path]:
     return victim, nodes.mount("safe")
 
 
+@pytest.mark.parametrize(("on_lost", "ttl"), [("none", 9), ("kill", 6)])
 @pytest.mark.parametrize("how", ["cut off", "stopped"])
 def test_the_commands_tree_is_ended_before_another_is_granted_the_lock(
-    nodes: EtcdNodes, proxy: Proxy, how: str
+    nodes: EtcdNodes, proxy: Proxy, how: str, on_lost: str, ttl: int
 ) -> None:
-    """A stopped daemon says nothing; its watchdog does (`-o on-lost=`), and soon kills `dlmfs lock`
-    itself."""
-    victim, safe = mounts(nodes, proxy, *(["on-lost=kill"] if how == "stopped" else []))
+    """A stopped daemon says nothing, but its deadline is known. With `on-lost=kill` its watchdog
+    kills `dlmfs lock` itself 0.9 s later."""
+    victim, safe = mounts(nodes, proxy, f"on-lost={on_lost}", f"ttl={ttl}")
     job = Job(victim / "dom/x", "--", sys.executable, "-c", TREE, "0")
     handles: list[int] = []
     try:
@@ -110,6 +111,36 @@ def test_the_library_says_that_the_lock_is_lost_and_works_again_later(
     with mine:
         assert mine.token > token
         assert mine.held
+
+
+def test_the_library_says_so_though_the_daemon_is_stopped(nodes: EtcdNodes) -> None:
+    """Before another is granted the lock; and what is granted later is of another session."""
+    a, b = nodes.pair()
+    mine, other = Lock(a / "dom/x"), Lock(a / "dom/y")
+    given_back = Lock(a / "dom/z")
+    theirs = nodes.hold(b / "dom/w")
+    assert theirs.wait() == "held"
+    for lock in (mine, other, given_back):
+        lock.acquire()
+    given_back.release()
+    taker = nodes.queue(b / "dom/x")
+    nodes.stop(a)
+    try:
+        assert mine.wait_lost(PATIENCE_S)
+        assert not taker.poll(0), "the lock is another's already"
+        assert other.wait_lost(PATIENCE_S)
+        assert not given_back.lost.is_set()
+        for lock in (mine, other):
+            with pytest.raises(LockLost):
+                lock.get_value()  # does not ask the daemon
+            lock.release()
+        assert taker.wait() == "held"
+    finally:
+        nodes.cont(a)
+    take(a / "dom/y")
+    with other:
+        assert not other.wait_lost(TTL)  # longer than the first deadline of its session
+        assert other.held
 
 
 def test_a_fenced_node_refuses_at_once_with_69(nodes: EtcdNodes, proxy: Proxy) -> None:

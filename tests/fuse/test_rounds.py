@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs import control
+from dlmfs import rundir
 from dlmfs.config import MountConfig, parse_options, parse_source
 from dlmfs.control import ControlServer, control_path
 from dlmfs.fuse import mount
@@ -244,7 +244,7 @@ def test_the_next_mounts_control_socket_stays(
 ) -> None:
     """A device number is free as soon as the mount is gone, which is before its daemon has ended:
     by then the socket of that name may be the next daemon's."""
-    monkeypatch.setattr(control, "_make_folder", lambda _uid: tmp_path)
+    monkeypatch.setattr(rundir, "make_folder", lambda _uid: str(tmp_path))
     entry = MountEntry(1, 0, "/mnt", "local", "fuse.dlmfs", "0:40", (), ())
 
     async def overlap() -> bool:

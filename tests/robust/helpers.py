@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,6 +86,23 @@ def daemon_pid(where: Path) -> int | None:
     if entry is None or not entry.is_dlmfs:
         return None
     return control.daemon_pid(entry)
+
+
+@contextlib.contextmanager
+def stopped(where: Path) -> Iterator[int]:
+    """The daemon of this mount is stopped; it goes on in any case."""
+    pid = daemon_pid(where)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        limit = time.monotonic() + PATIENCE_S
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < limit
+            os.sched_yield()
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def remount(nodes: Nodes, name: str, *options: str) -> Path:

@@ -112,6 +112,42 @@ def test_full_disk_errors_are_clear_and_nothing_is_lost(nodes: Nodes, small: Ful
     assert sound(nodes.state)
 
 
+def test_dlmfs_value_on_a_full_disk(nodes: Nodes, small: Full) -> None:
+    """It says what is wrong, and the value that was there is still there; at each node, at once."""
+    a, b = nodes.pair()
+    x = a / "dom/x"
+
+    def value(*args: object, code: int = 0) -> str:
+        done = dlmfs("value", *map(str, args), check=False)
+        assert done.returncode == code, done
+        return done.stderr if code else done.stdout
+
+    value("set", x, "kept")
+    value("set", b / "dom/other", "1")
+    fd = os.open(a / "dom/own", os.O_RDWR | os.O_CREAT)
+    held = os.open(x, os.O_RDWR)  # so that its commit is the write's
+    try:
+        small.fill()
+        write_until_full(fd)
+        for path in (x, a / "dom/new"):
+            told = value("set", path, "lost", code=69)
+            assert told.startswith(f"dlmfs: {path}")
+            assert "the state is full" in told
+            assert told.count("\n") == 1
+        assert value("get", x) == "kept\n"
+        assert value("get", "--stale", b / "dom/x") == "kept\n"
+        for where in (a, b):
+            assert nodes.status(where)["lease"]["state"] == "HEALTHY"
+        small.free()
+        value("set", x, "after")
+    finally:
+        os.close(fd)
+        os.close(held)
+    assert value("get", b / "dom/x") == "after\n"
+    assert value("get", a / "dom/other") == "1\n"
+    assert sound(nodes.state)
+
+
 def full_with_waiter(nodes: Nodes, small: Full) -> tuple[Path, Path, int, Holder]:
     """a holds x with a value, b waits for it, the disk is full."""
     a, b = nodes.pair()

@@ -7,7 +7,6 @@ for those, try them in bounded time, go on with all others, and `dlmfs status` s
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -15,14 +14,22 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes, dlmfs
-from tests.robust.helpers import LONG, Worker, daemon_pid, kill, remount, sound, use, wanted
+from tests.robust.helpers import (
+    LONG,
+    Worker,
+    daemon_pid,
+    kill,
+    remount,
+    sound,
+    stopped,
+    use,
+    wanted,
+)
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(600 if LONG else 120)]
 
@@ -37,23 +44,6 @@ while True:
     os.write(1, b"%d\\n" % n)
     os.close(fd)
 """
-
-
-@contextlib.contextmanager
-def stopped(where: Path) -> Iterator[int]:
-    """The daemon of this mount is stopped; it goes on in any case."""
-    pid = daemon_pid(where)
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        limit = time.monotonic() + PATIENCE_S
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < limit
-            os.sched_yield()
-        yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_a_stopped_node_keeps_what_is_open_and_the_others_go_on(nodes: Nodes) -> None:

@@ -10,21 +10,26 @@ import fcntl
 import getopt
 import itertools
 import os
-import signal
 import sys
 import time
 from typing import Final, NoReturn
 
+from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.cli.text import plain
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
-from dlmfs.errors import Deadlock, DlmfsError, LockLost, NotGranted, TimedOut, UsageError
+from dlmfs.deadline import Deadline
+from dlmfs.errors import (
+    Deadlock,
+    DlmfsError,
+    LockLost,
+    NotGranted,
+    TimedOut,
+    UsageError,
+)
 
 USAGE_EXIT: Final = 64
 """As flock(1), which takes its codes from sysexits.h: 2 may well be the command's own."""
-
-AGAIN_S: Final = 0.05
-"""The timer goes on: its signal may come just before the system call that it should end."""
 
 HELP: Final = """\
 usage: dlmfs lock [OPTIONS] PATH... -- COMMAND [ARG...]
@@ -173,7 +178,14 @@ def run(args: list[str]) -> int:
         places = arrange(order.paths)
         _call_oneself(order.command[0])
         begun = time.monotonic()
-        fds = take(places, order)
+        behind = Behind()
+        if not behind.is_here:
+            behind.wait(*limit(places, order))
+        try:
+            fds = take(places, order)
+            tokens = [str(token(fd, where)) for where, fd in fds.items()]
+        finally:
+            behind.over()
     except UsageError as error:
         print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
@@ -191,16 +203,15 @@ def run(args: list[str]) -> int:
     environment = {
         "DLMFS_LOCK": "\n".join(p.path for p in places),
         "DLMFS_MODE": "PR" if order.shared else "EX",
-        "DLMFS_TOKEN": "\n".join(
-            str(token(fd, p)) for fd, p in zip(fds.values(), places, strict=True)
-        ),
+        "DLMFS_TOKEN": "\n".join(tokens),
     }
     from dlmfs.cli.supervise import supervise
 
     if not order.close:
         for fd in fds.values():
             os.set_inheritable(fd, True)
-    return supervise(order.command, environment, {fd: p.path for p, fd in fds.items()})
+    locks = {fd: p.path for p, fd in fds.items()}
+    return behind.end(supervise(order.command, environment, locks, deadlines(places)))
 
 
 def _call_oneself(command: str) -> None:
@@ -210,30 +221,32 @@ def _call_oneself(command: str) -> None:
 
 
 def take(places: list[Place], order: Order) -> dict[Place, int]:
-    """The open files of the locks, all of them granted. Raises TimedOut after `order.wait_s`, which
-    is for all of them together."""
+    """The open files of the locks, all of them granted."""
     fds = {}
-    if order.wait_s and not order.trying:
-        signal.signal(signal.SIGALRM, _time_is_up)
-        signal.setitimer(signal.ITIMER_REAL, order.wait_s, AGAIN_S)
-    try:
-        for each in places:
-            request = logic.Request(each, order.shared, order.trying)
-            fds[each] = logic.drive(logic.taking(request), do)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if signal.getsignal(signal.SIGALRM) is _time_is_up:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for each in places:
+        request = logic.Request(each, order.shared, order.trying)
+        fds[each] = logic.drive(logic.taking(request), do)
     return fds
 
 
-def _time_is_up(*_: object) -> None:
-    raise TimedOut("the lock could not be had in that time")
+def deadlines(places: list[Place]) -> dict[str, Deadline]:
+    """That of each mount that has one, by the path of a lock there. To be found after the grant."""
+    one_each = {p.dev: p for p in places}
+    found = {p.path: Deadline.find(p.dev, p.uid) for p in one_each.values()}
+    return {path: deadline for path, deadline in found.items() if deadline is not None}
+
+
+def limit(places: list[Place], order: Order) -> tuple[float | None, DlmfsError]:
+    """How many seconds the locks are waited for, all together, and what it means if they are not had
+    by then."""
+    if order.trying:
+        wait_s = ANSWER_S * len(places)
+        return wait_s, no_answer(" or ".join(sorted({p.mountpoint for p in places})), wait_s)
+    return order.wait_s, TimedOut("the lock could not be had in that time")
 
 
 def do(step: logic.Step) -> int:
-    """One step, in this process's only thread: Python's calls go on after a signal, unless its
-    handler raises."""
+    """One step. Python's calls go on after a signal."""
     match step:
         case logic.Open(path, flags):
             fd = os.open(path, flags, 0o666)

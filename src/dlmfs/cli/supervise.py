@@ -4,8 +4,7 @@ Rules of this file
 ------------------
 * The command stays in our process group and session: the terminal, its signals and the shell's job
   control work as if we were not there.
-* Signals are blocked and awaited, in the command's stead: nothing can come between its start and
-  our being ready for it. A signal that the kernel sent to the whole group has reached the command.
+* Signals are blocked and awaited, in the command's stead (signals.py).
 * Processes are found by parentage. We are the subreaper of the tree, so whatever detaches itself,
   double fork and new session included, becomes our child; when we have no child left, none lives.
 """
@@ -24,8 +23,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
+from dlmfs.cli.signals import AWAITED, LOST, SI_KERNEL, STOPS, pass_on, reap, suffer
 from dlmfs.cli.text import plain
 from dlmfs.client.logic import is_lost
+from dlmfs.deadline import Deadline, boottime, sleep_until
 from dlmfs.errors import LockLost
 
 GRACE_S: Final = 1.0
@@ -42,56 +43,57 @@ KILLING_S: Final = 10.0
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 
-SI_KERNEL: Final = 0x80
 PR_SET_CHILD_SUBREAPER: Final = 36
 
-STOPS: Final = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
-PASSED_ON: Final = frozenset(
-    {
-        signal.SIGHUP,
-        signal.SIGINT,
-        signal.SIGQUIT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGALRM,
-        signal.SIGCONT,
-        signal.SIGWINCH,
-    }
-)
-LOST: Final = signal.SIGIO
-"""The watching thread's word to the main one."""
 
-AWAITED: Final = PASSED_ON | STOPS | {signal.SIGCHLD, LOST}
+class _Watch:
+    """Waits for the loss of a lock, in threads of its own: poll(2) asks the daemon, which may stand
+    still, and then the deadlines are to be looked at."""
 
-
-class _Watch(threading.Thread):
-    """Waits for the loss of a lock. A thread, since poll(2) asks the daemon, which may be stopped."""
-
-    def __init__(self, locks: Mapping[int, str]) -> None:
-        super().__init__(daemon=True)
+    def __init__(self, locks: Mapping[int, str], deadlines: Mapping[str, Deadline]) -> None:
         self.lost = ""
         self.grace_s = GRACE_S
         self.locks = locks
+        self._deadlines = deadlines
 
-    def run(self) -> None:
+    def start(self) -> None:
+        threading.Thread(target=self._poll, daemon=True).start()
+        if self._deadlines:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _is_lost(self, path: str) -> None:
+        self.lost = self.lost or path
+        os.kill(os.getpid(), LOST)
+
+    def _poll(self) -> None:
         poll = select.poll()
         for fd in self.locks:
             poll.register(fd, 0)
         while True:
             for fd, events in poll.poll():
                 if is_lost(events):
-                    self.lost = self.locks[fd]
-                    os.kill(os.getpid(), LOST)
+                    self._is_lost(self.locks[fd])
                     return
+
+    def _look(self) -> None:
+        """They are moved on while the node is well; so each is looked at when the last one is there."""
+        while True:
+            at, path = min((each.at(), path) for path, each in self._deadlines.items())
+            if boottime() >= at:
+                self._is_lost(path)
+                return
+            sleep_until(at)
 
 
 def supervise(
-    command: Sequence[str], environment: Mapping[str, str], locks: Mapping[int, str]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    locks: Mapping[int, str],
+    deadlines: Mapping[str, Deadline],
 ) -> int:
     """Run the command to its end; its exit code, or what docs/reference.md says of `dlmfs lock`.
-    `locks`: open files and their paths; inheritable ones are the command's too."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    `locks`: open files and their paths; inheritable ones are the command's too. `deadlines`: by the
+    path of a lock, of each mount that has one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -99,7 +101,7 @@ def supervise(
     except OSError as error:
         print(f"dlmfs: {plain(command[0])}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-    watch = _Watch(locks)
+    watch = _Watch(locks, deadlines)
     watch.start()
     code = _await(child, watch)
     if not watch.lost:
@@ -141,9 +143,9 @@ def _await(child: int, watch: _Watch) -> int | None:
         info = signal.sigwaitinfo(AWAITED)
         number = signal.Signals(info.si_signo)
         if number == signal.SIGCHLD:
-            code = _reap(child)
+            code = reap(child)
             if code is not None:
-                return code
+                return code if code >= 0 else 128 - code
         elif number == LOST:
             if watch.lost:
                 return None
@@ -151,14 +153,14 @@ def _await(child: int, watch: _Watch) -> int | None:
             watch.lost, watch.grace_s = path, WATCHDOG_GRACE_S
             return None
         else:
-            _pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
+            pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
             if number in STOPS:
-                _stop(number)
+                suffer(number)
 
 
 def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
     """The lock that is lost, if SIGTERM comes from the watchdog of its mount (`-o on-lost=`): a
-    process that the daemon has forked. A stopped daemon tells us nothing, and poll(2) neither."""
+    process that the daemon has forked. It may come before we have looked at the deadline."""
     try:
         with open(f"/proc/{sender}/stat", "rb") as file:
             parent = int(file.read().rpartition(b")")[2].split()[1])
@@ -172,33 +174,6 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
         if entry is not None and daemon_pid(entry) == parent:
             return path
     return ""
-
-
-def _reap(child: int) -> int | None:
-    """Take the status of whatever has ended; the command's exit code if it is among that."""
-    code = None
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            if pid == child:
-                code = os.waitstatus_to_exitcode(status)
-                code = code if code >= 0 else 128 - code
-    return code
-
-
-def _pass_on(number: signal.Signals, child: int, *, everywhere: bool) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if not everywhere or os.getpgid(child) != os.getpgrp():
-            os.kill(child, number)
-
-
-def _stop(number: signal.Signals) -> None:
-    """Stop as the signal would have stopped us; the shell sees it. Returns when it is continued."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-    signal.pthread_kill(threading.get_ident(), number)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
 
 # -- the end of all ---------------------------------------------------------------------------------
@@ -239,7 +214,8 @@ def _none_left() -> bool:
 
 def end_all(grace_s: float) -> None:
     """SIGTERM to every process below us, SIGKILL after `grace_s` to those that are left and to those
-    that they make meanwhile."""
+    that they make meanwhile. One more SIGTERM for us is the watchdog's (`-o on-lost=`), or somebody's
+    who is in a hurry, too."""
     _signal_all(signal.SIGTERM, signal.SIGCONT)  # a stopped process cannot heed the first
     killing_at = time.monotonic() + grace_s
     while not _none_left():
@@ -250,4 +226,6 @@ def end_all(grace_s: float) -> None:
             return
         if now >= killing_at:
             _signal_all(signal.SIGKILL)
-        signal.sigtimedwait([signal.SIGCHLD], LOOK_S)
+        info = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], LOOK_S)
+        if info is not None and info.si_signo == signal.SIGTERM:
+            killing_at = min(killing_at, now + WATCHDOG_GRACE_S)

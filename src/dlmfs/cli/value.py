@@ -21,10 +21,11 @@ import time
 from typing import Any, Final
 
 from dlmfs.cli.choice import lock_at
+from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.text import plain
 from dlmfs.control import ask
-from dlmfs.errors import DlmfsError, LockLost, NotPermitted, Unavailable, UsageError
+from dlmfs.errors import DlmfsError, LockLost, NotPermitted, StoreFull, Unavailable, UsageError
 from dlmfs.model import EMPTY_LVB, LVB_SIZE
 
 LOOK_S: Final = 1.0
@@ -114,9 +115,9 @@ def _take(parsed: argparse.Namespace, flags: int) -> int:
     wait: float | None = 0 if getattr(parsed, "nonblock", False) else parsed.wait
     flags |= os.O_CREAT | (os.O_NONBLOCK if wait == 0 else 0)
     try:
-        if not wait:
-            return _open(parsed.path, flags)
-        return _open_within(parsed.path, flags, wait)
+        if parsed.verb == "watch":  # may take it many times, and wait in this process
+            return _open_within(parsed.path, flags, wait) if wait else _open(parsed.path, flags)
+        return _open_apart(parsed.path, flags, wait)
     except OSError as error:
         if error.errno == errno.ETXTBSY:
             raise Conflict(f"{parsed.path} is busy (`dlmfs why` says by whom)") from None
@@ -140,9 +141,26 @@ def _open(path: str, flags: int) -> int:
     return fd
 
 
+def _open_apart(path: str, flags: int, wait: float | None) -> int:
+    """In the process behind this one, which goes on with the command (front.py)."""
+    behind = Behind()
+    if not behind.is_here:
+        if wait == 0:
+            behind.wait(ANSWER_S, no_answer(path, ANSWER_S))
+        behind.wait(wait, _not_free(path, wait or 0))
+    try:
+        return _open(path, flags)
+    finally:
+        behind.over()
+
+
+def _not_free(path: str, wait: float) -> Conflict:
+    return Conflict(f"{path} was not free within {wait:g} s (`dlmfs why` says by whom)")
+
+
 def _open_within(path: str, flags: int, wait: float) -> int:
     """In a thread of its own, which ends with the process: where a daemon is stopped no signal ends an
-    open(2), short of the process's death."""
+    open(2), short of the process's death, and not even that if the daemon had read the request."""
     outcome: list[int | OSError] = []
 
     def attempt() -> None:
@@ -155,7 +173,7 @@ def _open_within(path: str, flags: int, wait: float) -> int:
     thread.start()
     thread.join(wait)
     if not outcome:
-        raise Conflict(f"{path} was not free within {wait:g} s (`dlmfs why` says by whom)")
+        raise _not_free(path, wait)
     if isinstance(outcome[0], OSError):
         raise outcome[0]
     return outcome[0]
@@ -174,6 +192,11 @@ def _refusal(path: str, error: OSError) -> DlmfsError:
             return LockLost(f"{shown}: the lock was lost (`dlmfs status` says why)")
         case errno.ENOLCK:
             return Unavailable(f"{shown}: this node cannot get locks now (`dlmfs status` says why)")
+        case errno.ENOSPC:
+            return StoreFull(
+                f"{shown}: nothing was written: the state is full, or a limit is reached (`dlmfs doctor` "
+                "says where)"
+            )
         case errno.ENOTCONN:
             return Unavailable(
                 f"{shown}: the daemon of this mount is gone: `dlmfs umount` clears it"

@@ -31,10 +31,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from dlmfs.client import logic
+from dlmfs.client import deadlines, logic
 from dlmfs.client.turns import Turn, turns
 from dlmfs.client.watcher import watcher
-from dlmfs.errors import Cancelled, LockLost, NotGranted
+from dlmfs.errors import Cancelled, LockLost, NotGranted, Unavailable
 from dlmfs.model import LVB_SIZE
 
 AGAIN_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -119,6 +119,7 @@ class Keeper(threading.Thread):
         self._turn: Turn | None = None
         self._leaving = -1
         """The descriptor that is released, and closed by its last user."""
+        self._deadline: deadlines.Mount | None = None
         self._early = 0
         """Events that came before it was settled."""
         self._is_watched = False
@@ -172,14 +173,19 @@ class Keeper(threading.Thread):
         """Decide, once, what came of it. Watching asks the daemon, so it begins before."""
         if self.error is None:
             try:
+                self._deadline = deadlines.watch(self.request.place, self)
                 self._watch(fd)
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
-            except BaseException as error:  # no thread for the watcher: or it is never settled
+            except RuntimeError as error:  # no thread can be started for it
+                self.error = Unavailable(f"{self.request.place.path} cannot be watched: {error}")
+            except BaseException as error:  # or it would never be settled
                 self.error = error
+            if self.error is not None and self._deadline is not None:
+                self._deadline.remove(self)
         with self._mutex:
             if self._given_up and self.error is None:
-                watcher(self.request.place.dev).remove(fd)
+                self._unwatch(fd)
                 self.error = Cancelled(f"the wait for {self.request.place.path} was given up")
             if self.error is None:
                 self._fd = fd
@@ -189,6 +195,11 @@ class Keeper(threading.Thread):
             self._gate.release()
         if self.error is not None:
             self._jobs.put(None)
+
+    def _unwatch(self, fd: int) -> None:
+        watcher(self.request.place.dev).remove(fd)
+        if self._deadline is not None:
+            self._deadline.remove(self)
 
     def _do(self, step: logic.Step) -> int:
         match step:
@@ -368,7 +379,7 @@ class Keeper(threading.Thread):
         try:
             with self._mutex:
                 if self._fd >= 0:
-                    watcher(self.request.place.dev).remove(self._fd)
+                    self._unwatch(self._fd)
                     self._fd, self._leaving = -1, self._fd
             self._close_unused()
         finally:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dlmfs.errors import Unavailable, UsageError
 from dlmfs.fuse import mountinfo
 from dlmfs.fuse.mountinfo import MountEntry
+from dlmfs.rundir import owner_of
 
 ENVIRONMENT = "DLMFS_MOUNT"
 """Names the mount for programs that do not, where there are several."""
@@ -20,13 +21,15 @@ AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 class Place(NamedTuple):
-    """A lock as one mount shows it. `dev` is the mount's device, "major:minor"."""
+    """A lock as one mount shows it. `dev` is the mount's device, "major:minor"; `uid`, the user that
+    mounted it."""
 
     mountpoint: str
     dev: str
     source: str
     domain: str
     name: str
+    uid: int = 0
 
     @property
     def path(self) -> str:
@@ -89,4 +92,5 @@ def place(path: AnyPath, mount: AnyPath | None = None, *, near: bool = False) ->
     parts = below.split("/")
     if len(parts) != 2 or ".." in parts or text.endswith("/"):
         raise UsageError(f"{text} is not a lock: give DOMAIN/LOCK, or MOUNTPOINT/DOMAIN/LOCK")
-    return Place(entry.mountpoint, entry.dev, entry.source, *parts)
+    domain, name = parts
+    return Place(entry.mountpoint, entry.dev, entry.source, domain, name, owner_of(entry))

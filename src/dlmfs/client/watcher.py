@@ -68,13 +68,18 @@ class Watcher:
                     with contextlib.suppress(OSError):
                         self._epoll.modify(fd, EVENTS)
                     continue
-                try:
-                    holder.happened(events)
-                except Exception:  # of one lock; the others' notices must go on
-                    import logging
-
-                    logging.getLogger("dlmfs.client").exception("a notice could not be told")
+                tell(holder, events)
             self._round += 1
+
+
+def tell(holder: Watched, events: int) -> None:
+    """Whatever is wrong with one lock: the others' notices must go on."""
+    try:
+        holder.happened(events)
+    except Exception:
+        import logging
+
+        logging.getLogger("dlmfs.client").exception("a notice could not be told")
 
 
 _watchers: dict[str, Watcher] = {}

@@ -382,7 +382,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "        if True:\n",
         100,
         "a wait that is withdrawn as its lease runs out is taken off the account twice (found)",
-        first=2200,
+        first=200,
     ),
     Planted(
         "place-kept-for-ever",

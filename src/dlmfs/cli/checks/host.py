@@ -180,7 +180,8 @@ def _control_folder() -> Finding:
 
 
 def _dead_sockets() -> Iterator[Finding]:
-    """Sockets that no daemon listens on any more. Those of other mount namespaces do listen."""
+    """Sockets that no daemon listens on any more, and the deadlines beside them. Those of other
+    mount namespaces do listen."""
     dead = []
     for folder in control_folders(os.getuid()):
         if not os.access(folder, os.R_OK | os.X_OK):
@@ -191,11 +192,12 @@ def _dead_sockets() -> Iterator[Finding]:
                 try:
                     sock.connect(str(path))
                 except ConnectionRefusedError:
-                    dead.append(str(path))
+                    left = (path, path.with_suffix(".lease"))
+                    dead += [str(each) for each in left if each.exists()]
                 except OSError:
                     continue
     if dead:
-        yield warn("control", f"{len(dead)} sockets of dead daemons", f"rm {' '.join(dead)}")
+        yield warn("control", f"{len(dead)} files of dead daemons", f"rm {' '.join(dead)}")
 
 
 def state_folder(path: Path, *, default: bool) -> Finding:

@@ -35,11 +35,14 @@ class EtcdSession:
         codec: Codec,
         clock: Clock,
         lost: Callable[[DlmfsError], None],
+        renewed: Callable[[EtcdSession], None],
     ) -> None:
+        """`renewed`: called each time that `renewed_at` is another."""
         self.rpc = rpc
         self.codec = codec
         self.clock = clock
         self.lost = lost
+        self.renewed = renewed
         self.lease = secrets.randbits(63) | 1
         self.ttl_s = 0.0
         self.renewal: Renewal | None = None
@@ -63,6 +66,7 @@ class EtcdSession:
         before = self.rpc.generation
         term = (await self.rpc.call(TXN, txn, timeout_s)).header.raft_term
         self.renewal = Renewal(sent, term, self._unbroken(before))
+        self.renewed(self)
         self._task = self.rpc.loop.create_task(self._keep())
         look_after(self._task)
 
@@ -93,7 +97,10 @@ class EtcdSession:
         if left_s <= 0 or not answer.responses[0].response_range.kvs:
             raise LockLost("the lease has ended in the store")
         assert self.renewal is not None
-        return self.renewal.confirmed(sent, answer.header.raft_term, self._unbroken(before))
+        counts = self.renewal.confirmed(sent, answer.header.raft_term, self._unbroken(before))
+        if counts:
+            self.renewed(self)
+        return counts
 
     def _unbroken(self, generation: int) -> int | None:
         """The connection, if it was this one all the while."""

@@ -65,6 +65,8 @@ class EtcdStore:
         self.commits = 0
         self._size = 0
         self._looked = -SIZE_EVERY_S
+        self.renewed: Callable[[EtcdSession], None] | None = None
+        """Called with a session that is begun or renewed; may be set later."""
         self._lost: Callable[[DlmfsError], None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -125,7 +127,7 @@ class EtcdStore:
         done: Callable[[EtcdSession | DlmfsError], None],
     ) -> None:
         for attempt in range(len(self.rpc.access.endpoints) + 1):
-            session = EtcdSession(self.rpc, self.codec, self.clock, lost)
+            session = EtcdSession(self.rpc, self.codec, self.clock, lost, self._renewed)
             try:
                 await self._look()
                 await session.open(ttl_s)
@@ -139,6 +141,10 @@ class EtcdStore:
                     return
         self.session = session
         done(session)
+
+    def _renewed(self, session: EtcdSession) -> None:
+        if self.renewed is not None:
+            self.renewed(session)
 
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         """End another session, whose owner is known to be over."""

@@ -1,0 +1,189 @@
+"""The process that was started stays in front; one behind it waits for the lock, and then has it.
+
+What waits in open(2) cannot end while the mount's daemon stands still: once the daemon has read the
+request, the kernel lets no signal end the wait, not even SIGKILL, and a process ends with its last
+thread. So another process waits. The one in front keeps the time and the signals, and ends as the
+one behind it ends, or before.
+
+Rules of this file
+------------------
+* The one in front decides, once: it answers the one behind, whose wait is over, or it has given up.
+* Until then the one behind dies with the one in front. What it is granted later it never uses.
+* Until then it has none of the standard streams either: somebody may wait for the end of one of them,
+  as a shell does at `$(...)`.
+* From then on the one in front only passes signals on, and the exit code back.
+"""
+
+from __future__ import annotations
+
+import _socket  # what `socket` adds takes long to import
+import contextlib
+import os
+import signal
+import struct
+import sys
+import time
+from typing import Final, NoReturn
+
+from dlmfs.cli.signals import AWAITED, ENDS, LOST, SI_KERNEL, STOPS, pass_on, reap, suffer
+from dlmfs.errors import Unavailable
+
+ENDS_WITHIN_S: Final = 1.0
+"""How long the end of the one behind is awaited. Only a daemon that stands still leaves one longer."""
+ANSWER_S: Final = 15.0
+"""Whoever would not wait is answered within this for each lock, unless the daemon stands still: 5 s at
+most where the store does not answer, for domain and lock, and 3 s for another node that is silent."""
+PR_SET_PDEATHSIG: Final = 1
+STREAMS_SIZE: Final = struct.calcsize("3i")
+
+
+def no_answer(where: str, wait_s: float) -> Unavailable:
+    return Unavailable(
+        f"the daemon of {where} has not answered for {wait_s:g} s: it is stopped, or hangs "
+        "(`dlmfs status` says which)"
+    )
+
+
+class Behind:
+    """The process behind. `wait` is for the one in front, the rest for itself."""
+
+    def __init__(self) -> None:
+        """Fork. Raises Unavailable."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._streams = [fd for fd in (0, 1, 2) if _is_open(fd)]
+        ours, theirs = _socket.socketpair()
+        self._front = os.getpid()
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
+        self._has_it = False
+        try:
+            self.pid = os.fork()
+        except OSError as error:
+            raise Unavailable(f"no process can be made: {error.strerror}") from None
+        self._socket, other = (theirs, ours) if self.is_here else (ours, theirs)
+        other.close()
+        if self.is_here:
+            self._begin()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process is the one behind."""
+        return self.pid == 0
+
+    # -- behind -------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """While it waits any signal ends it as if it were a program in C."""
+        _die_with_parent(signal.SIGKILL)
+        if os.getppid() != self._front:
+            os._exit(1)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in self._streams:
+            os.dup2(null, fd)
+        os.close(null)
+        if not _is_ignored(signal.SIGINT):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+    def over(self) -> None:
+        """The wait is over, whatever came of it. Ends here if the one in front has given up."""
+        self._socket.send(b"?")
+        os.kill(self._front, LOST)
+        space = _socket.CMSG_SPACE(STREAMS_SIZE)
+        word, messages, _, _ = self._socket.recvmsg(1, space, _socket.MSG_CMSG_CLOEXEC)
+        if not word:
+            os._exit(1)
+        self._socket.close()
+        for _, _, data in messages:
+            for fd, copy in zip(self._streams, struct.iter_unpack("i", data), strict=True):
+                os.dup2(copy[0], fd)
+                os.close(copy[0])
+        _die_with_parent(0)
+
+    @staticmethod
+    def end(code: int) -> NoReturn:
+        """At once: the interpreter's own end takes long, and has nothing to do."""
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # started without it
+                stream.flush()
+        os._exit(code)
+
+    # -- in front -----------------------------------------------------------------------------------
+
+    def wait(self, limit_s: float | None, late: Exception) -> NoReturn:
+        """End as the one behind ends, by its exit code or signal, or by a signal that ends the wait.
+        Raises `late` if the wait is not over within `limit_s`."""
+        until = None if limit_s is None else time.monotonic() + limit_s
+        while True:
+            info = _next(until)
+            if info is None:
+                self._give_up()
+                raise late
+            number = signal.Signals(info.si_signo)
+            if number == signal.SIGCHLD:
+                code = reap(self.pid)
+                if code is not None and code >= 0:
+                    self.end(code)
+                if code is not None:
+                    _end_by(signal.Signals(-code))
+            elif number == LOST:
+                if not self._has_it and self._is_asked():
+                    self._has_it, until = True, None
+                    self._answer()
+            elif number in ENDS and not self._has_it and not _is_ignored(number):
+                self._give_up()
+                _end_by(number)
+            else:
+                pass_on(number, self.pid, everywhere=info.si_code == SI_KERNEL)
+                if number in STOPS:
+                    suffer(number)
+
+    def _is_asked(self) -> bool:
+        """Whether the signal is the one behind's."""
+        with contextlib.suppress(BlockingIOError):
+            return self._socket.recv(1, _socket.MSG_DONTWAIT) != b""
+        return False
+
+    def _answer(self) -> None:
+        """Give the one behind the standard streams."""
+        streams = struct.pack(f"{len(self._streams)}i", *self._streams)
+        message = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)] if streams else []
+        with contextlib.suppress(ConnectionError):  # it has ended meanwhile
+            self._socket.sendmsg([b"1"], message)
+        self._socket.close()
+
+    def _give_up(self) -> None:
+        """End the wait."""
+        os.kill(self.pid, signal.SIGKILL)
+        until = time.monotonic() + ENDS_WITHIN_S
+        while reap(self.pid) is None and time.monotonic() < until:
+            signal.sigtimedwait([signal.SIGCHLD], max(0.0, until - time.monotonic()))
+
+
+def _next(until: float | None) -> signal.struct_siginfo | None:
+    """The next signal; None when it is `until`, on time.monotonic."""
+    if until is None:
+        return signal.sigwaitinfo(AWAITED)
+    return signal.sigtimedwait(AWAITED, max(0.0, until - time.monotonic()))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def _end_by(number: signal.Signals) -> NoReturn:
+    suffer(number)
+    os._exit(128 + number)  # one that a process survives, or that init(1) does not get
+
+
+def _die_with_parent(number: int) -> None:
+    import ctypes  # the one in front can do without
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)

@@ -1,0 +1,63 @@
+"""Signals that are awaited in another process's stead, and passed on to it.
+
+They are blocked first, so that nothing comes between the start of that process and our being ready
+for it. A signal that the kernel sent to the whole group (the terminal's) has reached it already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import Final
+
+SI_KERNEL: Final = 0x80
+
+STOPS: Final = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
+ENDS: Final = frozenset(
+    {
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+    }
+)
+"""What ends a process that does nothing about it."""
+LOST: Final = signal.SIGIO
+"""A watching thread's word to the main one."""
+
+AWAITED: Final = ENDS | STOPS | {signal.SIGCONT, signal.SIGWINCH, signal.SIGCHLD, LOST}
+
+
+def pass_on(number: signal.Signals, child: int, *, everywhere: bool) -> None:
+    """`everywhere`: the kernel has sent it to our whole process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if not everywhere or os.getpgid(child) != os.getpgrp():
+            os.kill(child, number)
+
+
+def suffer(number: signal.Signals) -> None:
+    """Let it do to us what it does by default. Returns when a stopped process is continued."""
+    if number not in STOPS | {signal.SIGKILL}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_kill(threading.get_ident(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+
+def reap(child: int) -> int | None:
+    """Take the status of whatever has ended; that of `child` if it is among that: its exit code, or
+    -n if signal n ended it."""
+    code = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == child:
+                code = os.waitstatus_to_exitcode(status)
+    return code

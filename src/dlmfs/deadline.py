@@ -1,0 +1,139 @@
+"""Until when a node's locks are good, told in a file: read without the daemon, which may stand still.
+
+The file lies beside the control socket and is rewritten at each renewal that counts, with the instant
+that the node itself goes by. There is none where no lease can run out (one host).
+
+Rules of this file
+------------------
+* The daemon has its file locked (flock(2)). One that nobody has locked is left of a dead daemon, whose
+  device number may be another mount's by now: it says nothing.
+* A deadline is of one session. When the file tells of another, what was granted before is lost.
+* Instants are compared in one time namespace only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import math
+import os
+import struct
+import time
+from typing import Final
+
+from dlmfs import rundir
+
+RECORD: Final = struct.Struct("=dQQ")
+"""The deadline in seconds on CLOCK_BOOTTIME, the session's number, the time namespace's."""
+
+
+def _namespace() -> int:
+    """Its clock is this process's; 0 where there are none (before Linux 5.6)."""
+    with contextlib.suppress(OSError):
+        return os.stat("/proc/self/ns/time").st_ino
+    return 0
+
+
+class Published:
+    """The daemon's end."""
+
+    def __init__(self, dev: str) -> None:
+        """`dev`: the mount's device. Nothing is good yet. Raises OSError, NotPermitted."""
+        self.path = os.path.join(rundir.make_folder(os.getuid()), rundir.name(dev, "lease"))
+        self._namespace = _namespace()
+        new = f"{self.path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.fchmod(self._fd, 0o644)  # whoever may use the mount may read it
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        os.pwrite(self._fd, RECORD.pack(0.0, 0, self._namespace), 0)
+        os.rename(new, self.path)  # never there without its lock
+
+    def tell(self, fence_at: float, session: int) -> None:
+        """What the session has been granted is good until then. Should it fail, an earlier deadline
+        stands: programs stop too early, not too late."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, RECORD.pack(fence_at, session, self._namespace), 0)
+
+    def close(self) -> None:
+        # After an umount from outside our device number may be another mount's by now.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                os.unlink(self.path)
+        os.close(self._fd)
+
+
+class Deadline:
+    """A program's end, for what it has been granted by now."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._session = self._read()[1]
+        info = os.fstat(fd)
+        self.identity = info.st_dev, info.st_ino, self._session
+        """Of the session: no other's while this is open."""
+
+    @classmethod
+    def find(cls, dev: str, uid: int) -> Deadline | None:
+        """That of a mount: of this device, mounted by this user. None where no lease can run out, or
+        this process cannot see or believe the file."""
+        for folder in rundir.folders(uid):
+            with contextlib.suppress(OSError):
+                path = os.path.join(folder, rundir.name(dev, "lease"))
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                if _is_believed(fd, uid):
+                    return cls(fd)
+                os.close(fd)
+        return None
+
+    def at(self) -> float:
+        """The deadline in seconds, as `boottime`; -inf if the session is over."""
+        at, session, _ = self._read()
+        return at if session == self._session else -math.inf
+
+    def _read(self) -> tuple[float, int, int]:
+        """Twice the same, or it is being written."""
+        before = b""
+        while (data := os.pread(self._fd, RECORD.size, 0)) != before:
+            before = data
+        at, session, namespace = RECORD.unpack(data)
+        return at, session, namespace
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _is_believed(fd: int, uid: int) -> bool:
+    """Whether a living daemon of that user, or root's, keeps the file, by the clock that is ours."""
+    info = os.fstat(fd)
+    if info.st_uid not in (0, uid) or info.st_size != RECORD.size:
+        return False
+    if RECORD.unpack(os.pread(fd, RECORD.size, 0))[2] != _namespace():
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False  # and the close gives the lock back
+
+
+# -- time -------------------------------------------------------------------------------------------
+
+
+INTERRUPTED_S: Final = 0.02
+"""Who asks in a loop must not use up a CPU, should that system call be forbidden."""
+
+
+def boottime() -> float:
+    """Seconds since boot, with those of suspension."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def sleep_until(at: float) -> None:
+    """Sleep until `boottime` is `at`, suspension counted; a signal may end it earlier."""
+    until = (ctypes.c_long * 2)(*divmod(math.ceil(at * 1e9), 1_000_000_000))
+    timer_abstime = 1
+    if ctypes.CDLL(None).clock_nanosleep(time.CLOCK_BOOTTIME, timer_abstime, until, None):
+        time.sleep(INTERRUPTED_S)
