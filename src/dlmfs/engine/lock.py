@@ -186,6 +186,10 @@ class ClusterLock:
         self._looking = False
         # A reading that is under way was sent before this, and must not pass for the one asked for.
         self.view.must_look = True
+        if self.res.phase is not Phase.LOST:
+            # A gap may have hidden wishes that are known now: who comes here before that reading is
+            # answered must not pass them.
+            self.local.tell_wanted(self.view)
 
     def resume(self) -> None:
         self._step()

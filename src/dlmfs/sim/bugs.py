@@ -409,6 +409,14 @@ BUGS: Final[tuple[Planted, ...]] = (
 
 RARE: Final[tuple[Planted, ...]] = (
     Planted(
+        "gap-hides-wishes",
+        LOCK,
+        "            self.local.tell_wanted(self.view)\n\n    def resume",
+        "            pass\n\n    def resume",
+        100,
+        "who comes between a gap and the reading after it passes the wishes it told of (found)",
+    ),
+    Planted(
         "half-a-member",
         DOMAINS,
         """        if member.state is LeaseState.SUSPECT:
