@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -347,14 +349,42 @@ def test_a_waiting_one_ends_by_a_signal(
 def test_it_ends_as_the_process_that_has_the_lock(
     nodes: Nodes, start: Start, number: signal.Signals
 ) -> None:
+    """And so does the command, its detached processes too: nobody looks after the lock any more, and
+    with -o another has it at once."""
     x = nodes.mount("a") / "dom/x"
-    job = start("-o", x, "--", "sh", "-c", "echo $$; exec sleep 1000")
-    command = int(job.line())
-    os.kill(job.process.pid, signal.SIGIO)  # nobody's word
-    os.kill(job.behind(), number)
-    assert job.over()[0] == -number
-    assert locked("-n", x, "true").returncode == 0
-    os.kill(command, signal.SIGKILL)
+    job = start("-o", x, "--", "sh", "-c", DETACHED)
+    handles = [os.pidfd_open(int(job.line())) for _ in range(2)]
+    try:
+        os.kill(job.process.pid, signal.SIGIO)  # nobody's word
+        os.kill(job.behind(), number)
+        assert job.over()[0] == -number
+        for handle in handles:
+            assert select.select([handle], [], [], 0)[0], "a process of the command lives on"
+        assert locked("-n", x, "true").returncode == 0
+    finally:
+        for handle in handles:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.close(handle)
+
+
+DETACHED = "(setsid sh -c 'echo $$; exec sleep 1000' &); echo $$; exec sleep 1000"
+
+
+@fuse
+def test_a_wait_for_a_neighbour_ends_with_the_mount(nodes: Nodes, start: Start) -> None:
+    """Under owner=node it stands in flock(2), and whoever has the file locked may not notice."""
+    a = nodes.mount("a")
+    (a / "dom").mkdir()
+    with open(a / "dom/x", "w") as careless:
+        fcntl.flock(careless, fcntl.LOCK_EX)
+        job = start(a / "dom/x", "true")
+        waits = f"-> FLOCK  ADVISORY  WRITE {job.behind()} "
+        until(lambda: waits in Path("/proc/locks").read_text())
+        nodes.kill(a)
+        code, errors = job.over()
+        assert code == 69, errors
+        assert "daemon is gone" in errors
 
 
 @fuse

@@ -11,7 +11,8 @@ Rules of this file
 * Until then the one behind dies with the one in front. What it is granted later it never uses.
 * Until then it has none of the standard streams either: somebody may wait for the end of one of them,
   as a shell does at `$(...)`.
-* From then on the one in front only passes signals on, and the exit code back.
+* From then on the one in front only passes signals on, and the exit code back. Should the one behind be
+  killed, nobody would look after its command: the one in front, which gets its orphans, ends them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ import sys
 import time
 from typing import Final, NoReturn
 
-from dlmfs.cli.signals import AWAITED, ENDS, LOST, SI_KERNEL, STOPS, pass_on, reap, suffer
+from dlmfs.cli.signals import (
+    AWAITED,
+    ENDS,
+    LOST,
+    SI_KERNEL,
+    STOPS,
+    become_subreaper,
+    pass_on,
+    reap,
+    suffer,
+)
 from dlmfs.errors import Unavailable
 
 ENDS_WITHIN_S: Final = 1.0
@@ -124,11 +135,13 @@ class Behind:
                 if code is not None and code >= 0:
                     self.end(code)
                 if code is not None:
+                    self._end_orphans()
                     _end_by(signal.Signals(-code))
             elif number == LOST:
                 if not self._has_it and self._is_asked():
                     self._has_it, until = True, None
                     self._answer()
+                    become_subreaper()  # now: it has the time while the one behind starts the command
             elif number in ENDS and not self._has_it and not _is_ignored(number):
                 self._give_up()
                 _end_by(number)
@@ -150,6 +163,13 @@ class Behind:
         with contextlib.suppress(ConnectionError):  # it has ended meanwhile
             self._socket.sendmsg([b"1"], message)
         self._socket.close()
+
+    def _end_orphans(self) -> None:
+        """What was killed behind us may have left."""
+        if self._has_it:
+            from dlmfs.cli.supervise import GRACE_S, end_all
+
+            end_all(GRACE_S)
 
     def _give_up(self) -> None:
         """End the wait."""

@@ -6,10 +6,13 @@ Starts quickly: what takes long to import is left out (argparse), or imported wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import getopt
 import itertools
 import os
+import select
+import signal
 import sys
 import time
 from typing import Final, NoReturn
@@ -30,6 +33,9 @@ from dlmfs.errors import (
 
 USAGE_EXIT: Final = 64
 """As flock(1), which takes its codes from sysexits.h: 2 may well be the command's own."""
+
+LOOK_S: Final = 0.5
+TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 
 HELP: Final = """\
 usage: dlmfs lock [OPTIONS] PATH... -- COMMAND [ARG...]
@@ -261,16 +267,36 @@ def do(step: logic.Step) -> int:
         case logic.Device(fd):
             return os.fstat(fd).st_dev
         case logic.Exclude(fd, operation):
-            fcntl.flock(fd, operation)
+            _exclude(fd, operation)
         case logic.Close(fd):
             os.close(fd)
     return 0
 
 
+def _exclude(fd: int, operation: int) -> None:
+    """flock(2), which waits for whoever has the file locked and not for the mount: one that does not
+    notice a loss would keep us waiting for nothing. So we look at our own file meanwhile."""
+
+    def look(*_: object) -> None:
+        poll = select.poll()
+        poll.register(fd, 0)
+        if any(logic.is_lost(events) for _, events in poll.poll(0)):
+            os.getxattr(fd, TOKEN)  # raises what is the matter
+            raise OSError(errno.EIO, "lost")
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
+    try:
+        fcntl.flock(fd, operation)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def token(fd: int, where: Place) -> int:
     """The fencing token of an open lock. Raises LockLost."""
     try:
-        return int(os.getxattr(fd, "user.dlmfs.token"))
+        return int(os.getxattr(fd, TOKEN))
     except (OSError, ValueError) as error:
         lost: DlmfsError = LockLost(f"{where.path} was lost as soon as it was granted")
         if isinstance(error, OSError):

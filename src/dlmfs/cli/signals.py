@@ -13,6 +13,7 @@ import threading
 from typing import Final
 
 SI_KERNEL: Final = 0x80
+PR_SET_CHILD_SUBREAPER: Final = 36
 
 STOPS: Final = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 ENDS: Final = frozenset(
@@ -47,6 +48,13 @@ def suffer(number: signal.Signals) -> None:
     signal.pthread_kill(threading.get_ident(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+
+def become_subreaper() -> None:
+    """From now on orphans below this process become its children (prctl(2))."""
+    import ctypes  # takes long, and who only waits can do without
+
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap(child: int) -> int | None:
