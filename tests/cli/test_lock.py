@@ -22,6 +22,7 @@ from tests.cli.jobs import Start, ended, locked, until
 from tests.cli.jobs import start as _start
 from tests.fs.conftest import nodes as _nodes
 from tests.fs.nodes import DLMFS, Nodes
+from tests.waiting.agents import stood_in_line_for
 
 nodes = _nodes
 start = _start
@@ -379,8 +380,7 @@ def test_a_wait_for_a_neighbour_ends_with_the_mount(nodes: Nodes, start: Start) 
     with open(a / "dom/x", "w") as careless:
         fcntl.flock(careless, fcntl.LOCK_EX)
         job = start(a / "dom/x", "true")
-        waits = f"-> FLOCK  ADVISORY  WRITE {job.behind()} "
-        until(lambda: waits in Path("/proc/locks").read_text())
+        until(lambda: stood_in_line_for(careless.fileno()))
         nodes.kill(a)
         code, errors = job.over()
         assert code == 69, errors

@@ -17,6 +17,7 @@ from tests.cli.programs import Opener, queued, run, until
 from tests.fs.conftest import nodes as _nodes
 from tests.fs.nodes import DLMFS, PATIENCE_S, Nodes
 from tests.robust.helpers import stopped
+from tests.waiting.agents import stood_in_line_for
 
 nodes = _nodes
 pytestmark = pytest.mark.fuse
@@ -86,14 +87,7 @@ def test_those_who_set_it_on_one_node_exclude_each_other(nodes: Nodes) -> None:
         waiter = subprocess.Popen(
             [*DLMFS, "value", "set", path, "2", "--expect", "0"], stderr=subprocess.DEVNULL
         )
-        number = f":{os.fstat(fd).st_ino} "
-        until(
-            lambda: any(
-                "->" in line and number in line
-                for line in Path("/proc/locks").read_text().splitlines()
-            ),
-            "it waits",
-        )
+        until(lambda: stood_in_line_for(fd), "it waits")
         os.pwrite(fd, b"1", 0)
     finally:
         os.close(fd)

@@ -9,7 +9,6 @@ import os
 import sqlite3
 import stat
 import threading
-import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -33,6 +32,7 @@ from dlmfs.client.guard import (
 )
 from dlmfs.errors import BadState
 from tests.fs.nodes import PATIENCE_S
+from tests.waiting.agents import stood_in_line_for, until
 
 # -- files --------------------------------------------------------------------------------------------
 
@@ -270,14 +270,7 @@ def test_who_waited_at_a_token_file_that_was_removed_takes_the_new_one(tmp_path:
     with guard.admit(1):
         thread = threading.Thread(target=late, daemon=True)
         thread.start()
-        deadline = time.monotonic() + PATIENCE_S
-        info = os.stat(guard.token_path)
-        mark = f":{info.st_ino} "
-        while not any(
-            "->" in x and mark in x for x in Path("/proc/locks").read_text().splitlines()
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        until(lambda: stood_in_line_for(guard.token_path), "it waits")
         os.unlink(guard.token_path)
         with guard.admit(3):
             pass

@@ -36,7 +36,7 @@ from tests.client.conftest import Twice
 from tests.client.threads import awaited, begin, free, join
 from tests.fs.nodes import PATIENCE_S, Nodes, dlmfs
 from tests.robust.helpers import daemon_of, kill
-from tests.waiting.agents import holding, until, waiting, wanting
+from tests.waiting.agents import holding, stood_in_line_for, until, waiting, wanting
 
 pytestmark = pytest.mark.fuse
 
@@ -436,14 +436,7 @@ def test_who_waits_behind_one_that_does_not_notice_the_loss_is_told(nodes: Nodes
     with open(path, "w+b", buffering=0) as careless:
         fcntl.flock(careless, fcntl.LOCK_EX)
         thread = begin(lambda: outcome.append(_raised(Lock(path).acquire)))
-        number = f":{os.fstat(careless.fileno()).st_ino} "
-        until(
-            lambda: any(
-                "->" in line and number in line
-                for line in Path("/proc/locks").read_text().splitlines()
-            ),
-            "it waits",
-        )
+        until(lambda: stood_in_line_for(careless.fileno()), "it waits")
         kill(nodes.mounts[0])
         join(thread)
         assert outcome == [Unavailable]

@@ -101,6 +101,14 @@ def until(true: Callable[[], object], what: str, within_s: float = PATIENCE_S) -
         time.sleep(0.002)
 
 
+def stood_in_line_for(file: int | str) -> bool:
+    """Whether somebody waits for a file lock (flock(2), fcntl(2)) on this open file or path."""
+    mark = f":{os.stat(file).st_ino} "
+    return any(
+        "->" in line and mark in line for line in Path("/proc/locks").read_text().splitlines()
+    )
+
+
 def prefix(command: Sequence[str]) -> list[str]:
     return [*command, sys.executable, "-I", "-S", "-c", AGENT]
 
