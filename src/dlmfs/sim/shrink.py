@@ -4,46 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 
 from dlmfs.sim.scenario import Scenario, Step
 from dlmfs.store.memory_store import Faults
 
 Fails = Callable[[Scenario], bool]
+Smaller = Callable[[Scenario], Iterator[Scenario]]
 
 
-def shrink(scenario: Scenario, fails: Fails, tries: int = 400) -> tuple[Scenario, int]:
+def shrink(scenario: Scenario, fails: Fails, tries: int = 600) -> tuple[Scenario, int]:
     """The smallest failing scenario found, and the number of runs that it took, `tries` at most."""
     used = 0
 
-    def still(candidate: Scenario) -> bool:
+    def smallest(scenario: Scenario, smaller: Smaller) -> Scenario:
+        """As long as one of the candidates fails, go on with its own."""
         nonlocal used
-        used += 1
-        return fails(candidate)
+        found: Scenario | None = scenario
+        while found is not None:
+            scenario, found = found, None
+            for candidate in smaller(scenario):
+                if used >= tries:
+                    break
+                used += 1
+                if fails(candidate):
+                    found = candidate
+                    break
+        return scenario
 
-    changed = True
-    while changed and used < tries:
-        changed = False
-        for candidate in _smaller(scenario):
-            if used >= tries:
-                break
-            if still(candidate):
-                scenario, changed = candidate, True
-                break
+    before = None
+    while scenario != before:
+        before = scenario
+        scenario = smallest(scenario, _fewer)
+        size = max(1, len(scenario.steps) // 2)
+        while size:
+            scenario = smallest(scenario, partial(_shorter, size))
+            size //= 2
+        scenario = smallest(scenario, _calmer)
     return scenario, used
 
 
-def _smaller(scenario: Scenario) -> Iterator[Scenario]:
-    """Candidates, the boldest first."""
+def _shorter(size: int, scenario: Scenario) -> Iterator[Scenario]:
+    """Without `size` steps in a row."""
     steps = scenario.steps
-    size = len(steps) // 2
-    while size:
-        for start in range(0, len(steps), size):
-            yield replace(scenario, steps=steps[:start] + steps[start + size :])
-        size //= 2
-    if len(steps) == 1:
-        yield replace(scenario, steps=())
-    yield from _calmer(scenario)
-    yield from _fewer(scenario)
+    for start in range(0, len(steps), size):
+        yield replace(scenario, steps=steps[:start] + steps[start + size :])
 
 
 def _calmer(scenario: Scenario) -> Iterator[Scenario]:
