@@ -138,10 +138,23 @@ class Checks:
         opened.returned = self.now
         dead = reason in (errno.EINTR, errno.ENOTCONN, errno.ECONNABORTED)
         # In trouble a lock may seem to be in use that is only cached by a node which does not answer.
-        busy = reason == errno.ETXTBSY and opened.calm and self.cluster.calm
+        calm = opened.calm and self.cluster.calm and not self._delayed(opened)
+        busy = reason == errno.ETXTBSY and calm
         opened.outcome = "unknown" if dead else "busy" if busy else "failed"
         if reason not in EXPECTED:
             raise Violation(f"{self._name(opened)} failed with {errno.errorcode[reason]}")
+
+    def _delayed(self, opened: Open) -> bool:
+        """Whether a dead member is in the way: with lock-delay it may be for long after its death, which
+        a node that joins later counts from then on. So is the node's own former self in any mode: its
+        place is not free before."""
+        if not self.cluster.scenario.lock_delay_s:
+            return False
+        return any(
+            not self.oracle.alive(opened.lock[0], node, member.incarnation)
+            and (node == opened.node.name or not compatible(member.level, opened.mode))
+            for node, member in self.oracle.lock(opened.lock).head.members.items()
+        )
 
     def taken(self, node: SimNode, call: Call) -> None:
         """The daemon takes a request up."""

@@ -27,6 +27,7 @@ from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open
 from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.loop import SimLoop
+from dlmfs.sim.machine import Machine
 from dlmfs.sim.node import SimNode
 from dlmfs.sim.oracle import Arbiter, Oracle, Violation
 from dlmfs.sim.programs import OpenFile, Process
@@ -66,6 +67,7 @@ class Cluster:
         self.names = [b"lock%d" % number for number in range(scenario.locks)]
         self.nodes = [SimNode(self, number) for number in range(scenario.nodes)]
         self._troubled_until = 0.0
+        self._still_until = 0.0
 
     # -- telling --------------------------------------------------------------------------------
 
@@ -127,6 +129,10 @@ class Cluster:
     def disturb(self, seconds: float) -> None:
         """Trouble, and its consequences for so long."""
         self._troubled_until = max(self._troubled_until, self.loop.time() + seconds)
+
+    def outlast(self, machine: Machine) -> None:
+        """What is due on a machine that died while it stood still is due when it would have gone on."""
+        self._still_until = max(self._still_until, machine.awake_at)
 
     @property
     def calm(self) -> bool:
@@ -270,7 +276,8 @@ class Cluster:
             if not node.unmount():
                 raise Violation(f"{node.name} cannot be unmounted")
         self.loop.run_until(lambda: all(n.machine.dead for n in self.nodes), 60.0)
-        self.loop.run_for(4 * self.scenario.ttl_s + 60)
+        still = max(0.0, self._still_until - self.loop.time())
+        self.loop.run_for(still + 4 * self.scenario.ttl_s + 60)
         self._nothing_left()
 
     def _nothing_open(self, node: SimNode) -> None:

@@ -169,6 +169,7 @@ class SimNode:
 
     def _end(self) -> None:
         self.up = False
+        self.cluster.outlast(self.machine)
         self.machine.crash()
         self.kernel.die()
         self._over.add(self.life)

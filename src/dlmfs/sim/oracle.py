@@ -180,7 +180,9 @@ class _Change:
             elif new.level < before and node != self.author:
                 self._fail(f"{node} was lowered to {new.level.name} by another")
             elif old is not None and known and new.revision == self.revision:
-                if node != self.author:
+                # One that has given up its idle level, and told nobody, may wish for it again.
+                wished = node in self.wishes and node not in record.wishes
+                if node != self.author and not wished:
                     self._fail(f"the revision of {node} was changed by another")
                 record.granted.setdefault(self.revision, set()).add(node)
             elif old is not None and known and new.revision != old.revision:
