@@ -36,7 +36,7 @@ from dlmfs.cli.signals import (
 from dlmfs.cli.text import plain
 from dlmfs.client.logic import is_lost
 from dlmfs.deadline import Deadline, boottime, sleep_until
-from dlmfs.errors import LockLost
+from dlmfs.errors import LockLost, Unavailable
 
 GRACE_S: Final = 1.0
 """Between SIGTERM and SIGKILL. A fenced node's locks are granted to others after a third of the lease
@@ -64,9 +64,13 @@ class _Watch:
         self._deadlines = deadlines
 
     def start(self) -> None:
-        threading.Thread(target=self._poll, daemon=True).start()
-        if self._deadlines:
-            threading.Thread(target=self._look, daemon=True).start()
+        """Raises Unavailable."""
+        try:
+            threading.Thread(target=self._poll, daemon=True).start()
+            if self._deadlines:
+                threading.Thread(target=self._look, daemon=True).start()
+        except RuntimeError as error:
+            raise Unavailable(f"the locks cannot be watched: {error}") from None
 
     def _is_lost(self, path: str) -> None:
         self.lost = self.lost or path
@@ -100,16 +104,16 @@ def supervise(
 ) -> int:
     """Run the command to its end; its exit code, or what docs/reference.md says of `dlmfs lock`.
     `locks`: open files and their paths; inheritable ones are the command's too. `deadlines`: by the
-    path of a lock, of each mount that has one."""
+    path of a lock, of each mount that has one. Raises Unavailable before the command is started."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
     become_subreaper()
+    watch = _Watch(locks, deadlines)
+    watch.start()  # first: where no thread can be had, no command may run
     try:
         child = _spawn(command, {**os.environ, **environment}, before)
     except OSError as error:
         print(f"dlmfs: {plain(command[0])}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-    watch = _Watch(locks, deadlines)
-    watch.start()
     code = _await(child, watch)
     if not watch.lost:
         return code if code is not None else 0
