@@ -3,6 +3,7 @@ nothing is ended that is not the command's."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.jobs import Start, locked, until
-from tests.cli.jobs import start as _start
+from tests.cli.jobs import locked
 from tests.fs.conftest import nodes as _nodes
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes
+from tests.robust.helpers import ended, watched
 
 nodes = _nodes
-start = _start
 pytestmark = pytest.mark.fuse
 
 NO_THREADS = """
@@ -40,3 +40,30 @@ def test_where_no_thread_can_be_had_no_command_is_started(nodes: Nodes) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
     assert locked("-n", x, "true").returncode == 0
     assert not ran.exists()
+
+
+def test_children_of_before_are_not_the_commands(nodes: Nodes) -> None:
+    """`helper & exec dlmfs lock ...`: should the process behind be killed, the helper goes on."""
+    x = nodes.mount("a", "owner=file") / "dom/x"
+    script = 'sleep 1000 & echo $!; exec "$@"'
+    says = "(setsid sleep 1000 & echo $!); echo $$; sleep 1000"
+    front = subprocess.Popen(
+        ["bash", "-c", script, "bash", *DLMFS, "lock", str(x), "-c", says],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert front.stdout is not None
+        helper, detached, command = (int(front.stdout.readline()) for _ in range(3))
+        children = Path(f"/proc/{front.pid}/task/{front.pid}/children").read_text().split()
+        (behind,) = {int(pid) for pid in children} - {helper}
+        with watched(helper) as theirs, watched(detached) as one, watched(command) as other:
+            os.kill(behind, signal.SIGKILL)
+            assert front.wait(PATIENCE_S) == -signal.SIGKILL
+            assert ended(one)
+            assert ended(other)
+            assert not ended(theirs, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(front.pid, signal.SIGKILL)
+        front.communicate(timeout=PATIENCE_S)
+    assert locked("-n", x, "true").returncode == 0
