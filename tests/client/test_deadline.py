@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import stat
@@ -87,6 +88,48 @@ def test_another_users_file_is_not_believed(published: Published, tmp_path: Path
     found = Deadline.find(DEV, 65534)
     assert found is not None
     found.close()
+
+
+@pytest.mark.parametrize("lock", ["flock", "fcntl"])
+def test_who_may_only_read_a_dead_daemons_file_cannot_make_it_believed(
+    tmp_path: Path, lock: str
+) -> None:
+    """Programs on the next mount with its device number would take their locks for lost."""
+    path = tmp_path / "0-77.lease"
+    path.write_bytes(deadline.RECORD.pack(5.0, 1, deadline._namespace()))
+    with path.open("rb") as file:
+        if lock == "flock":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_SH)
+        assert Deadline.find(DEV, UID) is None
+
+
+def test_nobody_else_can_open_it_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon's start would wait for whoever locked it first."""
+    modes = []
+    real = fcntl.fcntl
+
+    def look(fd: int, command: int, argument: bytes) -> object:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", look)
+    Published(DEV).close()
+    assert modes == [0o600]
+
+
+def test_a_folder_of_others_is_not_looked_into(published: Published, tmp_path: Path) -> None:
+    """A FUSE file system of another user may say that its files are root's, or answer never."""
+    tmp_path.chmod(0o777)
+    assert Deadline.find(DEV, UID) is None
+    tmp_path.chmod(0o755)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert not rundir.is_safe(str(link), UID)
+    assert rundir.is_safe(str(tmp_path), UID)
 
 
 def test_a_file_that_is_being_written_is_read_again(
