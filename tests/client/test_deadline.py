@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dlmfs import deadline, rundir
-from dlmfs.client import deadlines
+from dlmfs.client import deadlines, keeper, logic
 from dlmfs.client.logic import is_lost
 from dlmfs.client.place import Place
 from dlmfs.deadline import Deadline, Published, boottime, sleep_until
@@ -198,6 +198,38 @@ def test_holders_are_told_when_it_has_passed(published: Published) -> None:
     assert other not in (None, mount)
     assert not gone.lost.is_set()
     assert not later.lost.is_set()
+
+
+class Stuck:
+    """A watcher whose epoll asks a stopped daemon: nothing can be removed from it."""
+
+    def __init__(self) -> None:
+        self.reached, self.goes_on = threading.Event(), threading.Event()
+
+    def remove(self, _fd: int) -> None:
+        self.reached.set()
+        assert self.goes_on.wait(PATIENCE_S)
+
+
+def test_a_release_that_waits_for_the_daemon_keeps_no_other_from_being_told(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, other = Stuck(), Holder()
+    monkeypatch.setattr(keeper, "watcher", lambda _device: stuck)
+    published.tell(boottime() + 1, 1)
+    one = keeper.Keeper(logic.Request(PLACE), lambda: None, lambda _lost: None)
+    one.settled.set()
+    one._fd, one._is_watched = os.open(os.devnull, os.O_RDONLY), True
+    one._deadline = deadlines.watch(PLACE, one)
+    assert deadlines.watch(PLACE, other) is one._deadline
+    releasing = threading.Thread(target=one.release)
+    releasing.start()
+    try:
+        assert stuck.reached.wait(PATIENCE_S)
+        assert other.lost.wait(PATIENCE_S)
+    finally:
+        stuck.goes_on.set()
+        releasing.join(PATIENCE_S)
 
 
 def test_a_grant_of_a_later_session_is_not_of_the_former(published: Published) -> None:
