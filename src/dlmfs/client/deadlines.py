@@ -39,7 +39,7 @@ class Mount(threading.Thread):
                 if over:
                     self._end()
             for holder in lost:
-                with _mutex:  # who releases meanwhile may wait for long, and is not to be waited for
+                with _mutex:  # who releases meanwhile may be long about it: no waiting for that
                     is_there = id(holder) in self.holders
                 if is_there:
                     tell(holder, select.EPOLLERR | select.EPOLLHUP)
