@@ -67,3 +67,36 @@ def test_children_of_before_are_not_the_commands(nodes: Nodes) -> None:
             os.killpg(front.pid, signal.SIGKILL)
         front.communicate(timeout=PATIENCE_S)
     assert locked("-n", x, "true").returncode == 0
+
+
+@pytest.mark.root
+def test_as_the_first_process_of_a_container_it_passes_sigterm_on(nodes: Nodes) -> None:
+    """What it passes on comes from process 1, whose parent has no number here; nor has the daemon,
+    which is outside: that does not make it the watchdog's word."""
+    x = nodes.mount("a", "owner=file") / "dom/x"
+    says = "trap 'exit 3' TERM; echo ready; sleep 1000 & wait"
+    container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with subprocess.Popen(
+        [*container, *DLMFS, "lock", str(x), "--", "sh", "-c", says],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as outside:  # fmt: skip
+        try:
+            assert outside.stdout is not None
+            assert outside.stdout.readline() == "ready\n"
+            children = Path(f"/proc/{outside.pid}/task/{outside.pid}/children").read_text()
+            os.kill(int(children), signal.SIGTERM)
+            assert outside.communicate(timeout=PATIENCE_S)[1] == ""
+            assert outside.returncode == 3
+        finally:
+            outside.kill()
+
+
+@pytest.mark.root
+def test_where_children_are_in_another_namespace_it_says_so(nodes: Nodes) -> None:
+    """It cannot do its work there, and 1 would mean that the lock is another's."""
+    x = nodes.mount("a", "owner=file") / "dom/x"
+    done = subprocess.run(
+        ["unshare", "--pid", *DLMFS, "lock", "-n", str(x), "true"],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (69, 1)

@@ -87,8 +87,10 @@ class Behind:
     def _begin(self) -> None:
         """While it waits any signal ends it as if it were a program in C."""
         _die_with_parent(signal.SIGKILL)
+        if os.getppid() == 0:
+            raise Unavailable("children are in another pid namespace than this (`unshare --fork`)")
         if os.getppid() != self._front:
-            os._exit(1)
+            os._exit(1)  # it is gone, and nobody asks
         null = os.open(os.devnull, os.O_RDWR)
         for fd in self._streams:
             os.dup2(null, fd)

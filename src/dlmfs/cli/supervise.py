@@ -177,6 +177,8 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
             parent = int(file.read().rpartition(b")")[2].split()[1])
     except OSError:
         return ""
+    if parent == 0:
+        return ""  # the first process of a pid namespace; a daemon outside of that has the number 0 too
     from dlmfs.control import daemon_pid
     from dlmfs.fuse.mountinfo import find
 
