@@ -29,17 +29,67 @@ sys.exit(main.main())
 """
 
 
-def test_where_no_thread_can_be_had_no_command_is_started(nodes: Nodes) -> None:
-    """As at a limit on processes: the command would run on, and with `-o` without its lock."""
-    x, ran = nodes.mount("a", "owner=file") / "dom/x", nodes.folder / "ran"
-    done = subprocess.run(
-        [sys.executable, "-c", NO_THREADS, "lock", "-o", str(x), "touch", str(ran)],
+def run_by(program: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, args)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
+
+
+def test_where_no_thread_can_be_had_no_command_is_started(nodes: Nodes) -> None:
+    """As at a limit on processes: the command would run on, and with `-o` without its lock."""
+    x, ran = nodes.mount("a", "owner=file") / "dom/x", nodes.folder / "ran"
+    done = run_by(NO_THREADS, "lock", "-o", x, "touch", ran)
     assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
     assert locked("-n", x, "true").returncode == 0
     assert not ran.exists()
+
+
+SLOW_IN_FRONT = """
+import os, sys, time
+from dlmfs.cli import front, main
+real = front.become_subreaper
+def become_subreaper():
+    time.sleep(1)
+    real()
+front.become_subreaper = become_subreaper
+sys.exit(main.main())
+"""
+
+
+def test_the_process_behind_is_killed_at_once(nodes: Nodes) -> None:
+    """The one in front may be slow, and gets the command all the same."""
+    x = nodes.mount("a", "owner=file") / "dom/x"
+    done = run_by(SLOW_IN_FRONT, "lock", x, "-c", "echo $$; kill -KILL $PPID; exec sleep 1000 >&-")
+    command = int(done.stdout)
+    try:
+        assert done.returncode == -signal.SIGKILL
+        assert not Path(f"/proc/{command}").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(command, signal.SIGKILL)
+
+
+ORDER = """
+import sys
+from dlmfs.cli import lock, main
+out = open(sys.argv.pop(), "w", buffering=1)
+def told(word, function):
+    def tell(*args):
+        print(word, file=out)
+        return function(*args)
+    return tell
+lock.token, lock.deadlines = told("token", lock.token), told("deadline", lock.deadlines)
+sys.exit(main.main())
+"""
+
+
+def test_the_deadline_is_that_of_the_grant(nodes: Nodes) -> None:
+    """Whoever has a token after the deadline was found was not fenced before."""
+    x, words = nodes.mount("a", "owner=file") / "dom/x", nodes.folder / "words"
+    assert run_by(ORDER, "lock", x, "true", words).returncode == 0
+    assert words.read_text().split() == ["deadline", "token"]
 
 
 def test_children_of_before_are_not_the_commands(nodes: Nodes) -> None:

@@ -144,8 +144,8 @@ class Behind:
             elif number == LOST:
                 if not self._has_it and self._is_asked():
                     self._has_it, until = True, None
+                    become_subreaper()  # first: there must be no command yet that is another's orphan
                     self._answer()
-                    become_subreaper()  # now: it has the time while the one behind starts the command
             elif number in ENDS and not self._has_it and not _is_ignored(number):
                 self._give_up()
                 _end_by(number)
