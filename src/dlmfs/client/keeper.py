@@ -378,8 +378,8 @@ class Keeper(threading.Thread):
             logging.getLogger("dlmfs.client").exception("a notice's callback failed")
 
     def release(self) -> None:
-        """Drop the lock. Never waits. May be repeated, and goes on where an exception ended it: a
-        signal's handler may raise at any line of it."""
+        """Drop the lock. Waits only for a stopped daemon that epoll is asking. May be repeated, and
+        goes on where an exception ended it: a signal's handler may raise at any line of it."""
         if self.process != os.getpid():
             return  # closed already, by `_forked`
         try:
