@@ -61,7 +61,9 @@ sys.exit(main.main())
 def test_the_process_behind_is_killed_at_once(nodes: Nodes) -> None:
     """The one in front may be slow, and gets the command all the same."""
     x = nodes.mount("a", "owner=file") / "dom/x"
-    done = run_by(SLOW_IN_FRONT, "lock", x, "-c", "echo $$; kill -KILL $PPID; exec sleep 1000 >&- 2>&-")
+    done = run_by(
+        SLOW_IN_FRONT, "lock", x, "-c", "echo $$; kill -KILL $PPID; exec sleep 1000 >&- 2>&-"
+    )
     command = int(done.stdout)
     try:
         assert done.returncode == -signal.SIGKILL
