@@ -5,8 +5,10 @@ that the node itself goes by. There is none where no lease can run out (one host
 
 Rules of this file
 ------------------
-* The daemon has its file locked (flock(2)). One that nobody has locked is left of a dead daemon, whose
-  device number may be another mount's by now: it says nothing.
+* The daemon has its file locked for writing (fcntl(2), F_OFD_SETLK). One that nobody has locked is left
+  of a dead daemon, whose device number may be another mount's by now: it says nothing. Not by flock(2):
+  anybody who may read a file may lock it so, and would make it believed.
+* Nobody else can open the file before it is locked, and it is in a folder that nobody else can write.
 * A deadline is of one session. When the file tells of another, what was granted before is lost.
 * Instants are compared in one time namespace only.
 """
@@ -27,6 +29,14 @@ from dlmfs import rundir
 RECORD: Final = struct.Struct("=dQQ")
 """The deadline in seconds on CLOCK_BOOTTIME, the session's number, the time namespace's."""
 
+FLOCK: Final = struct.Struct("hhqqi0q")
+"""struct flock of fcntl(2)."""
+
+
+def _whole(kind: int) -> bytes:
+    """A lock on a whole file."""
+    return FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+
 
 def _namespace() -> int:
     """Its clock is this process's; 0 where there are none (before Linux 5.6)."""
@@ -45,10 +55,10 @@ class Published:
         new = f"{self.path}.new"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
-        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        os.fchmod(self._fd, 0o644)  # whoever may use the mount may read it
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole(fcntl.F_WRLCK))
         os.pwrite(self._fd, RECORD.pack(0.0, 0, self._namespace), 0)
+        os.fchmod(self._fd, 0o644)  # whoever may use the mount may read it
         os.rename(new, self.path)  # never there without its lock
 
     def tell(self, fence_at: float, session: int) -> None:
@@ -81,6 +91,8 @@ class Deadline:
         this process cannot see or believe the file."""
         for folder in rundir.folders(uid):
             with contextlib.suppress(OSError):
+                if not rundir.is_safe(folder, uid):
+                    continue  # the file system there may be another user's too, and tell anything
                 path = os.path.join(folder, rundir.name(dev, "lease"))
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 if _is_believed(fd, uid):
@@ -112,11 +124,8 @@ def _is_believed(fd: int, uid: int) -> bool:
         return False
     if RECORD.unpack(os.pread(fd, RECORD.size, 0))[2] != _namespace():
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False  # and the close gives the lock back
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole(fcntl.F_RDLCK))
+    return bool(FLOCK.unpack(found)[0] == fcntl.F_WRLCK)
 
 
 # -- time -------------------------------------------------------------------------------------------

@@ -29,6 +29,15 @@ def folders(uid: int) -> tuple[str, ...]:
     return ("/run/dlmfs/ctl", own) if uid == 0 else (own,)
 
 
+def is_safe(folder: str, uid: int) -> bool:
+    """Whether only this user or root can have put there what is there. Raises OSError."""
+    for part in (os.path.dirname(folder), folder):
+        info = os.lstat(part)
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid not in (0, uid) or info.st_mode & 0o022:
+            return False
+    return True
+
+
 def name(dev: str, suffix: str) -> str:
     """`dev`: the mount's device, "major:minor"."""
     return f"{dev.replace(':', '-')}.{suffix}"

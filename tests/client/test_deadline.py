@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dlmfs import deadline, rundir
-from dlmfs.client import deadlines
+from dlmfs.client import deadlines, keeper, logic
 from dlmfs.client.logic import is_lost
 from dlmfs.client.place import Place
 from dlmfs.deadline import Deadline, Published, boottime, sleep_until
@@ -89,6 +90,48 @@ def test_another_users_file_is_not_believed(published: Published, tmp_path: Path
     found.close()
 
 
+@pytest.mark.parametrize("lock", ["flock", "fcntl"])
+def test_who_may_only_read_a_dead_daemons_file_cannot_make_it_believed(
+    tmp_path: Path, lock: str
+) -> None:
+    """Programs on the next mount with its device number would take their locks for lost."""
+    path = tmp_path / "0-77.lease"
+    path.write_bytes(deadline.RECORD.pack(5.0, 1, deadline._namespace()))
+    with path.open("rb") as file:
+        if lock == "flock":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_SH)
+        assert Deadline.find(DEV, UID) is None
+
+
+def test_nobody_else_can_open_it_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon's start would wait for whoever locked it first."""
+    modes = []
+    real = fcntl.fcntl
+
+    def look(fd: int, command: int, argument: bytes) -> object:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", look)
+    Published(DEV).close()
+    assert modes == [0o600]
+
+
+def test_a_folder_of_others_is_not_looked_into(published: Published, tmp_path: Path) -> None:
+    """A FUSE file system of another user may say that its files are root's, or answer never."""
+    tmp_path.chmod(0o777)
+    assert Deadline.find(DEV, UID) is None
+    tmp_path.chmod(0o755)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert not rundir.is_safe(str(link), UID)
+    assert rundir.is_safe(str(tmp_path), UID)
+
+
 def test_a_file_that_is_being_written_is_read_again(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +198,38 @@ def test_holders_are_told_when_it_has_passed(published: Published) -> None:
     assert other not in (None, mount)
     assert not gone.lost.is_set()
     assert not later.lost.is_set()
+
+
+class Stuck:
+    """A watcher whose epoll asks a stopped daemon: nothing can be removed from it."""
+
+    def __init__(self) -> None:
+        self.reached, self.goes_on = threading.Event(), threading.Event()
+
+    def remove(self, _fd: int) -> None:
+        self.reached.set()
+        assert self.goes_on.wait(PATIENCE_S)
+
+
+def test_a_release_that_waits_for_the_daemon_keeps_no_other_from_being_told(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, other = Stuck(), Holder()
+    monkeypatch.setattr(keeper, "watcher", lambda _device: stuck)
+    published.tell(boottime() + 1, 1)
+    one = keeper.Keeper(logic.Request(PLACE), lambda: None, lambda _lost: None)
+    one.settled.set()
+    one._fd, one._is_watched = os.open(os.devnull, os.O_RDONLY), True
+    one._deadline = deadlines.watch(PLACE, one)
+    assert deadlines.watch(PLACE, other) is one._deadline
+    releasing = threading.Thread(target=one.release)
+    releasing.start()
+    try:
+        assert stuck.reached.wait(PATIENCE_S)
+        assert other.lost.wait(PATIENCE_S)
+    finally:
+        stuck.goes_on.set()
+        releasing.join(PATIENCE_S)
 
 
 def test_a_grant_of_a_later_session_is_not_of_the_former(published: Published) -> None:

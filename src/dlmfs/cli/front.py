@@ -12,7 +12,8 @@ Rules of this file
 * Until then it has none of the standard streams either: somebody may wait for the end of one of them,
   as a shell does at `$(...)`.
 * From then on the one in front only passes signals on, and the exit code back. Should the one behind be
-  killed, nobody would look after its command: the one in front, which gets its orphans, ends them.
+  killed, nobody would look after its command: the one in front, which gets its orphans, ends them. Not
+  the children that it had before, as of a shell that started something and then became this program.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Behind:
         self._streams = [fd for fd in (0, 1, 2) if _is_open(fd)]
         ours, theirs = _socket.socketpair()
         self._front = os.getpid()
+        self._others = _children()
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
         self._has_it = False
         try:
@@ -85,8 +87,10 @@ class Behind:
     def _begin(self) -> None:
         """While it waits any signal ends it as if it were a program in C."""
         _die_with_parent(signal.SIGKILL)
+        if os.getppid() == 0:
+            raise Unavailable("children are in another pid namespace than this (`unshare --fork`)")
         if os.getppid() != self._front:
-            os._exit(1)
+            os._exit(1)  # it is gone, and nobody asks
         null = os.open(os.devnull, os.O_RDWR)
         for fd in self._streams:
             os.dup2(null, fd)
@@ -140,8 +144,8 @@ class Behind:
             elif number == LOST:
                 if not self._has_it and self._is_asked():
                     self._has_it, until = True, None
+                    become_subreaper()  # first: there must be no command yet that is another's orphan
                     self._answer()
-                    become_subreaper()  # now: it has the time while the one behind starts the command
             elif number in ENDS and not self._has_it and not _is_ignored(number):
                 self._give_up()
                 _end_by(number)
@@ -169,7 +173,8 @@ class Behind:
         if self._has_it:
             from dlmfs.cli.supervise import GRACE_S, end_all
 
-            end_all(GRACE_S)
+            others = (pid for pid, fd in self._others.items() if _is_there(fd))
+            end_all(GRACE_S, frozenset(others))
 
     def _give_up(self) -> None:
         """End the wait."""
@@ -184,6 +189,30 @@ def _next(until: float | None) -> signal.struct_siginfo | None:
     if until is None:
         return signal.sigwaitinfo(AWAITED)
     return signal.sigtimedwait(AWAITED, max(0.0, until - time.monotonic()))
+
+
+def _children() -> dict[int, int]:
+    """Those of this process, which has one thread, each with a descriptor: its number may be another's
+    later."""
+    found = {}
+    with (
+        contextlib.suppress(OSError),  # not told (supervise.descendants)
+        open(f"/proc/self/task/{os.getpid()}/children", "rb") as file,
+    ):
+        for pid in map(int, file.read().split()):
+            found[pid] = os.pidfd_open(pid)
+    return found
+
+
+def _is_there(process: int) -> bool:
+    """Whether its number is still its own."""
+    try:
+        signal.pidfd_send_signal(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _is_open(fd: int) -> bool:

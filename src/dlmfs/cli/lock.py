@@ -189,6 +189,8 @@ def run(args: list[str]) -> int:
             behind.wait(*limit(places, order))
         try:
             fds = take(places, order)
+            until = deadlines(places)
+            # Asked after that: so it is the session of these grants whose deadline was found.
             tokens = [str(token(fd, where)) for where, fd in fds.items()]
         finally:
             behind.over()
@@ -217,7 +219,7 @@ def run(args: list[str]) -> int:
         for fd in fds.values():
             os.set_inheritable(fd, True)
     locks = {fd: p.path for p, fd in fds.items()}
-    return behind.end(supervise(order.command, environment, locks, deadlines(places)))
+    return behind.end(supervise(order.command, environment, locks, until))
 
 
 def _call_oneself(command: str) -> None:

@@ -36,7 +36,7 @@ from dlmfs.cli.signals import (
 from dlmfs.cli.text import plain
 from dlmfs.client.logic import is_lost
 from dlmfs.deadline import Deadline, boottime, sleep_until
-from dlmfs.errors import LockLost
+from dlmfs.errors import LockLost, Unavailable
 
 GRACE_S: Final = 1.0
 """Between SIGTERM and SIGKILL. A fenced node's locks are granted to others after a third of the lease
@@ -64,9 +64,13 @@ class _Watch:
         self._deadlines = deadlines
 
     def start(self) -> None:
-        threading.Thread(target=self._poll, daemon=True).start()
-        if self._deadlines:
-            threading.Thread(target=self._look, daemon=True).start()
+        """Raises Unavailable."""
+        try:
+            threading.Thread(target=self._poll, daemon=True).start()
+            if self._deadlines:
+                threading.Thread(target=self._look, daemon=True).start()
+        except RuntimeError as error:
+            raise Unavailable(f"the locks cannot be watched: {error}") from None
 
     def _is_lost(self, path: str) -> None:
         self.lost = self.lost or path
@@ -100,16 +104,16 @@ def supervise(
 ) -> int:
     """Run the command to its end; its exit code, or what docs/reference.md says of `dlmfs lock`.
     `locks`: open files and their paths; inheritable ones are the command's too. `deadlines`: by the
-    path of a lock, of each mount that has one."""
+    path of a lock, of each mount that has one. Raises Unavailable before the command is started."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
     become_subreaper()
+    watch = _Watch(locks, deadlines)
+    watch.start()  # first: where no thread can be had, no command may run
     try:
         child = _spawn(command, {**os.environ, **environment}, before)
     except OSError as error:
         print(f"dlmfs: {plain(command[0])}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-    watch = _Watch(locks, deadlines)
-    watch.start()
     code = _await(child, watch)
     if not watch.lost:
         return code if code is not None else 0
@@ -173,6 +177,8 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
             parent = int(file.read().rpartition(b")")[2].split()[1])
     except OSError:
         return ""
+    if parent == 0:
+        return ""  # the first process of a pid namespace; a daemon outside of that has the number 0 too
     from dlmfs.control import daemon_pid
     from dlmfs.fuse.mountinfo import find
 
@@ -186,13 +192,14 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
 # -- the end of all ---------------------------------------------------------------------------------
 
 
-def descendants(root: int) -> Iterator[int]:
-    """The processes below `root`. One that is made or orphaned meanwhile may be missed: look again."""
+def descendants(root: int, others: frozenset[int] = frozenset()) -> Iterator[int]:
+    """The processes below `root`, but for `others` and what is below those. One that is made or
+    orphaned meanwhile may be missed: look again."""
     told = os.path.exists(f"/proc/{root}/task/{root}/children")
     children = _children if told else _all_children().__getitem__
     below = [root]
     for pid in below:
-        below += children(pid)
+        below += (child for child in children(pid) if child not in others)
     yield from below[1:]
 
 
@@ -221,37 +228,38 @@ def _all_children() -> defaultdict[int, list[int]]:
     return children
 
 
-def _signal_all(*numbers: int) -> None:
-    for pid in descendants(os.getpid()):
+def _signal_all(others: frozenset[int], *numbers: int) -> None:
+    for pid in descendants(os.getpid(), others):
         for number in numbers:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
 
 
-def _none_left() -> bool:
-    """Reap; whether that was the last. Exact, since orphans become our children."""
+def _none_left(others: frozenset[int]) -> bool:
+    """Reap; whether that was the last. Exact, since orphans become our children; beside `others`, who
+    live on, as exact as the kernel's list of them."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
         return True
-    return False
+    return bool(others) and not any(descendants(os.getpid(), others))
 
 
-def end_all(grace_s: float) -> None:
+def end_all(grace_s: float, others: frozenset[int] = frozenset()) -> None:
     """SIGTERM to every process below us, SIGKILL after `grace_s` to those that are left and to those
-    that they make meanwhile. One more SIGTERM for us is the watchdog's (`-o on-lost=`), or somebody's
-    who is in a hurry, too."""
+    that they make meanwhile; not to `others`, children that are not the command's. One more SIGTERM for
+    us is the watchdog's (`-o on-lost=`), or somebody's who is in a hurry, too."""
     killing_at = time.monotonic() + grace_s
-    _signal_all(signal.SIGTERM, signal.SIGCONT)  # a stopped process cannot heed the first
-    while not _none_left():
+    _signal_all(others, signal.SIGTERM, signal.SIGCONT)  # a stopped process cannot heed the first
+    while not _none_left(others):
         now = time.monotonic()
         if now >= killing_at + KILLING_S:
-            left = ", ".join(map(str, descendants(os.getpid())))
+            left = ", ".join(map(str, descendants(os.getpid(), others)))
             print(f"dlmfs: these processes cannot be ended: {left}", file=sys.stderr)
             return
         if now >= killing_at:
-            _signal_all(signal.SIGKILL)
+            _signal_all(others, signal.SIGKILL)
         info = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], LOOK_S)
         if info is not None and info.si_signo == signal.SIGTERM:
             killing_at = min(killing_at, now + WATCHDOG_GRACE_S)

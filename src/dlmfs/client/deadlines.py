@@ -39,7 +39,10 @@ class Mount(threading.Thread):
                 if over:
                     self._end()
             for holder in lost:
-                tell(holder, select.EPOLLERR | select.EPOLLHUP)
+                with _mutex:  # who releases meanwhile may be long about it: no waiting for that
+                    is_there = id(holder) in self.holders
+                if is_there:
+                    tell(holder, select.EPOLLERR | select.EPOLLHUP)
             if over:
                 return
             sleep_until(at)

@@ -181,8 +181,8 @@ class Keeper(threading.Thread):
                 self.error = Unavailable(f"{self.request.place.path} cannot be watched: {error}")
             except BaseException as error:  # or it would never be settled
                 self.error = error
-            if self.error is not None and self._deadline is not None:
-                self._deadline.remove(self)
+        if self.error is not None and fd >= 0:
+            self._unwatch(fd)
         with self._mutex:
             if self._given_up and self.error is None:
                 self._unwatch(fd)
@@ -197,9 +197,16 @@ class Keeper(threading.Thread):
             self._jobs.put(None)
 
     def _unwatch(self, fd: int) -> None:
-        watcher(self.request.place.dev).remove(fd)
         if self._deadline is not None:
             self._deadline.remove(self)
+        # Last: while epoll asks a daemon that is stopped this waits, maybe with `_mutex` in hand, and
+        # the thread at the deadline must not wait for that, with the other locks still to be told.
+        self._unnotice(fd)
+
+    def _unnotice(self, fd: int) -> None:
+        """Before every close: an event of this file must not become another's with its number."""
+        if self._is_watched:
+            watcher(self.request.place.dev).remove(fd)
 
     def _do(self, step: logic.Step) -> int:
         match step:
@@ -219,8 +226,7 @@ class Keeper(threading.Thread):
             case logic.Device(fd):
                 return os.fstat(fd).st_dev
             case logic.Close(fd):
-                if self._is_watched:
-                    watcher(self.request.place.dev).remove(fd)
+                self._unnotice(fd)
                 os.close(fd)
         return 0
 
@@ -372,8 +378,8 @@ class Keeper(threading.Thread):
             logging.getLogger("dlmfs.client").exception("a notice's callback failed")
 
     def release(self) -> None:
-        """Drop the lock. Never waits. May be repeated, and goes on where an exception ended it: a
-        signal's handler may raise at any line of it."""
+        """Drop the lock. Waits only for a stopped daemon that epoll is asking. May be repeated, and
+        goes on where an exception ended it: a signal's handler may raise at any line of it."""
         if self.process != os.getpid():
             return  # closed already, by `_forked`
         try:

@@ -47,9 +47,9 @@ class Watcher:
     def remove(self, fd: int) -> None:
         """To be called before it is closed: a copy of it elsewhere would keep it watched."""
         self._watched.pop(fd, None)
-        self._removed[fd] = self._round
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
+        self._removed[fd] = self._round  # now: until then another round may have begun and heard it
 
     def abandon(self) -> None:
         """In a forked child: the parent's epoll must not be touched, only let go."""
