@@ -343,15 +343,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         first=700,
     ),
     Planted(
-        "told-nothing",
-        LOCK,
-        "            self.local.wanted = None\n",
-        "            self.local.wanted = NOTHING\n",
-        100,
-        "the core is not told that nobody wants the lock any more (found)",
-        first=2500,
-    ),
-    Planted(
         "patient-trylock",
         LOCK,
         "            self.local.time_try()\n",
@@ -408,6 +399,14 @@ BUGS: Final[tuple[Planted, ...]] = (
 )
 
 RARE: Final[tuple[Planted, ...]] = (
+    Planted(
+        "told-nothing",
+        LOCK,
+        "            self.local.wanted = None\n",
+        "            self.local.wanted = NOTHING\n",
+        100,
+        "the core is not told that nobody wants the lock any more (found)",
+    ),
     Planted(
         "gap-hides-wishes",
         LOCK,
