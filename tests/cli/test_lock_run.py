@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs.cli.signals import pass_on
+from dlmfs.cli.signals import ECHO_S, Echo, pass_on
 from tests.cli.jobs import Start, locked, until
 from tests.cli.jobs import start as _start
 from tests.fs.conftest import nodes as _nodes
@@ -49,6 +49,42 @@ def test_signals_are_passed_on(nodes: Nodes, start: Start) -> None:
     job.process.send_signal(signal.SIGTERM)
     assert job.line() == "TERM"
     assert job.over()[0] == 3
+
+
+def test_the_process_in_front_and_the_one_behind_are_told_the_same_once() -> None:
+    front, sender = 10, 20
+    echo = Echo(front)
+    assert not echo.is_it(signal.SIGTERM, sender, 0.0)
+    assert echo.is_it(signal.SIGTERM, front, 0.1)
+    assert not echo.is_it(signal.SIGTERM, front, 0.2)
+    assert not echo.is_it(signal.SIGTERM, front, 0.3)  # twice by somebody who means it
+    assert not echo.is_it(signal.SIGINT, sender, 0.4)
+    assert echo.is_it(signal.SIGINT, front, 0.5)
+    assert not echo.is_it(signal.SIGTERM, sender, 1.0)
+    assert not echo.is_it(signal.SIGTERM, front, 1.1 + ECHO_S)
+
+
+@fuse
+def test_a_signal_to_all_reaches_the_command_by_itself_and_passed_on(
+    nodes: Nodes, start: Start
+) -> None:
+    """Many programs take a third as haste."""
+    job = start(nodes.mount("a") / "dom/x", "--", sys.executable, "-c", EACH)
+    assert job.line() == "ready"
+    job.process.send_signal(signal.SIGUSR1)
+    os.kill(job.behind(), signal.SIGUSR1)
+    assert job.line() == "USR1"
+    job.process.send_signal(signal.SIGUSR2)  # the same way as the one that must not come
+    assert job.line() == "USR2"
+
+
+EACH = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
+print("ready", flush=True)
+while True:
+    print(signal.Signals(signal.sigwait([signal.SIGUSR1, signal.SIGUSR2])).name[3:], flush=True)
+"""
 
 
 def test_what_the_kernel_told_the_whole_group_is_not_told_twice() -> None:

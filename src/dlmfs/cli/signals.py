@@ -31,6 +31,9 @@ ENDS: Final = frozenset(
 LOST: Final = signal.SIGIO
 """A watching thread's word to the main one."""
 
+ECHO_S: Final = 1.0
+"""Somebody who sends a signal to both of our processes by hand means no more by it."""
+
 AWAITED: Final = ENDS | STOPS | {signal.SIGCONT, signal.SIGWINCH, signal.SIGCHLD, LOST}
 
 
@@ -48,6 +51,26 @@ def suffer(number: signal.Signals) -> None:
     signal.pthread_kill(threading.get_ident(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+
+class Echo:
+    """A signal to a whole group or control group comes by itself, and from the process in front, too."""
+
+    def __init__(self, front: int) -> None:
+        self._front = front
+        self._last: tuple[int, bool, float] | None = None
+
+    def is_it(self, number: int, sender: int, now: float) -> bool:
+        """Whether this signal (from a process, at `now` seconds) is the one before once more."""
+        passed_on, before = sender == self._front, self._last
+        again = (
+            before is not None
+            and before[0] == number
+            and before[1] != passed_on
+            and now < before[2] + ECHO_S
+        )
+        self._last = None if again else (number, passed_on, now)
+        return again
 
 
 def become_subreaper() -> None:

@@ -28,6 +28,7 @@ from dlmfs.cli.signals import (
     LOST,
     SI_KERNEL,
     STOPS,
+    Echo,
     become_subreaper,
     pass_on,
     reap,
@@ -150,6 +151,7 @@ def _found(program: str) -> str:
 
 def _await(child: int, watch: _Watch) -> int | None:
     """The command's exit code when it has ended; None when a lock is lost."""
+    echo = Echo(os.getppid())
     while True:
         info = signal.sigwaitinfo(AWAITED)
         number = signal.Signals(info.si_signo)
@@ -163,7 +165,7 @@ def _await(child: int, watch: _Watch) -> int | None:
         elif number == signal.SIGTERM and (path := _watchdogs_word(info.si_pid, watch.locks)):
             watch.lost, watch.grace_s = path, WATCHDOG_GRACE_S
             return None
-        else:
+        elif not echo.is_it(number, info.si_pid, time.monotonic()):
             pass_on(number, child, everywhere=info.si_code == SI_KERNEL)
             if number in STOPS:
                 suffer(number)
