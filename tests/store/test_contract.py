@@ -531,3 +531,27 @@ def test_a_range_in_pieces(client: Client) -> None:
     (found,) = client.txn(Txn((), (Range(b"p/", b"p/c"),))).responses
     assert isinstance(found, tuple)
     assert [kv.key for kv in found if isinstance(kv, KeyValue)] == [b"p/c\xff", b"p/d"]
+
+
+# -- readings ----------------------------------------------------------------------------------------
+
+
+def test_a_transaction_that_only_reads(client: Client) -> None:
+    """One key, several at once, behind a compare that holds or fails, and none at all: one revision,
+    and nothing changes. (On etcd it must not go out as it is: see `codec.only_reads`.)"""
+    at = client.txn(put((b"a", b"1"), (b"b", b"2"))).revision
+    one = client.txn(Txn((), (Get(b"a"),)))
+    assert (one.succeeded, one.revision) == (True, at)
+    assert one.responses == (KeyValue(b"a", b"1", at, at, 0),)
+    assert client.txn(Txn((), (Get(b"c"),))).responses == (None,)
+    several = client.txn(Txn((), (Get(b"b"), Range(b"a"), Get(b"c"))))
+    assert (several.succeeded, several.revision) == (True, at)
+    a, b = KeyValue(b"a", b"1", at, at, 0), KeyValue(b"b", b"2", at, at, 0)
+    assert several.responses == (b, (a,), None)
+    held = client.txn(Txn((unchanged(b"a", at),), (Get(b"b"),), (Get(b"a"),)))
+    assert (held.succeeded, held.responses) == (True, (b,))
+    failed = client.txn(Txn((unchanged(b"a", at + 1),), (Get(b"b"),), (Get(b"a"),)))
+    assert (failed.succeeded, failed.responses) == (False, (a,))
+    nothing = client.txn(Txn((), ()))
+    assert (nothing.succeeded, nothing.responses) == (True, ())
+    assert client.txn(Txn((), (Get(b"a"),))).revision == at

@@ -23,6 +23,7 @@ import grpc.aio
 
 from dlmfs.errors import BadState, Bug, DlmfsError, LockLost, NotPermitted, OutcomeUnknown
 from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.codec import only_reads
 
 log = logging.getLogger("dlmfs.etcd")
 
@@ -179,6 +180,7 @@ class Rpc:
     async def call(self, method: Method, request: Any, timeout_s: float) -> Any:
         """One request and its answer. Raises OutcomeUnknown, or what is definite: LockLost (no such
         lease), NotPermitted, Bug (a request that etcd cannot accept)."""
+        assert method is not TXN or not only_reads(request), "it may make the server panic"
         floor = self.revision
         answer = await self._call(method, request, timeout_s)
         if self.trouble is not None:

@@ -19,7 +19,16 @@ from dlmfs.core.lease import Renewal
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.codec import Codec
-from dlmfs.store.etcd.rpc import GRANT, KEEP_ALIVE, REVOKE, TXN, Rpc, cancelling, look_after
+from dlmfs.store.etcd.rpc import (
+    GRANT,
+    KEEP_ALIVE,
+    RANGE,
+    REVOKE,
+    TXN,
+    Rpc,
+    cancelling,
+    look_after,
+)
 from dlmfs.timing import Clock, Timing
 
 RETRY_S: Final = 0.2
@@ -90,11 +99,8 @@ class EtcdSession:
         Raises LockLost if the lease is over, OutcomeUnknown."""
         before = self.rpc.generation
         left_s = await self._keep_alive(timeout_s)
-        look = pb.TxnRequest(
-            success=[pb.RequestOp(request_range=pb.RangeRequest(key=self._key))],
-        )
-        answer = await self.rpc.call(TXN, look, timeout_s)
-        if left_s <= 0 or not answer.responses[0].response_range.kvs:
+        answer = await self.rpc.call(RANGE, pb.RangeRequest(key=self._key), timeout_s)
+        if left_s <= 0 or not answer.kvs:
             raise LockLost("the lease has ended in the store")
         assert self.renewal is not None
         counts = self.renewal.confirmed(sent, answer.header.raft_term, self._unbroken(before))

@@ -13,10 +13,19 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from dlmfs.errors import DlmfsError, OutcomeUnknown
-from dlmfs.store.base import Txn, TxnDone, WatchBatch, WatchGap
+from dlmfs.store.base import Get, Range, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
 from dlmfs.store.etcd import etcd_pb2 as pb
-from dlmfs.store.etcd.codec import Codec
-from dlmfs.store.etcd.rpc import REVOKE, STATUS, TIME_TO_LIVE, TXN, Access, Rpc, look_after
+from dlmfs.store.etcd.codec import Codec, only_reads
+from dlmfs.store.etcd.rpc import (
+    RANGE,
+    REVOKE,
+    STATUS,
+    TIME_TO_LIVE,
+    TXN,
+    Access,
+    Rpc,
+    look_after,
+)
 from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.watch import EtcdWatch
 from dlmfs.store.memory import check
@@ -93,11 +102,26 @@ class EtcdStore:
     async def _txn(self, txn: Txn, done: TxnDone) -> None:
         self.commits += 1
         try:
-            answer = await self.rpc.call(TXN, self.codec.txn(txn), self.timeout_s)
+            result = await self._ask(txn)
         except DlmfsError as error:
             done(error)
             return
-        done(self.codec.result(txn, answer, answer.header.revision))
+        done(result)
+
+    async def _ask(self, txn: Txn) -> TxnResult:
+        request = self.codec.txn(txn)
+        if not only_reads(request):
+            answer = await self.rpc.call(TXN, request, self.timeout_s)
+            return self.codec.result(txn, answer, answer.header.revision)
+        if len(txn.then) == 1 and not txn.compares:
+            (op,) = txn.then
+            assert isinstance(op, Get | Range)
+            read = await self.rpc.call(RANGE, self.codec.read(op), self.timeout_s)
+            return TxnResult(True, read.header.revision, (self.codec.found(op, read.kvs),))
+        # Inside of another it is no mere reading any more; it costs a commit, and is rare.
+        (inner,) = (await self._ask(Txn((), (txn,)))).responses
+        assert isinstance(inner, TxnResult)
+        return inner
 
     def watch(
         self,
