@@ -189,20 +189,20 @@ async def _names(access: Access, endpoint: str, cluster: str) -> list[Finding]:
     """The node names in use in this lock space."""
     import dataclasses
 
-    from dlmfs.store.base import Range, Txn
+    from dlmfs.store.base import Range
     from dlmfs.store.etcd.codec import Codec
-    from dlmfs.store.etcd.rpc import TXN, Rpc
+    from dlmfs.store.etcd.rpc import RANGE, Rpc
 
     rpc = Rpc(
         asyncio.get_running_loop(), dataclasses.replace(access, endpoints=(endpoint,)), _ignore
     )
     codec = Codec(f"dlmfs/{cluster}/".encode())
-    txn = Txn((), (Range(b"n/"),))
+    every = Range(b"n/")
     try:
-        answer = await rpc.call(TXN, codec.txn(txn), TIMEOUT_S)
+        answer = await rpc.call(RANGE, codec.read(every), TIMEOUT_S)
     finally:
         await rpc.close()
-    (records,) = codec.result(txn, answer, answer.header.revision).responses
+    records = codec.found(every, answer.kvs)
     assert isinstance(records, tuple)
     names = [kv.key[2:].decode() for kv in records if hasattr(kv, "key") and b"/" not in kv.key[2:]]
     return [ok("nodes", f"names in use in {cluster}: {' '.join(names) or 'none'}")]
