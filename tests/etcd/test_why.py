@@ -13,6 +13,7 @@ import pytest
 from tests.cli.programs import Opener, run
 from tests.etcd.mounts import TTL, EtcdNodes, until
 from tests.fs.nodes import DLMFS
+from tests.waiting.agents import wanting
 
 pytestmark = pytest.mark.fuse
 
@@ -88,6 +89,7 @@ def test_a_store_that_does_not_answer(start: Any) -> None:
     a, b = nodes.pair(f"ttl={TTL * 12:g}")
     holder = Opener(nodes, ("x", a / "dom/x")).has(1)
     nodes.queue(b / "dom/x")
+    until(lambda: bool(wanting(a / "dom/x")), "the holder's node has heard of it")
     member = nodes.etcd.members[0]
     assert member.process is not None
     os.kill(member.process.pid, 19)
