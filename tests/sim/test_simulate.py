@@ -147,6 +147,9 @@ def test_the_campaign_ends_with_one_line_of_totals() -> None:
         ["--plant", "blind-change"],
         ["--seed", "1", "--plant", "no-such-bug"],
         ["--replay", "/no/such/file"],
+        ["--seed", "1", "--save", "/no/such/folder/file"],
+        ["--release", "--report", "/no/such/folder/file"],
+        ["--seeds", "1", "--report", "/tmp"],
         ["--seeds", "many"],
     ],
 )

@@ -78,9 +78,19 @@ def _parse(args: list[str]) -> Namespace:
     parsed = parser.parse_args(args)
     if parsed.seeds < 1 or parsed.jobs < 1 or parsed.first < 0:
         raise UsageError("--seeds and --jobs take a number from 1, --first one from 0")
+    if parsed.release and parsed.report is None:
+        parsed.report = "simulation-report.md"
+    for file in filter(None, (parsed.save, parsed.report)):
+        _must_be_writable(Path(file))
     if parsed.plant and parsed.seed is None and parsed.replay is None:
         raise UsageError("--plant goes with --seed or --replay; --planted runs them all")
     return parsed
+
+
+def _must_be_writable(file: Path) -> None:
+    """Now, and not after an hour's run. Raises UsageError."""
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UsageError(f"{file} cannot be written: name a file in a folder that you can write to")
 
 
 # -- one run --------------------------------------------------------------------------------------
@@ -167,10 +177,9 @@ def _campaign(parsed: Namespace) -> int:
     totals = campaign.sweep(parsed.first, seeds, parsed.jobs, _progress(seeds))
     hunts = [] if parsed.no_planted else campaign.hunt(parsed.jobs)
     missed = [hunt.bug for hunt in hunts if hunt.seed is None]
-    file = parsed.report or ("simulation-report.md" if parsed.release else None)
-    if file:
+    if parsed.report:
         today = datetime.now(UTC).date().isoformat()
-        Path(file).write_text(report.release(totals, hunts, today))
+        Path(parsed.report).write_text(report.release(totals, hunts, today))
     if parsed.json:
         caught = {hunt.bug.name: hunt.seed for hunt in hunts}
         print(json.dumps({**asdict(totals), "planted": caught}))

@@ -76,15 +76,19 @@ def _worker(first: int, count: int, bug: str | None = None) -> dict[str, Any]:
 def _spread(jobs: int, works: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Run them, `jobs` at a time; the results as they come. Few are kept waiting: there may be many."""
     with ThreadPoolExecutor(jobs) as pool:
-        running: set[Future[T]] = set()
-        for work in works:
-            running.add(pool.submit(work))
-            if len(running) >= 2 * jobs:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        for future in running:
-            yield future.result()
+        try:
+            running: set[Future[T]] = set()
+            for work in works:
+                running.add(pool.submit(work))
+                if len(running) >= 2 * jobs:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            for future in running:
+                yield future.result()
+        except BaseException:  # Ctrl-C: what has not begun must not be waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def sweep(
