@@ -75,6 +75,13 @@ class Published:
         os.close(self._fd)
 
 
+def clear(dev: str) -> None:
+    """Remove what a dead daemon left for this device, which is now that of a mount without a lease."""
+    for folder in rundir.folders(os.getuid()):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder, rundir.name(dev, "lease")))
+
+
 class Deadline:
     """A program's end, for what it has been granted by now."""
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, health, identity, report, why
+from dlmfs import __version__, deadline, facts, health, identity, report, why
 from dlmfs.config import EtcdSource
 from dlmfs.control import ControlServer
 from dlmfs.deadline import Published, boottime
@@ -203,6 +203,7 @@ class Node:
     def _publish(self, undo: contextlib.AsyncExitStack) -> None:
         """Tell programs the deadline, before any of them can be granted something."""
         if isinstance(self.store, SqliteStore):
+            deadline.clear(self._entry.dev)
             return
         try:
             published = Published(self._entry.dev)

@@ -16,7 +16,7 @@ from dlmfs import deadline, rundir
 from dlmfs.client import deadlines, keeper, logic
 from dlmfs.client.logic import is_lost
 from dlmfs.client.place import Place
-from dlmfs.deadline import Deadline, Published, boottime, sleep_until
+from dlmfs.deadline import Deadline, Published, boottime, clear, sleep_until
 from tests.fs.nodes import PATIENCE_S
 
 DEV = "0:77"
@@ -156,6 +156,14 @@ def test_the_next_mounts_file_stays(tmp_path: Path) -> None:
     found.close()
     new.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_without_a_lease_removes_what_a_dead_daemon_left(tmp_path: Path) -> None:
+    left = tmp_path / rundir.name(DEV, "lease")
+    left.write_bytes(b"old")
+    clear(DEV)
+    assert not left.exists()
+    clear(DEV)
 
 
 def test_sleeping_ends_at_the_instant() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +23,15 @@ class Holder:
 
     def happened(self, events: int) -> None:
         self.heard.put(events)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[int, int, int, int]]:
+    """Both ends of two pipes."""
+    made = (*os.pipe(), *os.pipe())
+    yield made
+    for end in made:
+        os.close(end)
 
 
 class Late:
@@ -50,31 +58,27 @@ class Late:
 
 
 def test_a_number_that_became_another_locks_is_not_told_of_the_one_before(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, ends: tuple[int, int, int, int]
 ) -> None:
     late = Late()
     monkeypatch.setattr(select, "epoll", lambda: late)
     watch = watcher.Watcher()
     before, after = Holder(), Holder()
-    with contextlib.ExitStack() as stack:
-        ends = [*os.pipe(), *os.pipe()]
-        for end in ends:
-            stack.callback(os.close, end)
-        reading, writing, other, to_other = ends
-        watch.add(reading, before)
-        os.write(writing, b"x")
-        assert late.over.wait(PATIENCE_S)
-        watch.remove(reading)
-        os.dup2(other, reading)
-        watch.add(reading, after)
-        late.goes_on.set()
-        assert late.modified.wait(PATIENCE_S)
-        assert after.heard.empty()
-        os.write(to_other, b"y")
-        assert after.heard.get(timeout=PATIENCE_S) & select.EPOLLIN
-        assert after.heard.empty()
-        assert before.heard.empty()
-        watch.remove(reading)
+    reading, writing, other, to_other = ends
+    watch.add(reading, before)
+    os.write(writing, b"x")
+    assert late.over.wait(PATIENCE_S)
+    watch.remove(reading)
+    os.dup2(other, reading)
+    watch.add(reading, after)
+    late.goes_on.set()
+    assert late.modified.wait(PATIENCE_S)
+    assert after.heard.empty()
+    os.write(to_other, b"y")
+    assert after.heard.get(timeout=PATIENCE_S) & select.EPOLLIN
+    assert after.heard.empty()
+    assert before.heard.empty()
+    watch.remove(reading)
 
 
 class Slow:
@@ -105,38 +109,34 @@ class Slow:
 
 
 def test_nor_of_what_was_heard_in_a_round_that_began_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, ends: tuple[int, int, int, int]
 ) -> None:
     slow = Slow()
     monkeypatch.setattr(select, "epoll", lambda: slow)
     watch = watcher.Watcher()
     before, after = Holder(), Holder()
-    with contextlib.ExitStack() as stack:
-        ends = [*os.pipe(), *os.pipe()]
-        for end in ends:
-            stack.callback(os.close, end)
-        reading, writing, other, to_other = ends
+    reading, writing, other, to_other = ends
 
-        def hear() -> None:
-            os.write(writing, b"x")
-            slow.goes_on.release()
-            assert slow.over.acquire(timeout=PATIENCE_S)
-
-        watch.add(other, Holder())
-        watch.add(reading, before)
-        os.write(to_other, b"x")
-        assert slow.over.acquire(timeout=PATIENCE_S)
-        slow.before_removal = hear
-        watch.remove(reading)
-        slow.before_removal = int
-        watch.remove(other)
-        os.read(other, 1)
-        os.dup2(other, reading)
-        watch.add(reading, after)
+    def hear() -> None:
+        os.write(writing, b"x")
         slow.goes_on.release()
-        assert slow.modified.wait(PATIENCE_S)
-        assert after.heard.empty()
-        watch.remove(reading)
+        assert slow.over.acquire(timeout=PATIENCE_S)
+
+    watch.add(other, Holder())
+    watch.add(reading, before)
+    os.write(to_other, b"x")
+    assert slow.over.acquire(timeout=PATIENCE_S)
+    slow.before_removal = hear
+    watch.remove(reading)
+    slow.before_removal = int
+    watch.remove(other)
+    os.read(other, 1)
+    os.dup2(other, reading)
+    watch.add(reading, after)
+    slow.goes_on.release()
+    assert slow.modified.wait(PATIENCE_S)
+    assert after.heard.empty()
+    watch.remove(reading)
 
 
 def test_what_was_lost_as_soon_as_granted_is_no_longer_watched() -> None:
