@@ -35,7 +35,6 @@ USAGE_EXIT: Final = 64
 """As flock(1), which takes its codes from sysexits.h: 2 may well be the command's own."""
 
 LOOK_S: Final = 0.5
-TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 
 HELP: Final = """\
 usage: dlmfs lock [OPTIONS] PATH... -- COMMAND [ARG...]
@@ -283,7 +282,7 @@ def _exclude(fd: int, operation: int) -> None:
         poll = select.poll()
         poll.register(fd, 0)
         if any(logic.is_lost(events) for _, events in poll.poll(0)):
-            os.getxattr(fd, TOKEN)  # raises what is the matter
+            os.getxattr(fd, logic.TOKEN)  # raises what is the matter
             raise OSError(errno.EIO, "lost")
 
     before = signal.signal(signal.SIGALRM, look)
@@ -298,7 +297,7 @@ def _exclude(fd: int, operation: int) -> None:
 def token(fd: int, where: Place) -> int:
     """The fencing token of an open lock. Raises LockLost."""
     try:
-        return int(os.getxattr(fd, TOKEN))
+        return int(os.getxattr(fd, logic.TOKEN))
     except (OSError, ValueError) as error:
         lost: DlmfsError = LockLost(f"{where.path} was lost as soon as it was granted")
         if isinstance(error, OSError):

@@ -53,8 +53,6 @@ BLOCKED: Final = signal.valid_signals() - {
 }
 """The program's signals are for its own threads."""
 
-TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
-ABANDONED: Final = "user.dlmfs.abandoned"
 
 _keepers: dict[int, Keeper] = {}
 """All that wait or hold, by id(): for a forked child."""
@@ -135,7 +133,7 @@ class Keeper(threading.Thread):
                 self._turn = self._enter()
                 fd = logic.drive(logic.taking(self.request), self._do)
                 self.file = _identity(fd)
-                self.token = int(os.getxattr(fd, TOKEN))
+                self.token = int(os.getxattr(fd, logic.TOKEN))
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
             except ValueError:
@@ -344,7 +342,7 @@ class Keeper(threading.Thread):
 
     def abandoned(self) -> logic.Abandoned | None:
         with self.using() as fd:
-            return logic.abandonment(os.getxattr(fd, ABANDONED))
+            return logic.abandonment(os.getxattr(fd, logic.ABANDONED))
 
     def submit(self, job: Callable[[], object]) -> None:
         """Have the thread do it: for those who may not wait themselves."""

@@ -35,6 +35,9 @@ from dlmfs.errors import (
 RETRIES: Final = 8
 """Opens that raced with an unlink, or met a lost file's old inode, in a row."""
 
+TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
+ABANDONED: Final = "user.dlmfs.abandoned"
+
 GONE: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV, errno.ENXIO})
 """What calls on a mount answer when its daemon has ended."""
 
