@@ -1,4 +1,4 @@
-"""The daemon's control socket: one JSON line asks, one JSON line answers. Both ends of it.
+"""The asker's end of a daemon's control socket: one JSON line asks, one JSON line answers.
 
 The socket's place follows from the mount table alone (user and device number), so a question
 never touches the mount, and a dead daemon is told from a stopped one.
@@ -6,17 +6,11 @@ never touches the mount, and a dead daemon is told from a stopped one.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import inspect
 import json
-import logging
-import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,18 +18,8 @@ from dlmfs import rundir
 from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
 
-log = logging.getLogger("dlmfs.control")
-
-LINE_MAX: Final = 64 * 1024
-CONNECTIONS_MAX: Final = 32
-"""Questions under way at once; one user must not use up the daemon's descriptors."""
-TALK_S: Final = 10.0
-"""An asker who does not talk or listen for this long is dropped."""
-CROWDED_TALK_S: Final = 0.5
 LOOK_S: Final = 1.0
 """How often an asker looks whether the daemon is stopped: then it need not be waited for."""
-
-Handler = Callable[[dict[str, object]], object]
 
 
 def control_folders(uid: int) -> tuple[Path, ...]:
@@ -48,94 +32,6 @@ def control_path(entry: MountEntry) -> Path:
     name = rundir.name(entry.dev, "sock")
     places = [folder / name for folder in control_folders(rundir.owner_of(entry))]
     return next((place for place in places if place.exists()), places[0])
-
-
-class ControlServer:
-    """Answers questions about one daemon. `allow_other`: to every local user, but for `admin`, which
-    only root and the daemon's own user may ask. Raises NotPermitted."""
-
-    def __init__(
-        self,
-        entry: MountEntry,
-        handlers: Mapping[str, Handler],
-        admin: Mapping[str, Handler],
-        *,
-        allow_other: bool,
-    ) -> None:
-        self.path = Path(rundir.make_folder(os.getuid()), rundir.name(entry.dev, "sock"))
-        self.handlers = handlers
-        self.admin = admin
-        self.allow_other = allow_other
-        self._server: asyncio.Server | None = None
-        self._connections = 0
-        self._inode = 0
-
-    async def start(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()  # of a dead daemon whose device number we got
-        self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
-        self.path.chmod(0o666)
-        self._inode = self.path.lstat().st_ino
-
-    async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            # After an umount from outside our device number may be another mount's by now.
-            with contextlib.suppress(FileNotFoundError):
-                if self.path.lstat().st_ino == self._inode:
-                    self.path.unlink()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
-        try:
-            answer = await self._answer(reader, writer)
-            async with asyncio.timeout(TALK_S):
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
-        except (ConnectionError, ValueError, TimeoutError):
-            pass  # the asker went away, or asks nothing
-        finally:
-            self._connections -= 1
-            writer.close()
-
-    async def _answer(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> dict[str, object]:
-        try:
-            crowded = self._connections > CONNECTIONS_MAX
-            # First of all read: closing with unread bytes would take the answer along.
-            async with asyncio.timeout(TALK_S if not crowded else CROWDED_TALK_S):
-                line = await reader.readline()
-            credentials = writer.get_extra_info("socket").getsockopt(
-                socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-            )
-            _, uid, _ = struct.unpack("3i", credentials)
-            if uid not in (0, os.getuid()) and not self.allow_other:
-                raise NotPermitted("this mount belongs to another user")
-            if crowded:
-                raise Unavailable(f"the daemon answers {CONNECTIONS_MAX} others now: try again")
-            request = json.loads(line)
-            command = str(request["cmd"]) if isinstance(request, dict) else ""
-            handler = self.handlers.get(command)
-            if handler is None and command in self.admin:
-                if uid not in (0, os.getuid()):
-                    raise NotPermitted("only root and the user who mounted it may do that")
-                handler = self.admin[command]
-            if handler is None:
-                raise UsageError(
-                    "the daemon does not know this question: is it of another version?"
-                )
-            answer = handler(request)
-            return {"ok": await answer if inspect.isawaitable(answer) else answer}
-        except DlmfsError as error:
-            return {"error": {"class": type(error).__name__, "message": str(error)}}
-        except (ValueError, KeyError, TypeError) as error:
-            return {"error": {"class": "UsageError", "message": f"malformed question: {error}"}}
-        except Exception as error:
-            # Left alone it would end as a broken invariant, and cost the node its locks.
-            log.exception("a question could not be answered")
-            message = f"internal error of the daemon: {type(error).__name__}: {error}; see its log"
-            return {"error": {"class": "Bug", "message": message}}
 
 
 def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -> Any:

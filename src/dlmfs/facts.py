@@ -7,7 +7,7 @@ may not know who asks. Everything is a fact of this node alone; `why` puts them 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -28,7 +28,7 @@ CLAIMS_MAX: Final = 16
 """Holders, and waiters, told of each lock; of the others only how many there are."""
 THREADS_MAX: Final = 64
 """Threads of whose processes the waits are asked for."""
-FAMILY_MAX: Final = 2048
+FAMILY_MAX: Final = 512
 """Threads looked at for one answer."""
 WAITS_MAX: Final = 64
 
@@ -49,7 +49,8 @@ def reply(node: Node, question: Facts) -> Facts:
 
 
 def node_facts(node: Node) -> Facts:
-    """Who answers, and in what state it is."""
+    """Who answers, and in what state it is. `secret`: its host keeps its users' processes from each
+    other."""
     member = node.membership
     member.serving()
     own = identity.own()
@@ -62,6 +63,7 @@ def node_facts(node: Node) -> Facts:
         "host": own["host"],
         "place": f"{own['boot']}/{own['pidns']}",
         "pid": own["pid"],
+        "secret": node.fs.secret,
         "mountpoint": node.config.mountpoint,
     }
 
@@ -80,17 +82,16 @@ def lock_facts(node: Node, domain: str, name: str) -> Facts:
         return {**facts, "level": "NL", "phase": "idle", **nobody}
     res = lock.res
     facts |= {"level": res.level.name, "phase": res.phase.name.lower()}
-    facts |= _claims(node, "holders", res.holders.values())
-    facts |= _claims(node, "waiters", res.waiters.values())
+    facts |= _claims(node, "holders", res.holders)
+    facts |= _claims(node, "waiters", res.waiters)
     for row, claim in zip(facts["waiters"], res.waiters.values(), strict=False):
         row["before_others"] = res.before_others(claim)
     return facts
 
 
-def _claims(node: Node, what: str, claims: Iterable[Claim]) -> Facts:
-    all_of_them = list(claims)
-    rows = [claim_facts(node, claim) for claim in all_of_them[:CLAIMS_MAX]]
-    return {what: rows, f"more_{what}": len(all_of_them) - len(rows)}
+def _claims(node: Node, what: str, claims: Mapping[int, Claim]) -> Facts:
+    rows = [claim_facts(node, claim) for claim in islice(claims.values(), CLAIMS_MAX)]
+    return {what: rows, f"more_{what}": len(claims) - len(rows)}
 
 
 def claim_facts(node: Node, claim: Claim) -> Facts:

@@ -1,20 +1,25 @@
 """What a node finds in its lock space: the answer behind `dlmfs doctor`, without judging it.
 
-Reads only, but for the question to the other nodes, which leaves nothing behind.
+Reads only, but for the question to the other nodes, which leaves nothing behind; in pages and slices.
+Of the locks an ordinary user is told about his own: others' are not worth the cluster's work for him.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Final
 
-from dlmfs import __version__, inquiry
+from dlmfs import __version__, inquiry, reading
 from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.questions import ASKED_MAX, Answers
-from dlmfs.engine.records import DOMAINS, NODES, decode_head, member_of
+from dlmfs.engine.records import NODES, Keys, decode_head, member_of
 from dlmfs.errors import DlmfsError
-from dlmfs.store.base import KeyValue, Range, Txn
+from dlmfs.fs.tree import Directory
+from dlmfs.pace import ROW, Pace
+from dlmfs.permission import Sight
+from dlmfs.store.base import Get, KeyValue, Range, Txn
 
 if TYPE_CHECKING:
     from dlmfs.node import Node
@@ -23,12 +28,19 @@ READS: Final = 5
 HEADS: Final = b"h/"
 HEADS_MAX: Final = 10_000
 """Locks looked at."""
-PIECE: Final = 200
+OWN_MAX: Final = 1000
+"""Of an ordinary user's own."""
+GETS: Final = 100
+"""Keys read at once; etcd takes 128 operations."""
+NAMES_MAX: Final = 100
+"""Locks named, and nodes of a domain; of the others only how many there are."""
+DECODED: Final = 10
+"""A head decoded, in units of work."""
 
 Facts = dict[str, Any]
 
 
-async def health(node: Node) -> Facts:
+async def health(node: Node, sight: Sight) -> Facts:
     """The store's latency, the nodes and how they are, and what is left behind. Raises Unavailable."""
     loop = node.loop
     took = []
@@ -41,12 +53,18 @@ async def health(node: Node) -> Facts:
             silence = f"it has said nothing for {inquiry.STORE_S:g} s"
             return {"trouble": str(error) or silence, "version": __version__}
         took.append(loop.time() - start)
-    result = await node.transact(Txn((), (Range(NODES), Range(DOMAINS))))
-    nodes, rest = (_records(part) for part in result.responses)
-    heads = await _heads(node)
+    pace = Pace()
+    nodes = [kv async for kv in reading.records(node, NODES, pace)]
     records = {
         kv.key[len(NODES) :].decode(): kv for kv in nodes if b"/" not in kv.key[len(NODES) :]
     }
+    looked = _Looked(sight)
+    async for kv in reading.members(node, pace):
+        looked.member(kv)
+    heads = _heads(node, pace) if sight.whole else _own_heads(node, sight, pace)
+    async for kv in heads:
+        looked.head(kv)
+        await pace.did(DECODED)
     return {
         "trouble": None,
         "version": __version__,
@@ -55,29 +73,46 @@ async def health(node: Node) -> Facts:
         "evicted": [
             kv.key[len(NODES) : -len(EVICT)].decode() for kv in nodes if kv.key.endswith(EVICT)
         ],
-        "domains": _domains(rest, heads),
-        "heads_max": HEADS_MAX if len(heads) == HEADS_MAX else None,
+        "domains": [row async for row in looked.rows(pace)],
+        "heads": "all" if sight.whole else "own",
+        "heads_max": looked.heads if looked.heads in (HEADS_MAX, OWN_MAX) else None,
     }
 
 
-def _records(part: object) -> list[KeyValue]:
-    assert isinstance(part, tuple)
-    return [kv for kv in part if isinstance(kv, KeyValue)]
+async def _heads(node: Node, pace: Pace) -> AsyncIterator[KeyValue]:
+    """The first locks of all."""
+    count = 0
+    async for kv in reading.records(node, HEADS, pace):
+        yield kv
+        count += 1
+        if count == HEADS_MAX:
+            return
 
 
-async def _heads(node: Node) -> list[KeyValue]:
-    """The first locks, in pieces: those of everybody at once would stop the event loop."""
-    found: list[KeyValue] = []
-    behind = b""
-    while len(found) < HEADS_MAX:
-        piece = await node.transact(Txn((), (Range(HEADS, behind, PIECE),)))
-        (part,) = piece.responses
-        if not (some := _records(part)):
-            break
-        found += some
-        behind = some[-1].key
-        await asyncio.sleep(0)
-    return found[:HEADS_MAX]
+async def _own_heads(node: Node, sight: Sight, pace: Pace) -> AsyncIterator[KeyValue]:
+    """Those of the first locks whose files on this mount are the asker's and may be read by him."""
+    keys = await _own_keys(node, sight, pace)
+    for start in range(0, len(keys), GETS):
+        some = tuple(Get(key) for key in keys[start : start + GETS])
+        for kv in (await node.transact(Txn((), some))).responses:
+            if isinstance(kv, KeyValue):
+                yield kv
+
+
+async def _own_keys(node: Node, sight: Sight, pace: Pace) -> list[bytes]:
+    found: list[bytes] = []
+    for folder in list(node.fs.tree.root.children.values()):
+        assert isinstance(folder, Directory)
+        seen, keys = sight.lists(folder.name), Keys(folder.name, "")
+        async for some in pace.slices(list(folder.children.values())):
+            found += [
+                keys.head(file.name)
+                for file in some
+                if file.uid == sight.asker.uid and seen(file.name)
+            ]
+            if len(found) >= OWN_MAX:
+                return found[:OWN_MAX]
+    return found
 
 
 async def _nodes(node: Node, records: dict[str, KeyValue]) -> list[Facts]:
@@ -94,7 +129,7 @@ async def _nodes(node: Node, records: dict[str, KeyValue]) -> list[Facts]:
             "host": facts.get("host"),
             "pid": facts.get("pid"),
             "ttl_s": facts.get("ttl"),
-            "left_s": await inquiry.lease_left(node, kv.lease),
+            "left_s": await inquiry.lease_left(node, kv.lease) if name in answers else None,
             "silent": None,
         }
         if name in answers:
@@ -106,29 +141,60 @@ async def _nodes(node: Node, records: dict[str, KeyValue]) -> list[Facts]:
     return found
 
 
-def _domains(rest: list[KeyValue], heads: list[KeyValue]) -> list[Facts]:
-    """Each domain with its nodes, and its locks that no living node has."""
-    alive: dict[str, dict[str, int]] = {}
-    for kv in rest:
+class _Domain:
+    """What was found of a domain."""
+
+    def __init__(self) -> None:
+        self.alive: dict[str, int] = {}
+        """Its nodes, and since when."""
+        self.locks = self.ownerless = 0
+        self.unowned: list[str] = []
+        """The first locks that no living node has."""
+        self.marks: dict[str, str] = {}
+        """The first doubtful values, and whose death made them so."""
+        self.abandoned = 0
+
+
+class _Looked:
+    """The domains that the asker may hear of, as the records bring them: members first, then heads."""
+
+    def __init__(self, sight: Sight) -> None:
+        self.sight = sight
+        self.heads = 0
+        self._domains: dict[bytes, _Domain] = {}
+
+    def member(self, kv: KeyValue) -> None:
         member = member_of(kv.key)
-        if member is not None:
-            alive.setdefault(os.fsdecode(member[0]), {})[member[1]] = kv.create_revision
-    locks: dict[str, list[tuple[str, bool, str | None]]] = {}
-    for kv in heads:
-        domain, _, lock = kv.key[len(HEADS) :].partition(b"/")
-        name = os.fsdecode(domain)
+        if member is not None and self.sight.names(member[0]):
+            self._domains.setdefault(member[0], _Domain()).alive[member[1]] = kv.create_revision
+
+    def head(self, kv: KeyValue) -> None:
+        self.heads += 1
+        name, _, lock = kv.key[len(HEADS) :].partition(b"/")
+        domain = self._domains.setdefault(name, _Domain())
         head = decode_head(kv)
-        nodes = alive.get(name, {})
-        living = any(nodes.get(n) == m.incarnation for n, m in head.members.items())
-        mark = head.abandoned.node if head.abandoned is not None else None
-        locks.setdefault(name, []).append((os.fsdecode(lock), living, mark))
-    return [
-        {
-            "domain": name,
-            "nodes": sorted(alive.get(name, {})),
-            "locks": len(locks.get(name, ())),
-            "ownerless": [lock for lock, living, _ in locks.get(name, ()) if not living],
-            "abandoned": {lock: mark for lock, _, mark in locks.get(name, ()) if mark},
-        }
-        for name in sorted({*alive, *locks})
-    ]
+        shown = os.fsdecode(lock)
+        domain.locks += 1
+        if not any(domain.alive.get(n) == m.incarnation for n, m in head.members.items()):
+            domain.ownerless += 1
+            if len(domain.unowned) < NAMES_MAX:
+                domain.unowned.append(shown)
+        if head.abandoned is not None:
+            domain.abandoned += 1
+            if len(domain.marks) < NAMES_MAX:
+                domain.marks[shown] = head.abandoned.node
+
+    async def rows(self, pace: Pace) -> AsyncIterator[Facts]:
+        for name, found in sorted(self._domains.items()):
+            nodes = sorted(found.alive)
+            yield {
+                "domain": os.fsdecode(name),
+                "nodes": nodes[:NAMES_MAX],
+                "more_nodes": len(nodes[NAMES_MAX:]),
+                "locks": found.locks,
+                "ownerless": found.unowned,
+                "more_ownerless": found.ownerless - len(found.unowned),
+                "abandoned": found.marks,
+                "more_abandoned": found.abandoned - len(found.marks),
+            }
+            await pace.did(ROW + len(nodes) // ROW)

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, deadline, facts, health, identity, report, why
+from dlmfs import __version__, deadline, facts, identity
 from dlmfs.config import EtcdSource
-from dlmfs.control import ControlServer
+from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
-from dlmfs.engine import admin, membership
+from dlmfs.engine import membership
 from dlmfs.engine.membership import Membership
 from dlmfs.errors import DlmfsError, Unavailable, UsageError
 from dlmfs.fence import LeaseTimer, Watchdog
@@ -30,7 +30,9 @@ from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.tree import Tree
 from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.device import Device
+from dlmfs.handlers import handlers
 from dlmfs.model import OnLost
+from dlmfs.permission import hides_processes
 from dlmfs.store.base import Txn, TxnResult
 from dlmfs.store.sqlite import SqliteStore
 from dlmfs.store.statefile import default_path
@@ -83,15 +85,7 @@ class Node:
             await self._answering()
             control = ControlServer(
                 self._entry,
-                {
-                    "status": self._status,
-                    "info": self._info,
-                    "nodes": self._nodes,
-                    "why": self._why,
-                    "health": self._health,
-                    "top": self._top,
-                },
-                {"evict": self._evict, "remove-domain": self._remove_domain},
+                handlers(self),
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
             )
             await control.start()
@@ -163,6 +157,7 @@ class Node:
             readers=self.loop,
             watchdog=self.watchdog,
         )
+        self.fs.secret = hides_processes()
         member.host = self.fs
         self.traffic = Traffic(self)
         member.questions.reply = partial(facts.reply, self)
@@ -294,33 +289,6 @@ class Node:
                 fuse_mount.unmount(self.config.mountpoint, lazy=True)
         self.device.close()
         self.fs.close_all()
-
-    # -- control socket -----------------------------------------------------------------------------
-
-    def _status(self, _request: dict[str, object]) -> object:
-        return report.status(self)
-
-    async def _info(self, request: dict[str, object]) -> object:
-        return await report.info(self, str(request["domain"]), str(request["lock"]))
-
-    async def _nodes(self, _request: dict[str, object]) -> object:
-        return await report.nodes(self)
-
-    async def _why(self, request: dict[str, object]) -> object:
-        return await why.why(self, str(request["domain"]), str(request["lock"]))
-
-    async def _health(self, _request: dict[str, object]) -> object:
-        return await health.health(self)
-
-    def _top(self, request: dict[str, object]) -> object:
-        return self.traffic.look(str(request.get("filter", "")), idle=bool(request.get("idle")))
-
-    async def _evict(self, request: dict[str, object]) -> object:
-        name = str(request["node"])
-        return await admin.evict(self.transact, self.store, name, self.membership.name)
-
-    async def _remove_domain(self, request: dict[str, object]) -> object:
-        return await admin.remove_domain(self.transact, str(request["domain"]))
 
 
 def _etcd_store(

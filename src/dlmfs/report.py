@@ -1,32 +1,52 @@
 """What a node says of itself: the answers behind `dlmfs status` and `dlmfs info`.
 
-Read-only, and without touching the mount. Layout of both answers: docs/reference.md.
+Read-only, without touching the mount, bounded and in slices; each for one asker (`permission`).
+Layout of both answers: docs/reference.md.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dlmfs import __version__
+from dlmfs import __version__, reading
 from dlmfs.core.events import Claim
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.membership import Membership
 from dlmfs.engine.queue import ordered
-from dlmfs.engine.records import DOMAINS, NODES, Head, decode_head, member_of
+from dlmfs.engine.records import NODES, Head, decode_head, member_of
 from dlmfs.errors import UsageError
 from dlmfs.fs.kin import command
 from dlmfs.model import TOKEN_SHIFT
+from dlmfs.pace import PROCESS, ROW, Pace
+from dlmfs.permission import Sight
 from dlmfs.store.base import Get, KeyValue, Range, Txn
 
 if TYPE_CHECKING:
     from dlmfs.node import Node
 
+LISTED_MAX: Final = 1000
+"""Locks that `status` has a row for."""
+ROW_CLAIMS_MAX: Final = 16
+"""Holders, and waiters, in such a row."""
+CLAIMS_MAX: Final = 10_000
+"""The same for the one lock of `info`."""
+NAMES_MAX: Final = 100
+"""Nodes of a domain, and domains of a node."""
 
-def status(node: Node) -> dict[str, Any]:
-    """The whole node, JSON-ready: lease, store, domains, locks with their holders and waiters."""
+Facts = dict[str, Any]
+
+
+async def status(node: Node, sight: Sight) -> Facts:
+    """The whole node, JSON-ready: lease, store, domains, locks with their holders and waiters; of the
+    locks `LISTED_MAX`, the busy ones first, and how many more there are."""
+    domains = await _domains(node, sight)
     return {
         "version": __version__,
         "node": node.membership.name,
@@ -37,11 +57,12 @@ def status(node: Node) -> dict[str, Any]:
         "uptime_s": round(node.membership.clock() - node.started, 1),
         "lease": _lease(node.membership),
         "store": node.store.describe(),
-        "domains": [_domain(node, space) for space in node.membership.spaces.values()],
+        "domains": domains,
+        "hidden_domains": len(node.membership.spaces) - len(domains),
     }
 
 
-def _lease(member: Membership) -> dict[str, Any]:
+def _lease(member: Membership) -> Facts:
     member.serving()
     fence_at = member.fence_at
     return {
@@ -53,21 +74,21 @@ def _lease(member: Membership) -> dict[str, Any]:
     }
 
 
-async def nodes(node: Node) -> list[dict[str, Any]]:
+async def nodes(node: Node, sight: Sight) -> list[Facts]:
     """All nodes of the lock space, and the domains each is in. Raises Unavailable."""
-    result = await node.transact(Txn((), (Range(NODES), Range(DOMAINS))))
-    records, rest = result.responses
-    assert isinstance(records, tuple)
-    assert isinstance(rest, tuple)
+    pace = Pace()
     domains: dict[str, list[str]] = {}
-    for kv in rest:
-        assert isinstance(kv, KeyValue)
+    hidden: Counter[str] = Counter()
+    async for kv in reading.members(node, pace):
         member = member_of(kv.key)
-        if member is not None:
-            domains.setdefault(member[1], []).append(os.fsdecode(member[0]))
+        if member is None:
+            continue
+        if sight.names(member[0]) and len(domains.setdefault(member[1], [])) < NAMES_MAX:
+            domains[member[1]].append(os.fsdecode(member[0]))
+        else:
+            hidden[member[1]] += 1
     found = []
-    for kv in records:
-        assert isinstance(kv, KeyValue)
+    async for kv in reading.records(node, NODES, pace):
         name = kv.key[len(NODES) :].decode()
         if "/" in name:
             continue
@@ -81,35 +102,108 @@ async def nodes(node: Node) -> list[dict[str, Any]]:
                 "mountpoint": facts.get("mount"),
                 "ttl_s": facts.get("ttl"),
                 "domains": sorted(domains.get(name, [])),
+                "more_domains": hidden[name],
             }
         )
     return found
 
 
-def _domain(node: Node, space: Lockspace) -> dict[str, Any]:
-    now = node.loop.time()
-    return {
-        "name": os.fsdecode(space.domain),
-        "state": space.life.value,
-        "reason": space.reason,
-        "members": sorted(space.members),
-        "locks": [_lock(lock, now) for _, lock in sorted(space.locks.items())],
-    }
+# -- locks --------------------------------------------------------------------------------------------
 
 
-def _lock(lock: ClusterLock, now: float) -> dict[str, Any]:
-    others = lock.view.others()
-    return {
-        "name": os.fsdecode(lock.name),
-        "level": lock.res.level.name,
-        "phase": lock.res.phase.name.lower(),
-        "holders": [_claim(c, now) for c in lock.res.holders.values()],
-        "waiters": [_claim(c, now) for c in lock.res.waiters.values()],
-        "wanted_by": [{"node": w.node, "mode": w.mode.name, "try": w.trying} for w in others],
-    }
+class _Told:
+    """What is told of a domain's locks: `rows` of them, and how many there are besides."""
+
+    def __init__(self) -> None:
+        self.rows: list[ClusterLock] = []
+        self.count = self.busy = self.hidden = 0
 
 
-def _claim(claim: Claim, now: float) -> dict[str, Any]:
+async def _domains(node: Node, sight: Sight) -> list[Facts]:
+    pace = Pace()
+    spaces = [space for space in node.membership.spaces.values() if sight.names(space.domain)]
+    told = {space.domain: _Told() for space in spaces}
+    for lock in await _first(spaces, told, sight, pace):
+        told[lock.space.domain].rows.append(lock)
+    telling = _Telling(node.loop.time(), sight, pace)
+    return [await telling.domain(space, told[space.domain]) for space in spaces]
+
+
+async def _first(
+    spaces: list[Lockspace], told: dict[bytes, _Told], sight: Sight, pace: Pace
+) -> list[ClusterLock]:
+    """The locks that get a row, by name; counts all into `told`."""
+    first: list[ClusterLock] = []
+    for space in spaces:
+        seen, about = sight.lists(space.domain), told[space.domain]
+        async for some in pace.slices(list(space.locks.values())):
+            listed = [lock for lock in some if seen(lock.name)]
+            about.hidden += len(some) - len(listed)
+            about.count += len(listed)
+            about.busy += sum(map(_is_busy, listed))
+            if len(first) == LISTED_MAX:
+                last = _rank(first[-1])
+                listed = [lock for lock in listed if _rank(lock) < last]
+            if listed:
+                first = heapq.nsmallest(LISTED_MAX, [*first, *listed], key=_rank)
+    return sorted(first, key=lambda lock: lock.name)
+
+
+def _is_busy(lock: ClusterLock) -> bool:
+    return bool(lock.res.holders or lock.res.waiters or lock.view.wishes)
+
+
+def _rank(lock: ClusterLock) -> tuple[bool, bytes, bytes]:
+    return not _is_busy(lock), lock.space.domain, lock.name
+
+
+class _Telling(NamedTuple):
+    """What all rows of an answer share."""
+
+    now: float
+    sight: Sight
+    pace: Pace
+
+    async def domain(self, space: Lockspace, told: _Told) -> Facts:
+        members = sorted(space.members)
+        await self.pace.did(ROW + len(members) // ROW)
+        return {
+            "name": os.fsdecode(space.domain),
+            "state": space.life.value,
+            "reason": space.reason,
+            "members": members[:NAMES_MAX],
+            "more_members": len(members[NAMES_MAX:]),
+            "locks": [await self.lock(lock) for lock in told.rows],
+            "count": told.count,
+            "busy": told.busy,
+            "hidden": told.hidden,
+        }
+
+    async def lock(self, lock: ClusterLock) -> Facts:
+        others = lock.view.others()
+        await self.pace.did(ROW + len(others))
+        return {
+            "name": os.fsdecode(lock.name),
+            "level": lock.res.level.name,
+            "phase": lock.res.phase.name.lower(),
+            **await self.claims("holders", lock.res.holders, ROW_CLAIMS_MAX),
+            **await self.claims("waiters", lock.res.waiters, ROW_CLAIMS_MAX),
+            "wanted_by": [
+                {"node": w.node, "mode": w.mode.name, "try": w.trying} for w in others[:NAMES_MAX]
+            ],
+            "more_wanted_by": len(others[NAMES_MAX:]),
+        }
+
+    async def claims(self, what: str, claims: Mapping[int, Claim], most: int) -> Facts:
+        """The first claims, and how many more there are."""
+        rows = []
+        for claim in list(islice(claims.values(), most)):
+            rows.append(self.sight.claim(_claim(claim, self.now)))
+            await self.pace.did(PROCESS)
+        return {what: rows, f"more_{what}": max(0, len(claims) - len(rows))}
+
+
+def _claim(claim: Claim, now: float) -> Facts:
     return {
         "mode": claim.mode.name,
         "pid": claim.pid,
@@ -119,9 +213,10 @@ def _claim(claim: Claim, now: float) -> dict[str, Any]:
     }
 
 
-async def info(node: Node, domain: str, name: str) -> dict[str, Any]:
-    """One lock as the store knows it, all nodes included. Raises UsageError for an unknown domain,
-    Unavailable if the store does not answer."""
+async def info(node: Node, sight: Sight, domain: str, name: str) -> Facts:
+    """One lock as the store knows it, all nodes included. Raises NotPermitted, UsageError for an unknown
+    domain, Unavailable if the store does not answer."""
+    sight.demand(os.fsencode(domain), os.fsencode(name))
     space = node.membership.spaces.get(os.fsencode(domain))
     if space is None:
         raise UsageError(f"this node is not in a domain {domain!r}: mkdir it first")
@@ -138,14 +233,18 @@ async def info(node: Node, domain: str, name: str) -> dict[str, Any]:
     alive = {kv.key: kv.create_revision for kv in members if isinstance(kv, KeyValue)}
     wishes = ordered(space.wish_of(kv) for kv in queue if isinstance(kv, KeyValue))
     lock = space.locks.get(key)
-    now = node.loop.time()
-    holders = list(lock.res.holders.values()) if lock is not None else []
-    waiters = list(lock.res.waiters.values()) if lock is not None else []
+    pace = Pace()
+    telling = _Telling(node.loop.time(), sight, pace)
+    holders = lock.res.holders if lock is not None else {}
+    waiters = lock.res.waiters if lock is not None else {}
+    token = 0
+    async for some in pace.slices(list(holders.values())):
+        token = max(token, *(claim.token for claim in some))
     return {
         "domain": domain,
         "lock": name,
         "mode": lock.res.level.name if lock is not None else "NL",
-        "token": max((c.token for c in holders), default=None),
+        "token": token or None,
         "lvb_hex": head.lvb.hex(),
         "abandoned": None
         if head.abandoned is None
@@ -163,6 +262,6 @@ async def info(node: Node, domain: str, name: str) -> dict[str, Any]:
             {"node": w.node, "mode": w.mode.name, "try": w.trying, "convert": w.convert}
             for w in wishes
         ],
-        "local_holders": [_claim(c, now) for c in holders],
-        "local_waiters": [_claim(c, now) for c in waiters],
+        **await telling.claims("local_holders", holders, CLAIMS_MAX),
+        **await telling.claims("local_waiters", waiters, CLAIMS_MAX),
     }

@@ -1,23 +1,27 @@
 """The busy locks of a node and how often they are granted: the answer behind `dlmfs top`.
 
-Asked for each second or so: bounded in what it looks at and tells.
+Asked for each second or so: bounded in what it looks at and tells, and in slices.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import os
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.facts import claim_facts
 from dlmfs.model import Mode
+from dlmfs.pace import PROCESS, ROW, Pace
+from dlmfs.permission import Sight
 
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
     from dlmfs.node import Node
 
 LOOKED_AT_MAX: Final = 100_000
-"""Locks per look: some 30 ms of the event loop's time."""
+"""Locks per look."""
 ROWS_MAX: Final = 200
 WISHES_MAX: Final = 64
 SPAN_S: Final = 0.4
@@ -35,17 +39,23 @@ class Traffic:
         self._counted: dict[ClusterLock, int] = {}
         self._rates: dict[ClusterLock, float] = {}
         self._at: float | None = None
+        self._looking = asyncio.Lock()
 
-    def look(self, wanted: str, *, idle: bool) -> Facts:
+    async def look(self, sight: Sight, wanted: str, *, idle: bool) -> Facts:
         """The locks whose "domain/lock" has `wanted` in it and that are held, awaited or were granted
-        since the look before (`idle`: all), the busiest `ROWS_MAX` of them, and how many there are."""
-        node = self.node
+        since the look before (`idle`: all), the busiest `ROWS_MAX` of them, and how many there are; of
+        those that the asker may hear of (`hidden`: how many of those looked at he may not)."""
+        node, pace = self.node, Pace()
         member = node.membership
         member.serving()
-        names = self._names(wanted.casefold())
-        self._count(names)
-        busy = [lock for lock in names if idle or self._is_busy(lock)]
-        first = heapq.nlargest(ROWS_MAX, busy, key=self._business)
+        async with self._looking:
+            await self._count(pace)
+            locks, hidden = await self._named(sight, wanted.casefold(), pace)
+            busy, first = await self._busiest(locks, pace, idle=idle)
+        rows = []
+        for lock in first:
+            rows.append(self._row(lock, sight))
+            await pace.did(ROW + PROCESS + len(lock.view.wishes))
         return {
             "node": member.name,
             "mountpoint": node.config.mountpoint,
@@ -54,37 +64,59 @@ class Traffic:
             "state": member.state.value,
             "reason": member.reason,
             "all_locks": sum(len(space.locks) for space in member.spaces.values()),
-            "looked_at": len(names),
-            "busy": len(busy),
-            "locks": [self._row(lock) for lock in first],
+            "looked_at": len(locks),
+            "busy": busy,
+            "hidden": hidden,
+            "locks": rows,
         }
 
-    def _names(self, wanted: str) -> dict[ClusterLock, str]:
-        found = {}
-        for space in self.node.membership.spaces.values():
-            domain = os.fsdecode(space.domain)
-            for lock in space.locks.values():
-                name = f"{domain}/{os.fsdecode(lock.name)}"
-                if wanted in name.casefold():
-                    found[lock] = name
-                    if len(found) == LOOKED_AT_MAX:
-                        return found
-        return found
+    async def _named(self, sight: Sight, wanted: str, pace: Pace) -> tuple[list[ClusterLock], int]:
+        found: list[ClusterLock] = []
+        hidden = 0
+        for space in list(self.node.membership.spaces.values()):
+            domain, seen = os.fsdecode(space.domain), sight.lists(space.domain)
+            async for some in pace.slices(list(space.locks.values())):
+                listed = [lock for lock in some if seen(lock.name)]
+                hidden += len(some) - len(listed)
+                found += [
+                    lock
+                    for lock in listed
+                    if wanted in f"{domain}/{os.fsdecode(lock.name)}".casefold()
+                ]
+                if len(found) >= LOOKED_AT_MAX:
+                    return found[:LOOKED_AT_MAX], hidden
+        return found, hidden
 
-    def _count(self, locks: dict[ClusterLock, str]) -> None:
+    async def _count(self, pace: Pace) -> None:
+        """Of all locks, whoever asks for which: one asker's rates must not depend on another's look."""
         now = self.node.loop.time()
         if self._at is not None and now - self._at < SPAN_S:
             return
         span = now - self._at if self._at is not None else None
-        before = self._counted
-        self._rates = {}
-        if span is not None and span < FORGET_S:
-            for lock in locks:
-                if lock in before:  # else it was not there, or was filtered out
-                    self._rates[lock] = (lock.res.grants - before[lock]) / span
-        self._counted = {lock: lock.res.grants for lock in locks}
-        self._at = now
+        before, counted = self._counted, dict["ClusterLock", int]()
+        rates: dict[ClusterLock, float] = {}
+        spaces = list(self.node.membership.spaces.values())
+        for space in spaces:
+            room = LOOKED_AT_MAX - len(counted)
+            async for some in pace.slices(list(islice(space.locks.values(), room))):
+                for lock in some:
+                    counted[lock] = lock.res.grants
+                    if span is not None and span < FORGET_S and lock in before:
+                        rates[lock] = (lock.res.grants - before[lock]) / span
+        self._counted, self._rates, self._at = counted, rates, now
         self.node.loop.call_later(FORGET_S, self._forget, now)
+
+    async def _busiest(
+        self, locks: list[ClusterLock], pace: Pace, *, idle: bool
+    ) -> tuple[int, list[ClusterLock]]:
+        """How many are busy, and the first of them."""
+        count, first = 0, list["ClusterLock"]()
+        async for some in pace.slices(locks):
+            busy = [lock for lock in some if idle or self._is_busy(lock)]
+            count += len(busy)
+            if busy:
+                first = heapq.nlargest(ROWS_MAX, [*first, *busy], key=self._business)
+        return count, first
 
     def _forget(self, counted_at: float) -> None:
         """Nobody looks any more: hold no locks that may have been dropped."""
@@ -100,7 +132,7 @@ class Traffic:
         waiting = len(lock.res.waiters) + len(lock.view.wishes)
         return waiting, self._rates.get(lock, 0.0), len(lock.res.holders)
 
-    def _row(self, lock: ClusterLock) -> Facts:
+    def _row(self, lock: ClusterLock, sight: Sight) -> Facts:
         res, view = lock.res, lock.view
         first = next(iter(res.waiters.values()), None)
         holder = next(iter(res.holders.values()), None)
@@ -113,8 +145,8 @@ class Traffic:
             "lock": os.fsdecode(lock.name),
             "level": res.level.name,
             "holders": len(res.holders),
-            "holder": claim_facts(self.node, holder) if holder is not None else None,
-            "held_by": sorted(others) if res.waiters and res.level is Mode.NL else [],
+            "holder": sight.claim(claim_facts(self.node, holder)) if holder is not None else None,
+            "held_by": sorted(others)[:WISHES_MAX] if res.waiters and res.level is Mode.NL else [],
             "waiters": len(res.waiters),
             "wanted_by": [w.node for w in view.others()][:WISHES_MAX],
             "longest_s": round(self.node.loop.time() - first.since, 3) if first else None,

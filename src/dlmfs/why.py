@@ -2,7 +2,8 @@
 
 Each round reads the locks in question from the store in one transaction, puts one question to the
 nodes concerned, and goes on with the locks that their holders' processes wait for themselves.
-Layout of the answer: docs/reference.md.
+Nodes answer each other in full: what of it this asker may know is decided here, by the files of this
+node's mount, and a lock that he may not know ends his chain. Layout of the answer: docs/reference.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dlmfs.engine.queue import ordered
 from dlmfs.engine.records import NODES, Head, Keys, decode_head, decode_wish
 from dlmfs.errors import DlmfsError, UsageError
 from dlmfs.model import TOKEN_SHIFT, Mode
+from dlmfs.pace import ROW, Pace
+from dlmfs.permission import Sight
 from dlmfs.store.base import Get, KeyValue, Range, Txn
 
 if TYPE_CHECKING:
@@ -26,18 +29,24 @@ if TYPE_CHECKING:
 ROUNDS_MAX: Final = 16
 LOCKS_MAX: Final = 64
 """Locks told of: a chain this long is told up to there, and that it goes on."""
+OTHERS_ROUNDS_MAX: Final = 4
+OTHERS_LOCKS_MAX: Final = 16
+"""The same for an ordinary user, for whom the whole cluster works as well."""
 Facts = dict[str, Any]
 Name = tuple[str, str]
 Thread = tuple[str, int, int]
 """Its place (host and pid namespace), its process, itself."""
 
 
-async def why(node: Node, domain: str, lock: str) -> Facts:
-    """The chain from one lock on. Raises UsageError for a domain that nobody is in."""
-    search = _Search(node)
+async def why(node: Node, sight: Sight, domain: str, lock: str) -> Facts:
+    """The chain from one lock on. Raises NotPermitted, UsageError for a domain that nobody is in."""
+    sight.demand(os.fsencode(domain), os.fsencode(lock))
+    search = _Search(node, sight)
     todo: list[Name] = [(domain, lock)]
+    rounds_max = ROUNDS_MAX if sight.whole else OTHERS_ROUNDS_MAX
+    locks_max = LOCKS_MAX if sight.whole else OTHERS_LOCKS_MAX
     rounds = 0
-    while (todo or search.threads()) and rounds < ROUNDS_MAX and len(search.locks) < LOCKS_MAX:
+    while (todo or search.threads()) and rounds < rounds_max and len(search.locks) < locks_max:
         rounds += 1
         await search.round(todo[: facts.LOCKS_MAX])
         todo = search.open_names()
@@ -49,6 +58,7 @@ async def why(node: Node, domain: str, lock: str) -> Facts:
         "node": node.membership.name,
         "trouble": search.trouble,
         "more": len(todo),
+        "hidden": len(search.hidden),
         "nodes": search.nodes | {name: {"silent": s} for name, s in search.silent.items()},
         "locks": list(search.locks.values()),
         "waits": list(search.waits.values()),
@@ -58,8 +68,11 @@ async def why(node: Node, domain: str, lock: str) -> Facts:
 class _Search:
     """What is known so far."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, sight: Sight) -> None:
         self.node = node
+        self.sight = sight
+        self.pace = Pace()
+        self.place = facts.node_facts(node)["place"]
         self.locks: dict[Name, Facts] = {}
         self.nodes: dict[str, Facts] = {}
         """Those that answered."""
@@ -67,6 +80,8 @@ class _Search:
         """Those that did not, and what is known of them."""
         self.waits: dict[tuple[str, int, int], Facts] = {}
         """By node, process and claim: what the processes at these locks wait for themselves."""
+        self.hidden: set[Name] = set()
+        """Locks that they wait for and that this asker may not know."""
         self.trouble: str | None = None
         """Why the store could not be read."""
         self._records: dict[str, KeyValue] = {}
@@ -168,10 +183,32 @@ class _Search:
             KeyError, TypeError
         ):  # another version's: what we understand of it
             for lock in answer["locks"]:
-                self.locks[lock["domain"], lock["lock"]]["claims"][name] = lock
+                self.locks[lock["domain"], lock["lock"]]["claims"][name] = self._seen(lock, answer)
+                await self.pace.did(ROW * (1 + len(lock["holders"]) + len(lock["waiters"])))
             for row in answer["waits"]:
-                self.waits[name, row["pid"], row["claim"]["id"]] = {"node": name, **row}
+                self._wait(name, row, answer)
         self.nodes[name] = {k: v for k, v in answer.items() if k not in ("locks", "waits")}
+
+    def _seen(self, told: Facts, answer: Facts) -> Facts:
+        """A lock's claims at a node, for this asker."""
+        return told | {
+            what: [self._claim(claim, answer) for claim in told[what]]
+            for what in ("holders", "waiters")
+        }
+
+    def _claim(self, claim: Facts, answer: Facts) -> Facts:
+        elsewhere = answer["place"] != self.place
+        return self.sight.claim(claim, elsewhere=elsewhere, secret=bool(answer.get("secret")))
+
+    def _wait(self, name: str, row: Facts, answer: Facts) -> None:
+        lock = (row["domain"], row["lock"])
+        domain, key = map(os.fsencode, lock)
+        if lock not in self.locks and not self.sight.lists(domain)(key):
+            self.hidden.add(lock)
+            return
+        claim = self._claim(row["claim"], answer)
+        pid = 0 if claim["pid"] != row["claim"]["pid"] else row["pid"]
+        self.waits[name, pid, claim["id"]] = {"node": name, **row, "pid": pid, "claim": claim}
 
     # -- what follows from it ---------------------------------------------------------------------
 

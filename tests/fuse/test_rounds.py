@@ -18,7 +18,8 @@ import pytest
 
 from dlmfs import rundir
 from dlmfs.config import MountConfig, parse_options, parse_source
-from dlmfs.control import ControlServer, control_path
+from dlmfs.control import control_path
+from dlmfs.control_server import ControlServer
 from dlmfs.fuse import mount
 from dlmfs.fuse.device import Device
 from dlmfs.fuse.mountinfo import MountEntry
@@ -248,8 +249,8 @@ def test_the_next_mounts_control_socket_stays(
     entry = MountEntry(1, 0, "/mnt", "local", "fuse.dlmfs", "0:40", (), ())
 
     async def overlap() -> bool:
-        old = ControlServer(entry, {}, {}, allow_other=False)
-        new = ControlServer(entry, {}, {}, allow_other=False)
+        old = ControlServer(entry, {}, allow_other=False)
+        new = ControlServer(entry, {}, allow_other=False)
         await old.start()
         await new.start()
         await old.close()

@@ -67,25 +67,36 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
         lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
     for domain in report["domains"]:
         lines += _domain(domain, everything=everything)
+    if report["hidden_domains"]:
+        lines.append(f"  {report['hidden_domains']} domains are closed to you")
     return "\n".join(lines)
 
 
 def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
     busy = [k for k in domain["locks"] if k["holders"] or k["waiters"] or k["wanted_by"]]
     shown = domain["locks"] if everything else busy
-    idle = len(domain["locks"]) - len(shown)
-    rest = f", {idle} idle" if idle else ""
+    counts = {"idle": domain["count"] - (domain["count"] if everything else domain["busy"])}
+    counts["more"] = domain["count"] - counts["idle"] - len(shown)
+    counts["closed to you"] = domain["hidden"]
+    rest = "".join(f", {count} {what}" for what, count in counts.items() if count)
     if domain["reason"]:
         rest = f"  {domain['state']}: {domain['reason']}"
-    lines = [f"  {plain(domain['name'])}/  members: {', '.join(domain['members'])}{rest}"]
+    members = [*domain["members"], *_more(domain["more_members"])]
+    lines = [f"  {plain(domain['name'])}/  members: {', '.join(members)}{rest}"]
     for lock in shown:
         lines.append(f"    {plain(lock['name']):24} {lock['level']}")
-        lines += [_claim("held by", holder) for holder in lock["holders"]]
-        lines += [_claim("awaited by", waiter) for waiter in lock["waiters"]]
+        for what, key in (("held by", "holders"), ("awaited by", "waiters")):
+            lines += [_claim(what, claim) for claim in lock[key]]
+            lines += [f"      {what:10} {more}" for more in _more(lock[f"more_{key}"])]
         for wish in lock["wanted_by"]:
             trying = " (try)" if wish["try"] else ""
             lines.append(f"      {'wanted by':10} {wish['mode']}  node {wish['node']}{trying}")
+        lines += [f"      {'wanted by':10} {more}" for more in _more(lock["more_wanted_by"])]
     return lines
+
+
+def _more(count: int) -> list[str]:
+    return [f"{count} more"] if count else []
 
 
 def _claim(what: str, claim: dict[str, Any]) -> str:

@@ -64,6 +64,8 @@ def story(report: Facts) -> list[str]:
         lines += teller.lock(lock)
     if report["more"]:
         lines.append(f"... and so on: {report['more']} more locks are waited for.")
+    if report["hidden"]:
+        lines.append(f"They wait for {report['hidden']} locks, too, that are closed to you.")
     return lines + teller.remarks()
 
 

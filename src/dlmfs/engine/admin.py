@@ -89,7 +89,7 @@ async def remove_domain(transact: Transact, domain: str) -> int:
     empty = Compare(keys.members, "create", "=", 0, prefix=True)
     removed, first = 0, True
     while True:
-        left = await transact(Txn((), (Range(heads), Range(rest))))
+        left = await transact(Txn((), (Range(heads, b"", BATCH), Range(rest, b"", BATCH))))
         found = [kv for part in left.responses if isinstance(part, tuple) for kv in part]
         if not found:
             if first:

@@ -315,7 +315,7 @@ class FileSystem(OpenFiles):
     # -- extended attributes ------------------------------------------------------------------
 
     def getxattr(self, h: wire.Header, name: bytes, size: int) -> Reply:
-        return self._sized(xattrs.get(self, self._inode(h.node), name), size)
+        return self._sized(xattrs.get(self, self._inode(h.node), name, h.uid), size)
 
     def listxattr(self, h: wire.Header, size: int) -> Reply:
         return self._sized(xattrs.names(self._inode(h.node)), size)

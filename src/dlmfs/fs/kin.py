@@ -164,6 +164,14 @@ def has_open(pid: int, ino: int, path: bytes, device: str) -> bool:
     return _has_open(pid, ino, os.fsdecode(path), device)
 
 
+def user(thread: int) -> int | None:
+    """Whose process a thread is of, by its effective user id; None if /proc does not tell."""
+    try:
+        return os.stat(f"/proc/{thread}").st_uid
+    except OSError:
+        return None
+
+
 def command(pid: int) -> str:
     """The command name of a thread's process for people to read; empty if it is not known."""
     try:

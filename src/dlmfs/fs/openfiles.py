@@ -92,6 +92,8 @@ class OpenFiles:
     device: Kernel
     mount_device = ""
     """As in mountinfo: major:minor."""
+    secret = False
+    """This host keeps its users' processes from each other (proc(5), "hidepid"); so do we."""
     serving: Callable[[], bool]
     """Asked in every operation: a process that was stopped may run on long after its lease did."""
     expire: Callable[[], object]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.core.events import Claim
-from dlmfs.fs.kin import command
+from dlmfs.fs.kin import command, user
 from dlmfs.fs.tree import Inode, LockFile
 from dlmfs.model import TOKEN_SHIFT
 
@@ -27,10 +26,17 @@ ROWS_MAX: Final = 200
 """Claims told of; the kernel passes no value above 64 KiB."""
 
 
-def _rows(claims: Iterable[Claim], node: str) -> list[dict[str, Any]]:
-    return [
-        {"node": node, "mode": c.mode.name, "pid": c.pid, "command": command(c.pid)} for c in claims
-    ]
+class _Sight:
+    """Which processes the user who asks may hear of."""
+
+    def __init__(self, fs: FileSystem, uid: int) -> None:
+        self.uid = uid
+        self.whole = not fs.secret or uid in (0, fs.usage.own)
+
+    def row(self, claim: Claim, node: str) -> dict[str, Any]:
+        pid = claim.pid if self.whole or user(claim.pid) == self.uid else 0
+        name = command(pid) if pid else ""
+        return {"node": node, "mode": claim.mode.name, "pid": pid, "command": name}
 
 
 def _told(rows: list[dict[str, Any]], total: int) -> bytes:
@@ -39,31 +45,32 @@ def _told(rows: list[dict[str, Any]], total: int) -> bytes:
     return json.dumps(rows).encode()
 
 
-def _mode(lock: ClusterLock) -> bytes:
+def _mode(lock: ClusterLock, _sight: _Sight) -> bytes:
     return lock.res.level.name.encode()
 
 
-def _token(lock: ClusterLock) -> bytes:
+def _token(lock: ClusterLock, _sight: _Sight) -> bytes:
     """The largest token that a local holder has; empty if nobody here holds the lock."""
     tokens = [c.token for c in lock.res.holders.values()]
     return str(max(tokens)).encode() if tokens else b""
 
 
-def _holders(lock: ClusterLock) -> bytes:
-    holders = lock.res.holders
-    return _told(_rows(islice(holders.values(), ROWS_MAX), lock.space.node), len(holders))
+def _holders(lock: ClusterLock, sight: _Sight) -> bytes:
+    holders, own = lock.res.holders, lock.space.node
+    rows = [sight.row(claim, own) for claim in islice(holders.values(), ROWS_MAX)]
+    return _told(rows, len(holders))
 
 
-def _waiters(lock: ClusterLock) -> bytes:
+def _waiters(lock: ClusterLock, sight: _Sight) -> bytes:
     waiters = lock.res.waiters
     own = lock.space.node
     others = lock.view.others()
-    rows = _rows(islice(waiters.values(), ROWS_MAX), own)
+    rows = [sight.row(claim, own) for claim in islice(waiters.values(), ROWS_MAX)]
     rows += [{"node": w.node, "mode": w.mode.name} for w in islice(others, ROWS_MAX - len(rows))]
     return _told(rows, len(waiters) + len(others))
 
 
-def _abandoned(lock: ClusterLock) -> bytes:
+def _abandoned(lock: ClusterLock, _sight: _Sight) -> bytes:
     mark = lock.view.head.abandoned
     if mark is None:
         return b""
@@ -80,16 +87,16 @@ _LOCK: Final = {
 """How to tell, and what to say of a lock that this node knows nothing of."""
 
 
-def get(fs: FileSystem, inode: Inode, name: bytes) -> bytes | int:
-    """The attribute's value; or EOPNOTSUPP, as the kernel's dlmfs says of every attribute; or EIO
-    for a file whose locks were lost (promise 3)."""
+def get(fs: FileSystem, inode: Inode, name: bytes, uid: int) -> bytes | int:
+    """The attribute's value for user `uid`, whom the kernel has let in; or EOPNOTSUPP, as the kernel's
+    dlmfs says of every attribute; or EIO for a file whose locks were lost (promise 3)."""
     if isinstance(inode, LockFile) and name in _LOCK:
         if inode.lost:
             return errno.EIO
         tell, nothing = _LOCK[name]
         space = fs.spaces.get(inode.domain.ino)
         lock = space.locks.get(inode.name) if space is not None and inode.linked else None
-        return nothing if lock is None else tell(lock)
+        return nothing if lock is None else tell(lock, _Sight(fs, uid))
     if inode.parent is None and name == PREFIX + b"capabilities":
         return CAPABILITIES
     if inode.parent is None and name == PREFIX + b"state":

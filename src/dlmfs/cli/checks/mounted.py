@@ -63,6 +63,8 @@ def check(entry: MountEntry) -> Iterator[Finding]:
         yield from _node(about, node, status)
     for name in health["evicted"]:
         yield ok(about, f"node {name} was evicted and stays out until it is mounted anew")
+    if health["heads"] == "own":
+        yield ok(about, "of the locks only your own were looked at: root is told of all")
     if health["heads_max"]:
         yield ok(about, f"only the first {health['heads_max']} locks were looked at")
     for domain in health["domains"]:
@@ -179,24 +181,27 @@ def _domain(about: str, place: str, domain: Facts) -> Iterator[Finding]:
             f"dlmfs domain rm {shlex.quote(domain['domain'])} {place}, or mkdir it to go on with them",
         )
         return
-    yield ok(about, f"domain {name}: {len(domain['nodes'])} nodes, {domain['locks']} locks")
+    nodes = len(domain["nodes"]) + domain["more_nodes"]
+    yield ok(about, f"domain {name}: {nodes} nodes, {domain['locks']} locks")
     left = domain["ownerless"]
     if left:
+        count = len(left) + domain["more_ownerless"]
         yield warn(
             about,
-            f"domain {name}: {len(left)} locks of dead nodes only: {_some(left)}",
+            f"domain {name}: {count} locks of dead nodes only: {_some(left, count)}",
             "the next open of each mends it: `dlmfs value get PATH`, then rm what is not needed",
         )
     doubtful = domain["abandoned"]
     if doubtful:
+        count = len(doubtful) + domain["more_abandoned"]
         yield warn(
             about,
-            f"domain {name}: the values of {len(doubtful)} locks are doubtful, their holder died: "
-            + _some(list(doubtful)),
+            f"domain {name}: the values of {count} locks are doubtful, their holder died: "
+            + _some(list(doubtful), count),
             "check what they protect, then write them anew: `dlmfs value set PATH VALUE`",
         )
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
+def _some(names: list[str], count: int) -> str:
+    more = f" and {count - SHOWN_MAX} more" if count > SHOWN_MAX else ""
     return " ".join(plain(name) for name in sorted(names)[:SHOWN_MAX]) + more
