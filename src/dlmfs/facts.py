@@ -81,7 +81,7 @@ def lock_facts(node: Node, domain: str, name: str) -> Facts:
         nobody = {"holders": [], "more_holders": 0, "waiters": [], "more_waiters": 0}
         return {**facts, "level": "NL", "phase": "idle", **nobody}
     res = lock.res
-    facts |= {"level": res.level.name, "phase": res.phase.name.lower()}
+    facts |= {"level": res.level.name, "phase": lock.phase}
     facts |= _claims(node, "holders", res.holders)
     facts |= _claims(node, "waiters", res.waiters)
     for row, claim in zip(facts["waiters"], res.waiters.values(), strict=False):

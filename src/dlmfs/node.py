@@ -25,6 +25,7 @@ from dlmfs.deadline import Published, boottime
 from dlmfs.engine import membership
 from dlmfs.engine.membership import Membership
 from dlmfs.errors import DlmfsError, Unavailable, UsageError
+from dlmfs.faults import Faults
 from dlmfs.fence import LeaseTimer, Watchdog
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.tree import Tree
@@ -60,6 +61,7 @@ class Node:
         self.started = boottime()
         self.mounted = False
         self.watchdog: Watchdog | None = None
+        self.faults = Faults()
         self.loop: asyncio.AbstractEventLoop
         self.store: SqliteStore | EtcdStore
         self.membership: Membership
@@ -103,15 +105,15 @@ class Node:
             self._ended.set_result(reason)
 
     def _crashed(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        """A broken invariant: better no lock service than a wrong one."""
+        """An exception that came out of a callback or a task. Whoever it belongs to has not caught it,
+        so nobody but its caller can be wrong now (engine rule 16): it is named, and all goes on."""
         error = context.get("exception")
-        loop.default_exception_handler(context)
-        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
-            self._broken(error)  # else asyncio could not accept an asker, and tries again
-
-    def _broken(self, error: object) -> None:
-        if hasattr(self, "membership"):
-            self.membership.lose(f"internal error: {error!r}")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)  # an asker is not accepted, and tried again
+        elif isinstance(error, Exception):
+            self.faults.note(_place(context), error)
+        else:
+            loop.default_exception_handler(context)
 
     # -- joining the store ------------------------------------------------------------------------
 
@@ -158,6 +160,7 @@ class Node:
             watchdog=self.watchdog,
         )
         self.fs.secret = hides_processes()
+        self.fs.faults = self.faults
         member.host = self.fs
         self.traffic = Traffic(self)
         member.questions.reply = partial(facts.reply, self)
@@ -270,7 +273,7 @@ class Node:
         started: asyncio.Future[None] = self.loop.create_future()
         self.device.on_ready = lambda: started.set_result(None)
         self.device.on_end = self._device_ended
-        self.device.on_bug = self._broken
+        self.device.on_bug = self.faults.note
         self.device.start()
         async with asyncio.timeout(10):
             await started
@@ -304,6 +307,15 @@ def _etcd_store(
         ) from None
     timeout_s = Timing(options.ttl_s).renew_every_s
     return EtcdStore(access(source, options), source.cluster, loop, boottime, timeout_s)
+
+
+def _place(context: dict[str, object]) -> str:
+    """Whose callback or task it was that raised."""
+    task = context.get("task") or context.get("future")
+    if isinstance(task, asyncio.Task):
+        return f"task {getattr(task.get_coro(), '__qualname__', task.get_name())}"
+    callback = getattr(context.get("handle"), "_callback", None)
+    return f"callback {getattr(callback, '__qualname__', context.get('message', ''))}"
 
 
 def _nothing() -> None:

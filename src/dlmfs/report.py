@@ -57,6 +57,7 @@ async def status(node: Node, sight: Sight) -> Facts:
         "uptime_s": round(node.membership.clock() - node.started, 1),
         "lease": _lease(node.membership),
         "store": node.store.describe(),
+        "faults": node.faults.told(whole=sight.whole),
         "domains": domains,
         "hidden_domains": len(node.membership.spaces) - len(domains),
     }
@@ -150,7 +151,8 @@ async def _first(
 
 
 def _is_busy(lock: ClusterLock) -> bool:
-    return bool(lock.res.holders or lock.res.waiters or lock.view.wishes)
+    told = lock.res.holders or lock.res.waiters or lock.view.wishes
+    return bool(told) or lock.wreck_left is not None
 
 
 def _rank(lock: ClusterLock) -> tuple[bool, bytes, bytes]:
@@ -185,7 +187,7 @@ class _Telling(NamedTuple):
         return {
             "name": os.fsdecode(lock.name),
             "level": lock.res.level.name,
-            "phase": lock.res.phase.name.lower(),
+            "phase": lock.phase,
             **await self.claims("holders", lock.res.holders, ROW_CLAIMS_MAX),
             **await self.claims("waiters", lock.res.waiters, ROW_CLAIMS_MAX),
             "wanted_by": [

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from dlmfs.core.events import Claim, Phase, Stage
+from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import DlmfsError, LockLost
 from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
@@ -171,6 +172,18 @@ class SimNode:
 
     def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
         return any(h.pid == claim.pid for h in holders)
+
+    def lock_lost(
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+    ) -> None:
+        for claim in holders:
+            self.programs.pop(claim.fh)
+        for claim in waiters:
+            self.failed(claim, LockLost.errno)
+
+    def broken(self, where: str, error: Exception) -> None:
+        if not isinstance(error, DlmfsError):
+            raise error
 
     def domain_lost(self, domain: bytes, reason: str) -> None:
         if self.alive:

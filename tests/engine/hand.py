@@ -51,11 +51,19 @@ class HandNode(SimNode):
 
     def __init__(self, cluster: SimCluster, name: str, owner: Owner) -> None:
         self.reasons: dict[int, int] = {}
+        self.faults: list[str] | None = None
+        """Where exceptions came that a test has provoked; None: none may come."""
         super().__init__(cluster, name, owner)
 
     def failed(self, claim: Claim, reason: int) -> None:
         self.reasons[claim.fh] = reason
         self.programs.pop(claim.fh, None)
+
+    def broken(self, where: str, error: Exception) -> None:
+        if self.faults is None:
+            super().broken(where, error)
+        else:
+            self.faults.append(where)
 
     @property
     def joined(self) -> Lockspace:

@@ -11,6 +11,7 @@ import pytest
 from dlmfs.core.events import Claim, Stage
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.eviction import mark_key
+from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.engine.membership import Config, Membership
 from dlmfs.engine.records import NODES
@@ -65,6 +66,14 @@ class Node:
 
     def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
         return False
+
+    def lock_lost(
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+    ) -> None:
+        """The claims say so themselves."""
+
+    def broken(self, where: str, error: Exception) -> None:
+        raise error
 
     def domain_lost(self, domain: bytes, reason: str) -> None:
         return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from dlmfs.core.events import Claim
+from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.engine.membership import REMOVED, Config, Membership
 from dlmfs.errors import DlmfsError, Unavailable
@@ -71,6 +72,14 @@ class Node:
 
     def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
         return False
+
+    def lock_lost(
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+    ) -> None:
+        """The claims say so themselves."""
+
+    def broken(self, where: str, error: Exception) -> None:
+        raise error
 
     def domain_lost(self, domain: bytes, reason: str) -> None:
         """The claims say so themselves."""

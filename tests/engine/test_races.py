@@ -428,7 +428,7 @@ def test_a_leave_that_a_full_store_refuses_looks_like_no_death() -> None:
     lock = a.lock
     a.medium(full=True)
     said = cluster.leave(a)
-    assert cluster.loop.run_until(lambda: not lock._forgets, 1)
+    assert cluster.loop.run_until(lambda: not lock.forgets, 1)
     a.medium(full=False)
     cluster.pass_time(1.0)
     assert len(said) == 1

@@ -131,7 +131,7 @@ class Side:
         self.kernel = fake.open()
         self.kernel.lossy = made.faults
         self.device = self.fs.device = Device(self.kernel.fd, self.fs, loop)
-        self.device.on_bug = lambda error: self.bugs.append(repr(error))
+        self.device.on_bug = lambda request, error: self.bugs.append(f"{request}: {error!r}")
         self.ends: list[str] = []
         self.device.on_end = self.ends.append
         self.member.start(self._started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 from dlmfs.cli.parser import Parser
@@ -65,6 +66,7 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
     ]
     if report["store"].get("waiting_for_pid"):
         lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
+    lines += [f"  {line}" for line in faults(report["faults"])]
     for domain in report["domains"]:
         lines += _domain(domain, everything=everything)
     if report["hidden_domains"]:
@@ -72,8 +74,23 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
     return "\n".join(lines)
 
 
+def faults(told: dict[str, Any]) -> list[str]:
+    """What went wrong inside the daemon that nobody had expected, one place a line."""
+    if told["count"] and not told["last"]:
+        return [f"{told['count']} faults: the one who mounted it is told which"]
+    return [
+        f"fault in {plain(last['where'])}: {plain(last['what'])} ({last['times']} times, the last "
+        f"{age(max(0.0, time.time() - last['at']))} ago)"
+        for last in told["last"]
+    ]
+
+
 def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
-    busy = [k for k in domain["locks"] if k["holders"] or k["waiters"] or k["wanted_by"]]
+    busy = [
+        k
+        for k in domain["locks"]
+        if k["holders"] or k["waiters"] or k["wanted_by"] or k["phase"] == "recovering"
+    ]
     shown = domain["locks"] if everything else busy
     counts = {"idle": domain["count"] - (domain["count"] if everything else domain["busy"])}
     counts["more"] = domain["count"] - counts["idle"] - len(shown)
@@ -84,7 +101,8 @@ def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
     members = [*domain["members"], *_more(domain["more_members"])]
     lines = [f"  {plain(domain['name'])}/  members: {', '.join(members)}{rest}"]
     for lock in shown:
-        lines.append(f"    {plain(lock['name']):24} {lock['level']}")
+        recovering = "  recovering: a fault broke its state" * (lock["phase"] == "recovering")
+        lines.append(f"    {plain(lock['name']):24} {lock['level']}{recovering}")
         for what, key in (("held by", "holders"), ("awaited by", "waiters")):
             lines += [_claim(what, claim) for claim in lock[key]]
             lines += [f"      {what:10} {more}" for more in _more(lock[f"more_{key}"])]

@@ -6,7 +6,7 @@ Rules of this file
 * `level` is what the node may serve *now*. It falls when a give-up is sent, not when it is
   confirmed (design, engine rule 5), and rises only with `granted`.
 * At most one cluster operation is under way: `phase` says which. Which event is possible in which
-  phase is the table `POSSIBLE`; anything else is a bug and stops the node.
+  phase is the table `POSSIBLE`; anything else is a bug, and costs this lock (`engine.wreck`).
 * Every public event ends in `_settle`, so the outcome depends on the state, not on the path.
 
 The state is that of the kernel's userdlm: level held, level asked for, level others are blocked

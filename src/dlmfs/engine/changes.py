@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dlmfs.engine.queue import bury, fits, grant_pass
-from dlmfs.engine.records import Head, Member, Wish, encode_mail
+from dlmfs.engine.records import Abandoned, Head, Member, Wish, encode_mail
 from dlmfs.engine.view import View
 from dlmfs.model import Mode
 from dlmfs.store.base import (
@@ -130,6 +130,27 @@ def refuse(view: View, victims: list[Wish]) -> Txn:
     guards = tuple(created_at(keys.wish(view.name, w.node), w.revision) for w in victims)
     deletes = tuple(Delete(keys.wish(view.name, w.node)) for w in victims)
     return Txn(guards, deletes, reading(view))
+
+
+def clear(view: View) -> Change:
+    """What our death would do to the head: ours is no level any more, with the mark if it was EX; our
+    wish and mail go. We stay in it at NL, since we have the lock's file and keep its value alive."""
+    space = view.space
+    mine = view.mine()
+    head = bury(view.head, view.is_dead)
+    if mine is not None:
+        abandoned = head.abandoned
+        if mine.level is Mode.EX:
+            abandoned = Abandoned(space.node, mine.revision)
+        members = {**head.members, space.node: mine._replace(level=Mode.NL)}
+        head = head._replace(members=members, abandoned=abandoned)
+    head, granted = grant_pass(head, view.others())
+    record = head.encode()
+    keys = space.keys
+    ops: list[Op] = [Delete(keys.wish(view.name, space.node)), *_delivery(view, granted, record)]
+    if view.head_revision or granted:
+        ops.append(Put(keys.head(view.name), record))
+    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted)
 
 
 def leave(view: View) -> Change:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.lease import LeaseState
 from dlmfs.engine.lockspace import Life, Lockspace
+from dlmfs.engine.wreck import HOLDERS_S
 from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Domains:
             del self._joining[space.domain]
 
     def _space_lost(self, space: Lockspace) -> None:
-        """One domain's membership was taken from us, perhaps by hand, while the session stands."""
+        """One domain's membership was taken from us, perhaps by hand, while the session stands. To join
+        again takes what we had away, if it is still there: first its holders have their time."""
         if self._member.up and self.spaces.get(space.domain) is space:
-            self._member.loop.call_later(RETRY_S, self.join_again, space.domain)
+            self._member.loop.call_later(HOLDERS_S, self.join_again, space.domain)

@@ -107,7 +107,7 @@ def _removed(space: Lockspace, result: TxnResult | DlmfsError, done: Done, *, la
 def _refused(space: Lockspace, error: DlmfsError, done: Done) -> None:
     if isinstance(error, OutcomeUnknown) and space.live:
         # If it was applied, our membership is gone, and the next look sees that.
-        space.loop.call_later(RETRY_S, _look, space, done)
+        space.loop.call_later(RETRY_S, space.enter, _look, space, done)
     elif isinstance(error, LockLost):
         space.left()
         done(error)

@@ -44,6 +44,7 @@ class Local:
     """
 
     __slots__ = (
+        "_abandoned",
         "_lock",
         "_looked_again",
         "_seen",
@@ -57,6 +58,7 @@ class Local:
 
     def __init__(self, lock: ClusterLock) -> None:
         self._lock = lock
+        self._abandoned = False
         self.running = False
         self.refuse_try = False
         self.told = False
@@ -73,7 +75,7 @@ class Local:
     def run(self, actions: list[Action]) -> None:
         """Carry out the core's actions in order. A grant that cannot be delivered is closed from
         inside the loop; its actions queue up behind, or a Withdraw would pass its Ask."""
-        if not actions:
+        if not actions or self._abandoned:
             return
         self._todo.extend(actions)
         if self.running:
@@ -137,8 +139,8 @@ class Local:
         if self.wanted is self._looked_again:
             self.refuse_try = True
         elif self.wanted is not None:
-            loop = self._lock.space.loop
-            loop.call_soon(loop.call_soon, self._ask_again, self.wanted)
+            loop, enter = self._lock.space.loop, self._lock.enter
+            loop.call_soon(loop.call_soon, enter, self._ask_again, self.wanted)
 
     def _ask_again(self, wanted: Wanted) -> None:
         lock = self._lock
@@ -155,7 +157,7 @@ class Local:
             self._time_try(self._lock.space.timing.try_timeout_s)
 
     def _time_try(self, delay: float) -> None:
-        self._try_timer = self._lock.space.loop.call_later(delay, self._try_is_over)
+        self._try_timer = self._lock.later(delay, self._try_is_over)
 
     def _try_is_over(self) -> None:
         """The holder of a lock we try, or the store, is silent: answer without it (trap 13).
@@ -167,7 +169,8 @@ class Local:
         if not space.serving():
             return  # and everybody has been told
         # No answer of the store in all this time: then it is not a user who refuses.
-        reason = errno.ENOLCK if lock.busy or not space.running else errno.ETXTBSY
+        silent = lock.busy or lock.wreck_left is not None or not space.running
+        reason = errno.ENOLCK if silent else errno.ETXTBSY
         limit, now = space.timing.try_timeout_s, space.loop.time()
         trying = [c for c in lock.res.waiters.values() if c.trying]
         later = [c for c in trying if now < c.since + limit - SLACK_S]
@@ -180,6 +183,12 @@ class Local:
         if left and self._try_timer is None:
             self._time_try(left[0].since + limit - now)
         lock.resume()
+
+    def abandon(self) -> None:
+        """The lock is wrecked: what was to be done is for nobody any more."""
+        self._abandoned = True
+        self._todo.clear()
+        self.cancel_try()
 
     def cancel_try(self) -> None:
         """None waits any more."""

@@ -7,6 +7,7 @@ Rules of this file
   on the path by which we came to know.
 * One transaction at a time per lock (engine rule 3).
 * An unknown outcome is never guessed: the domain gets a new epoch, then the lock is read anew.
+* Whoever calls from outside calls a `contained` method: an exception costs this lock (`wreck`).
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.core.lockres import Lockres
-from dlmfs.engine import changes
+from dlmfs.engine import changes, forgetting
+from dlmfs.engine import wreck as wrecks
 from dlmfs.engine.changes import Change
+from dlmfs.engine.contained import contained
 from dlmfs.engine.local import Local
 from dlmfs.engine.records import Head, Mail, Wish
 from dlmfs.engine.value import Value
-from dlmfs.engine.view import NO_HEAD, NOTHING, View
+from dlmfs.engine.view import View
 from dlmfs.errors import DlmfsError, LockLost, Unavailable
 from dlmfs.model import Mode, compatible
 from dlmfs.store.base import Txn, TxnResult
+from dlmfs.timing import Timer
 
 if TYPE_CHECKING:
     from dlmfs.engine.lockspace import Lockspace
+    from dlmfs.engine.wreck import Wreck
 
 Done = Callable[[DlmfsError | None], None]
 
@@ -43,18 +48,20 @@ class ClusterLock:
     `busy`: a transaction is under way."""
 
     __slots__ = (
-        "_forget_waits",
-        "_forgets",
         "_looking",
         "_patient",
         "_unresolved",
         "busy",
+        "forget_waits",
+        "forgets",
+        "heir",
         "local",
         "name",
         "res",
         "space",
         "value",
         "view",
+        "wreck_left",
     )
 
     def __init__(self, space: Lockspace, name: bytes) -> None:
@@ -67,8 +74,13 @@ class ClusterLock:
         self.busy = False
         self._unresolved = False
         self._patient = False
-        self._forgets: list[Done] = []
-        self._forget_waits = False
+        self.forgets: list[Done] = []
+        """Who waits for us to leave the lock."""
+        self.wreck_left: Wreck | None = None
+        """Of a former resource of this name, which broke; it comes before all else."""
+        self.heir: ClusterLock | None = None
+        """This one broke, and that took its place."""
+        self.forget_waits = False
         self._looking = False
         """The transaction under way is a reading."""
 
@@ -77,80 +89,110 @@ class ClusterLock:
     def open(self, claim: Claim) -> bool:
         """A program opens the lock. True: it has it, at once; else the host is told, by `granted`
         or `failed`, perhaps before this returns."""
-        if self._forgets:
+        # Not `contained`, nor is `close`: one more call would be felt by every open.
+        try:
+            if not self.forgets and self.res.hold_cached(claim):
+                return True
+        except Exception as error:
+            self.wreck(error)
+            return False
+        self._wait(claim)
+        return False
+
+    @contained
+    def _wait(self, claim: Claim) -> None:
+        if self.forgets:
             # The kernel's answer to an open that races with unlink (kernel-behaviour, "unlink").
             self.space.host.failed(claim, errno.ETXTBSY if claim.trying else errno.EAGAIN)
-            return False
-        if self.res.hold_cached(claim):
-            return True
+            return
         claim.since = self.space.loop.time()
         self.local.run(self.res.wait(claim))
         self._step()
         if claim.trying and claim.stage is Stage.WAITING:
             self.local.time_try()
-        return False
 
     def close(self, claim: Claim) -> None:
-        actions = self.res.close(claim)
-        if actions:
-            self.local.run(actions)
-        if not self._at_rest():
-            self._step()
+        try:
+            actions = self.res.close(claim)
+            if actions:
+                self.local.run(actions)
+            if not self._at_rest():
+                self._step()
+            elif self.heir is not None:
+                wrecks.closed(self, claim)
+        except Exception as error:
+            self.wreck(error)
 
+    @contained
     def interrupt(self, claim: Claim) -> None:
         """A waiter got a signal; the caller has answered EINTR already (engine rule 8)."""
         self.local.run(self.res.interrupt(claim))
         self._step()
 
+    @contained
     def read_lvb(self, done: Callable[[bytes], None]) -> None:
         """The value, for a holder. Waits while a write's outcome is unknown (rule 13)."""
         self.value.read(done, unsure=self._unresolved)
 
+    @contained
     def write_lvb(self, offset: int, data: bytes, done: Done) -> None:
         """Put `data` at `offset`; done when durable. For an EX holder only (promise 4)."""
         self.value.write(offset, data, done)
         self._step()
 
+    @contained
     def forget(self, done: Done) -> None:
         """Leave the lock: this node's file is unlinked, or the domain is left (rule 15)."""
-        self._forgets.append(done)
+        self.forgets.append(done)
         if self.res.phase is Phase.IDLE:
             self.res.surrender()
         self._step()
 
+    @contained
     def lose(self, reason: int) -> None:
         """The node's incarnation is over (promise 3)."""
-        lost = LockLost("the lock was lost: this node's membership in the domain ended")
         self.local.cancel_try()
         if self.res.phase is not Phase.LOST:
             self.local.run(self.res.lose(reason))
-        self.value.lose(lost)
-        forgets, self._forgets = self._forgets, []
+        self.value.lose(LockLost("the lock was lost: this node's membership in the domain ended"))
+        forgets, self.forgets = self.forgets, []
         for done in forgets:
             done(None)
+
+    def wreck(self, error: Exception) -> None:
+        """An invariant is broken: this lock is lost, and nothing of its state is served."""
+        wrecks.wreck(self, error)
 
     # -- what the store tells -------------------------------------------------------------------
 
     # These only note what happened. The domain calls `learned` when all events of a revision
     # are noted: a transaction built in between would vouch for a queue half seen.
 
+    @contained
     def wish_put(self, wish: Wish, revision: int) -> None:
         """A put below w/<lock>/."""
         self.view.wish_put(wish, revision, asking=self.res.phase is Phase.ASKING)
 
+    @contained
     def wish_gone(self, node: str, revision: int) -> None:
         """A deletion below w/<lock>/."""
         self.view.wish_gone(node, revision, busy=self.busy)
 
+    @contained
     def mail(self, mail: Mail, revision: int) -> None:
         """Somebody's commit granted our wish, or one that we had before."""
         expecting = self.res.phase in (Phase.ASKING, Phase.DROPPING)
         self.view.mail(mail, revision, expecting=expecting)
 
+    @contained
     def learned(self) -> None:
         """Knowledge changed: tell the core, then act on it."""
         res, view = self.res, self.view
         if res.phase is Phase.LOST:
+            return
+        if self.wreck_left is not None:  # what the head has of us is not ours to use
+            self.local.tell_wanted(view)
+            self._step()
             return
         mine = view.mine()
         if res.phase is Phase.DROPPING and (
@@ -174,12 +216,14 @@ class ClusterLock:
         self.local.tell_wanted(view)
         self._step()
 
+    @contained
     def member_gone(self) -> None:
         """A node died or left: its place in the head may have been in our way (rule 6)."""
         if self.view.wish is not None or self.res.phase is Phase.ASKING:
             self.view.must_look = True
             self._step()
 
+    @contained
     def reread(self) -> None:
         """Events were missed, or an outcome is unknown: read everything before doing more."""
         self._unresolved = True
@@ -191,6 +235,7 @@ class ClusterLock:
             # answered must not pass them.
             self.local.tell_wanted(self.view)
 
+    @contained
     def resume(self) -> None:
         self._step()
 
@@ -200,13 +245,18 @@ class ClusterLock:
     def idle(self) -> bool:
         """Nothing is under way and nobody waits here: only the cached level is left."""
         return not (
-            self.res.in_use or self.busy or self.value.writes or self._forgets or self._unresolved
+            self.res.in_use or self.busy or self.value.writes or self.forgets or self._unresolved
         )
+
+    @property
+    def phase(self) -> str:
+        """For people: what is under way between this node and the cluster."""
+        return "recovering" if self.wreck_left is not None else self.res.phase.name.lower()
 
     @property
     def forgetting(self) -> bool:
         """An unlink, or a leave of the domain, is under way."""
-        return bool(self._forgets)
+        return bool(self.forgets)
 
     # -- inner workings: deciding -----------------------------------------------------------
 
@@ -215,14 +265,16 @@ class ClusterLock:
         res, view = self.res, self.view
         if self._at_rest() or not self.space.running:
             return
-        if self._unresolved or view.must_look:
+        if self.wreck_left is not None and not (self._unresolved or view.must_look):
+            self._clear()
+        elif self._unresolved or view.must_look:
             view.must_look = False  # now: what is heard from here on asks for another look
             self._looking = True
-            self._send(Txn((), changes.reading(view)), self._looked)
+            self.send(Txn((), changes.reading(view)), self._looked)
         elif res.phase is Phase.DROPPING:
             self._hand_over()
         elif view.wish is not None and self._should_withdraw(view.wish):
-            self._send(changes.withdraw(view, view.wish), partial(self._withdrawn, wish=view.wish))
+            self.send(changes.withdraw(view, view.wish), partial(self._withdrawn, wish=view.wish))
         elif res.phase is Phase.ASKING and res.withdrawing and view.wish is None:
             self.local.run(res.refused(0))
             self._step()
@@ -232,8 +284,8 @@ class ClusterLock:
             self._change(level=res.level)
         elif self.value.writes:
             self._write()
-        elif self._forgets:
-            self._forget()
+        elif self.forgets:
+            forgetting.step(self)
         elif res.phase is Phase.ASKING:
             self._ask()
 
@@ -241,9 +293,11 @@ class ClusterLock:
         """Whether nothing can be due: first of all on the way of every open of a cached lock."""
         if self.busy or self.local.running or self.res.phase is Phase.LOST:
             return True
-        if self.res.phase is not Phase.IDLE or self.value.writes or self._forgets:
+        if self.res.phase is not Phase.IDLE or self.value.writes or self.forgets:
             return False
-        return not (self._unresolved or self.view.must_look or self.view.wishes)
+        if self._unresolved or self.wreck_left is not None:
+            return False
+        return not (self.view.must_look or self.view.wishes)
 
     def _got_it(self) -> bool:
         """Whether the head shows a grant that the core has not been told of."""
@@ -256,7 +310,7 @@ class ClusterLock:
         back by then, and its wish goes into the same commit (rule 8)."""
         self._patient = not self._patient
         if self._patient:
-            self.space.loop.call_soon(self._step)
+            self.space.loop.call_soon(self.resume)
         else:
             self._change(level=self.res.level, then=self.res.next_wish())
 
@@ -264,7 +318,7 @@ class ClusterLock:
         res, view = self.res, self.view
         if res.asked <= res.level:
             txn, head = changes.renew(view)
-            self._send(txn, partial(self._taken, head=head))
+            self.send(txn, partial(self._taken, head=head))
         elif view.wish is None:
             if res.asked_trying and view.conflict_ahead(res.asked):
                 self.local.run(res.refused(errno.ETXTBSY))
@@ -273,7 +327,7 @@ class ClusterLock:
             txn, direct = changes.take(
                 view, res.asked, trying=res.asked_trying, convert=res.converting
             )
-            self._send(txn, partial(self._taken, head=direct))
+            self.send(txn, partial(self._taken, head=direct))
         elif view.grantable(res.level) or view.front_of_dead():
             self._change(level=res.level)
         elif not self.local.told:
@@ -288,9 +342,22 @@ class ClusterLock:
             return self.view.conflict_ahead(wish.mode)
         return self.view.later_conversion()
 
+    def _clear(self) -> None:
+        """What a broken resource of this name left goes first; see `wreck`."""
+        change = wrecks.clear(self)
+        if change is not None:
+            self.send(change.txn, partial(self._cleared, change=change))
+
+    def _cleared(self, result: TxnResult, change: Change) -> None:
+        if not self._refused(result):
+            wrecks.cleared(self, result, change)
+            self.learned()
+
     # -- inner workings: transactions ---------------------------------------------------------
 
-    def _send(self, txn: Txn, done: Callable[[TxnResult], None]) -> None:
+    def send(self, txn: Txn, done: Callable[[TxnResult], None]) -> None:
+        """The one transaction of this lock that is under way; `done` gets its answer, by `enter`."""
+        assert self.heir is None
         self.busy = True
         self.space.sender.submit(self, txn, done)
 
@@ -298,14 +365,24 @@ class ClusterLock:
         """The transaction's answer is here (or will never be): the next may go."""
         self.busy = False
 
-    def _adopt(self, result: TxnResult) -> None:
+    @contained
+    def enter(self, act: Callable[..., None], *args: object) -> None:
+        """Do a part of this lock's own work: with an answer that came, or from a timer."""
+        act(*args)
+
+    def later(self, seconds: float, act: Callable[..., None], *args: object) -> Timer:
+        """`enter` after a while."""
+        return self.space.loop.call_later(seconds, self.enter, act, *args)
+
+    def adopt(self, result: TxnResult) -> None:
+        """Take over what an answer says of head and queue."""
         self.view.adopt(result, asking=self.res.phase is Phase.ASKING)
 
     def _refused(self, result: TxnResult) -> bool:
         """Whether a compare failed; then what the store says instead is adopted and acted on."""
         if result.succeeded:
             return False
-        self._adopt(result)
+        self.adopt(result)
         self.learned()
         return True
 
@@ -315,7 +392,11 @@ class ClusterLock:
             # A refusal of trylocks may be what got lost: have the core decide anew.
             self.local.wanted = None
         self._unresolved = False
-        self._adopt(result)
+        self.adopt(result)
+        if self.view.wishes_at < 0:
+            self.view.must_look = (
+                True  # the queue is not known yet: the watch was ahead of the answer
+            )
         self.learned()
         if not self._unresolved:
             self.value.answer_reads()
@@ -328,7 +409,7 @@ class ClusterLock:
             self.view.given_up = mine.revision
         change = changes.change(self.view, level=level, then=then, lvb=lvb)
         done = partial(self._changed, change=change, then=then, writing=lvb is not None)
-        self._send(change.txn, done)
+        self.send(change.txn, done)
 
     def _changed(self, result: TxnResult, change: Change, then: Mode, *, writing: bool) -> None:
         if self._refused(result):
@@ -349,7 +430,7 @@ class ClusterLock:
         if result.succeeded and head is not None:
             self.view.committed(head, [], result.revision)
         else:
-            self._adopt(result)
+            self.adopt(result)
         self.learned()
 
     def _withdrawn(self, result: TxnResult, wish: Wish) -> None:
@@ -371,13 +452,13 @@ class ClusterLock:
         level = mine.level if mine is not None else Mode.NL
         victims = [w for w in self.view.others() if w.trying and not compatible(w.mode, level)]
         if victims:
-            self._send(changes.refuse(self.view, victims), self._refused_trylocks)
+            self.send(changes.refuse(self.view, victims), self._refused_trylocks)
         else:
             self._step()
 
     def _refused_trylocks(self, result: TxnResult) -> None:
         if not result.succeeded:
-            self._adopt(result)
+            self.adopt(result)
             self.local.wanted = None  # ask the core again about who is left
         self.learned()
 
@@ -397,62 +478,23 @@ class ClusterLock:
         self.value.answer_reads()
         self._step()
 
-    def _forget(self) -> None:
-        """Leave the head (rule 15)."""
-        if self.res.phase is not Phase.IDLE:
-            return  # a withdrawal or a hand-over is under way; its end brings us back
-        self.res.surrender()
-        if self.view.mine() is None:
-            self._forgotten(None)
-            return
-        if self._forget_waits:
-            return
-        change = changes.leave(self.view)
-        done = partial(self._left, change=change, seen=self.view.head_revision)
-        self._send(change.txn, done)
-
-    def _left(self, result: TxnResult, change: Change, seen: int) -> None:
-        if not result.succeeded:
-            self._adopt(result)
-            if self.view.head_revision == seen:
-                # Somebody whom we would leave behind is dead, and our watch has not told us yet.
-                # Asked again at once, the store would say the same until it does.
-                self._forget_waits = True
-                self.space.loop.call_later(RETRY_S, self._forget_again)
-            self.learned()
-            return
-        self.view.committed(change.head, change.granted, result.revision)
-        if not (change.head.members or change.head.abandoned):
-            self.view.set_head(NO_HEAD, 0, result.revision)
-        self._forgotten(None)
-
-    def _forget_again(self) -> None:
-        self._forget_waits = False
-        self._step()
-
-    def _forgotten(self, error: DlmfsError | None) -> None:
-        forgets, self._forgets = self._forgets, []
-        if error is None:
-            # The core's cached level went with the place in the head.
-            self.res = Lockres(self.space.owner)
-            self.local.wanted = NOTHING
-        for done in forgets:
-            done(error)
-
+    @contained
     def failed(self, error: DlmfsError) -> None:
         """A definite refusal by the store: nothing of the transaction was applied."""
         if not isinstance(error, Unavailable):
-            self.space.lose(str(error))
+            self.wreck(error)
         elif self._looking:  # refused for the sake of others' writes in its commit
             self._looking = False
             self.view.must_look = True
-            self.space.loop.call_later(RETRY_S, self._step)
+            self.space.loop.call_later(RETRY_S, self.resume)
+        elif self.wreck_left is not None:
+            self.space.loop.call_later(RETRY_S, self.resume)
         elif self.value.writes and self.res.phase is not Phase.DROPPING:
             self._finish_write(error)
-        elif self._forgets and self.res.phase is Phase.IDLE:
-            self._forgotten(error)
+        elif self.forgets and self.res.phase is Phase.IDLE:
+            forgetting.finish(self, error)
         elif self.res.phase is Phase.ASKING and self.view.wish is None:
             self.local.run(self.res.refused(error.errno))
             self._step()
         else:
-            self.space.loop.call_later(RETRY_S, self._step)
+            self.space.loop.call_later(RETRY_S, self.resume)

@@ -6,6 +6,8 @@ Rules of this file
   then no longer apply, since each carries the guard of its epoch (`sender`; engine rules 2, 4).
 * `revision` is how far the watch has told us; all of `members` and `wishes` is true as of then.
 * Peers ignore a put of m/<node> that keeps the create revision: it is only a new epoch.
+* Whoever calls from outside calls a `contained` method: an exception that is no lock's own costs this
+  membership, which is joined again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.events import Claim
 from dlmfs.engine import leaving
+from dlmfs.engine.contained import contained
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import FORMAT, Keys, Wish, decode_mail, decode_wish
 from dlmfs.engine.sender import Sender
@@ -64,6 +67,14 @@ class Host(Protocol):
         """Whether the claim's process, or an ancestor of it, is one of the holders' (rule 11)."""
 
     def domain_lost(self, domain: bytes, reason: str) -> None: ...
+
+    def lock_lost(
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+    ) -> None:
+        """The state of one lock was broken: these claims on it have ended, and what else is on it."""
+
+    def broken(self, where: str, error: Exception) -> None:
+        """An exception that nobody expected, and what it costs: to be logged, counted and named."""
 
 
 def _always() -> bool:
@@ -127,6 +138,8 @@ class Lockspace:
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
         self._noticed: dict[tuple[str, int], float] = {}
+        self._askers: list[Done] = []
+        """Who waits for the join, or the leave, that is under way."""
 
     @property
     def running(self) -> bool:
@@ -155,6 +168,7 @@ class Lockspace:
             self.loop.call_later(self.lock_delay_s, self._delay_is_over)
         return now - noticed >= self.lock_delay_s - SLACK_S
 
+    @contained
     def _delay_is_over(self) -> None:
         if self.live:
             for lock in list(self.locks.values()):
@@ -165,6 +179,13 @@ class Lockspace:
         lock = self.locks.get(name)
         if lock is None:
             lock = self.locks[name] = ClusterLock(self, name)
+        return lock
+
+    def put_anew(self, name: bytes) -> ClusterLock:
+        """A new resource takes the place of one that broke. It knows nothing: no wish, no head."""
+        self.wishes[name] = {}
+        lock = self.locks[name] = ClusterLock(self, name)
+        lock.view.wishes_at = -1
         return lock
 
     def drop(self, name: bytes) -> None:
@@ -178,11 +199,25 @@ class Lockspace:
     def join(self, done: Done) -> None:
         """Become a member. Unavailable if the store is out of reach or our old self still
         stands there; the caller may try again."""
+        self._ask_to_join(self._once(done))
+
+    def _ask_to_join(self, done: Done) -> None:
         if self.life is Life.JOINING:
             txn = self._putting(created_at(self.keys.mine, 0))
             self.commit(txn, lambda result: self._joined(result, done))
         else:
             done(Unavailable("another join of this domain took the place of this one"))
+
+    def _once(self, done: Done) -> Done:
+        """`done`, which `wreck` calls if nobody else has."""
+
+        def told(error: DlmfsError | None) -> None:
+            if told in self._askers:
+                self._askers.remove(told)
+                done(error)
+
+        self._askers.append(told)
+        return told
 
     def _putting(self, compare: Compare) -> Txn:
         """Put the membership record, and read who is here and what they wish for."""
@@ -199,12 +234,12 @@ class Lockspace:
 
     def _joined(self, result: TxnResult | DlmfsError, done: Done) -> None:
         if self.life is not Life.JOINING:
-            self.join(done)
+            self._ask_to_join(done)
             return
         if isinstance(result, OutcomeUnknown):
             # Put with a compare, on our own lease: asking again is safe, and if the first one
             # was applied after all, the record that stands in the way carries our lease.
-            self.loop.call_later(RETRY_S, self.join, done)
+            self.loop.call_later(RETRY_S, self.enter, self._ask_to_join, done)
             return
         if isinstance(result, DlmfsError):
             done(result)
@@ -234,7 +269,7 @@ class Lockspace:
             (created_at(self.keys.mine, old.create_revision),),
             (Delete(self.keys.mine),),
         )
-        self.commit(txn, lambda _result: self.join(done))
+        self.commit(txn, lambda _result: self._ask_to_join(done))
 
     def _start(self, members: Any, wishes: Any, revision: int) -> None:
         self.revision = revision
@@ -259,7 +294,7 @@ class Lockspace:
         With an error the domain stays joined.
         """
         self.life = Life.LEAVING
-        leaving.leave(self, done)
+        self.enter(leaving.leave, self, self._once(done))
 
     def stay(self) -> None:
         """The leave came to nothing."""
@@ -285,6 +320,19 @@ class Lockspace:
         if self._ended is not None:
             self._ended(self)
 
+    def wreck(self, error: Exception) -> None:
+        """An invariant of the domain is broken: its membership here is over."""
+        self.host.broken(f"domain {self.domain.decode(errors='replace')}", error)
+        self.lose(f"a fault of this daemon: {type(error).__name__}")
+        for asker in list(self._askers):
+            asker(LockLost(f"the membership ended: {self.reason}"))
+
+    @contained
+    def enter(self, act: Callable[..., None], *args: Any) -> None:
+        """Do a part of this domain's own work: from a timer."""
+        act(*args)
+
+    @contained
     def suspend(self, suspended: bool) -> None:
         """SUSPECT: serve what is here, and ask the store for nothing until the lease is good."""
         if self._suspended == suspended:
@@ -303,6 +351,7 @@ class Lockspace:
 
     # -- the watch ---------------------------------------------------------------------------
 
+    @contained
     def _told(self, batch: WatchBatch | WatchGap) -> None:
         if not self.serving() or not self.live:
             return
@@ -379,6 +428,7 @@ class Lockspace:
         self.commits += 1
         self.store.txn(txn, partial(self._count, done))
 
+    @contained
     def _count(
         self, done: Callable[[TxnResult | DlmfsError], None], result: TxnResult | DlmfsError
     ) -> None:
@@ -406,7 +456,7 @@ class Lockspace:
             self.lose(str(result))
             return
         if isinstance(result, DlmfsError):
-            self.loop.call_later(RETRY_S, self._renew_epoch)
+            self.loop.call_later(RETRY_S, self.enter, self._renew_epoch)
             return
         if not result.succeeded:
             mine = result.responses[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
 from dlmfs.store.base import Get, KeyValue, Txn, TxnResult, unchanged
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Sender:
         self._queue.append(Part(lock, txn, done))
         if not self._flushing:
             self._flushing = True
-            self._space.loop.call_soon(self.flush)
+            self._space.loop.call_soon(self._space.enter, self.flush)
 
     def flush(self) -> None:
         """Send what may go now. While the domain is not running: when the new epoch is in force, or
@@ -67,6 +67,10 @@ class Sender:
     def clear(self) -> None:
         """Forget what was not sent yet."""
         self._queue.clear()
+
+    def drop(self, lock: ClusterLock) -> None:
+        """Forget what one lock has not sent yet: its state was broken."""
+        self._queue = [part for part in self._queue if part.lock is not lock]
 
     def _answered(self, parts: list[Part], result: TxnResult | DlmfsError) -> None:
         self._in_flight -= 1
@@ -93,11 +97,7 @@ class Sender:
         else:
             for part, response in zip(parts, result.responses, strict=True):
                 assert isinstance(response, TxnResult)
-                try:
-                    part.done(response)
-                except BadState as error:
-                    self._space.lose(str(error))
-                    return
+                part.lock.enter(part.done, response)
 
     def _guard_failed(self, result: TxnResult, parts: list[Part]) -> None:
         mine = result.responses[0]

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, cast
 
 from dlmfs.core.events import Claim, Stage
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import DlmfsError, Unavailable
+from dlmfs.faults import Faults
 from dlmfs.fs import kin
 from dlmfs.fs.limits import Usage, User
+from dlmfs.fs.outside import Kernel, Watchdog
 from dlmfs.fs.places import Places, Readers
 from dlmfs.fs.tree import LockFile, Tree
 from dlmfs.fuse import wire
@@ -65,27 +67,6 @@ class Handle(Claim):
         self.poll: int | None = None
 
 
-class Kernel(Protocol):
-    """What the kernel is told besides the answers that handlers return (`fuse.device.Device`)."""
-
-    def answer(self, unique: int, reply: bytes | int) -> bool:
-        """Answer a request that waits; False if that reached nobody."""
-
-    def notify_poll(self, kh: int) -> None: ...
-
-    def invalidate_entry(self, parent: int, name: bytes) -> None: ...
-
-
-class Watchdog(Protocol):
-    """Who signals the holders' processes if the node is fenced; by the opening thread's id."""
-
-    def holds(self, pid: int) -> None: ...
-
-    def closed(self, pid: int) -> None: ...
-
-    def lost(self) -> None: ...
-
-
 class OpenFiles:
     """The open files, and the `Host` of the lockspaces. `FileSystem` adds names and attributes."""
 
@@ -123,6 +104,7 @@ class OpenFiles:
         """Reads and writes that wait for the store, by their requests."""
         self.places = Places(loop, readers, self._withdraw, self.fate)
         self.watchdog: Watchdog | None = None
+        self.faults = Faults()
         self.last_fh = 0
         self._opening: Handle | None = None
         self._opened: Reply = None
@@ -161,11 +143,21 @@ class OpenFiles:
         try:
             if lock.open(handle):
                 return self._serve(handle)
+            self._opening = None
+            return self._wait(handle, h.unique) if self._opened is None else self._opened
+        except Exception:  # it is answered EIO: nobody will ever release or interrupt it
+            self._undo(handle)
+            raise
         finally:
             self._opening = None
-        if self._opened is None:
-            return self._wait(handle, h.unique)
-        return self._opened
+
+    def _undo(self, handle: Handle) -> None:
+        """Give back what an open that failed in the middle was granted, or waits for."""
+        self.waiting.pop(handle.unique, None)
+        if self.handles.get(handle.fh) is handle:
+            self._close(handle)
+        else:
+            self._withdraw(handle)
 
     def _wait(self, handle: Handle, unique: int) -> Reply:
         user = handle.user
@@ -324,7 +316,7 @@ class OpenFiles:
 
     def read(self, h: wire.Header, fh: int, offset: int, size: int) -> Reply:
         handle = self._held(fh)
-        answer = self._interruptible(h.unique)
+        answer = self._interruptible(h.unique, handle.lock)
 
         def value(lvb: bytes) -> None:
             lost = not self.serving() or handle.stage is not Stage.HELD
@@ -343,7 +335,7 @@ class OpenFiles:
         if handle.mode is not Mode.EX:
             return errno.EBADF
         data = data[: LVB_SIZE - offset]
-        answer = self._interruptible(h.unique)
+        answer = self._interruptible(h.unique, handle.lock)
 
         def written(error: DlmfsError | None) -> None:
             answer(error.errno if error is not None else wire.written(len(data)))
@@ -383,20 +375,55 @@ class OpenFiles:
         return kin.fate(pid)
 
     def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
-        """`Host`: every descriptor of the domain is lost. Its file's name gets a new inode, so that
-        what the old one tells (its token above all) is never its successor's."""
+        """`Host`: every descriptor of the domain is lost."""
         # In an order of its own, not a set's: a simulated run must not depend on addresses.
-        lost = dict.fromkeys(h.file for h in self.handles.values() if h.stage is not Stage.HELD)
-        for file in lost:
+        self._replace(
+            dict.fromkeys(h.file for h in self.handles.values() if h.stage is not Stage.HELD)
+        )
+
+    def lock_lost(
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+    ) -> None:
+        """`Host`: the lock's state was broken. Who it belonged to is looked up here, in tables of our
+        own: what the lock itself says of it may be wrong."""
+        del holders, waiters
+        for answer in [a for a in self.pending.values() if a.lock is lock]:
+            answer(errno.EIO)
+        held = [h for h in self.handles.values() if h.lock is lock]
+        for handle in held:
+            handle.stage = Stage.ENDED
+            self.notify(handle)
+        for handle in [h for h in self.waiting.values() if h.lock is lock]:
+            handle.stage = Stage.ENDED
+            self.failed(handle, Unavailable.errno)
+        for handle in self.places.of(lock):
+            handle.stage = Stage.ENDED
+            self.failed(handle, Unavailable.errno)
+        opening = self._opening
+        if opening is not None and opening.lock is lock:
+            opening.stage = Stage.ENDED
+            if self.handles.get(opening.fh) is opening:
+                self._close(opening)
+            self._opened = Unavailable.errno
+        self._replace(dict.fromkeys(h.file for h in held))
+
+    def _replace(self, files: Iterable[LockFile]) -> None:
+        """Lost files' names get new inodes, so that what the old ones tell (their tokens above all) is
+        never their successors'."""
+        for file in files:
             if file.linked:
                 self.tree.replace(file)
                 self.device.invalidate_entry(file.domain.ino, file.name)
 
+    def broken(self, where: str, error: Exception) -> None:
+        """`Host`: an exception that nobody expected."""
+        self.faults.note(where, error)
+
     # -- answers ------------------------------------------------------------------------------
 
-    def _interruptible(self, unique: int) -> Answer:
-        """An answer that a signal makes EINTR while it is awaited."""
-        return Answer(self.device, unique, self.pending)
+    def _interruptible(self, unique: int, lock: ClusterLock) -> Answer:
+        """An answer that a signal makes EINTR while it is awaited, and the loss of `lock` EIO."""
+        return Answer(self.device, unique, self.pending, lock)
 
     def bounded(self, unique: int) -> Answer:
         """An answer that becomes ENOLCK when the store does not come back in time."""
@@ -414,14 +441,20 @@ class Answer:
         "_early",
         "_pending",
         "_unique",
+        "lock",
         "open",
         "take_back",
         "timer",
     )
 
     def __init__(
-        self, device: Kernel, unique: int, pending: dict[int, Answer] | None = None
+        self,
+        device: Kernel,
+        unique: int,
+        pending: dict[int, Answer] | None = None,
+        lock: ClusterLock | None = None,
     ) -> None:
+        self.lock = lock
         self._pending = pending
         self._device = device
         self._unique = unique

@@ -18,6 +18,7 @@ from dlmfs.model import Mode
 from dlmfs.timing import Scheduler, Timer
 
 if TYPE_CHECKING:
+    from dlmfs.engine.lock import ClusterLock
     from dlmfs.fs.openfiles import Handle
 
 KEPT_S: Final = 1.0
@@ -94,6 +95,10 @@ class Places:
     def forget(self, handle: Handle) -> None:
         """The claim ended by itself: refused, or lost with its domain."""
         self._remove((handle.pid, handle.file.ino, handle.mode))
+
+    def of(self, lock: ClusterLock) -> list[Handle]:
+        """The claims on that lock."""
+        return [p.handle for p in self._places.values() if p.handle.lock is lock]
 
     def clear(self, ino: int | None = None) -> None:
         """Give up all places, or those at one file, which is being unlinked."""

@@ -18,6 +18,7 @@ import queue
 import struct
 import threading
 from collections.abc import Callable
+from itertools import dropwhile, takewhile
 from typing import Any, Final, Protocol
 
 from dlmfs.errors import Bug, DlmfsError
@@ -115,15 +116,15 @@ class Loop(Scheduler, Protocol):
 class Device:
     """One mounted /dev/fuse descriptor. It owns the descriptor: `close` closes it.
 
-    `on_ready` is called once, when the mount answers; `on_bug` when a handler raised what is
-    no decision of its own; `on_end` with the reason, in words, when the
-    kernel has ended it (unmounted, aborted), not after `close`. Set both before `start`.
+    `on_ready` is called once, when the mount answers; `on_bug` with the name of a request whose
+    handler raised what is no decision of its own, and what that was; `on_end` with the reason, in
+    words, when the kernel has ended it (unmounted, aborted), not after `close`. Set them before `start`.
     """
 
     def __init__(self, fd: int, operations: Operations, loop: Loop) -> None:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_end: Callable[[str], None] = lambda _reason: None
-        self.on_bug: Callable[[Exception], None] = lambda _error: None
+        self.on_bug: Callable[[str, Exception], None] = _log_bug
         self._fd = fd
         self._operations = operations
         self._loop = loop
@@ -350,6 +351,16 @@ class Device:
         self.on_end(reason)
 
 
+_REQUESTS: Final = ("LOOKUP", "UNANSWERED")
+_NAMES: Final = {
+    number: name
+    for name, number in takewhile(
+        lambda item: item[0] != _REQUESTS[1],
+        dropwhile(lambda item: item[0] != _REQUESTS[0], vars(op).items()),
+    )
+}
+"""For people. In `opcodes` the requests stand between these two."""
+
 _GONE: Final = frozenset({errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED})
 """Errors of a write that mean: nobody waits for this any more."""
 
@@ -399,14 +410,17 @@ def _table(operations: Operations) -> dict[int, tuple[Parser, Callable[..., Repl
     return {opcode: (PARSERS[opcode], handler) for opcode, handler in handlers.items()}
 
 
-def _errno_of(opcode: int, error: Exception, on_bug: Callable[[Exception], None]) -> int:
+def _log_bug(request: str, error: Exception) -> None:
+    log.error("the handler of %s failed", request, exc_info=error)
+
+
+def _errno_of(opcode: int, error: Exception, on_bug: Callable[[str, Exception], None]) -> int:
     """What to answer for an exception; reports those that are no decision of the handler."""
     if isinstance(error, DlmfsError) and not isinstance(error, Bug):
         return error.errno
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    log.error("the handler of opcode %d failed", opcode, exc_info=error)
-    on_bug(error)
+    on_bug(f"request {_NAMES.get(opcode, opcode)}", error)
     return errno.EIO
 
 

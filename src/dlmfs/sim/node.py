@@ -77,6 +77,11 @@ class Files(FileSystem):
         self.node.checks.lost(self.node, domain)
         super().domain_lost(domain, reason)
 
+    def broken(self, where: str, error: Exception) -> None:
+        """Nothing breaks by itself: what does is a finding."""
+        super().broken(where, error)
+        raise error
+
     def fenced(self, reason: str) -> None:
         self.node.cluster.tell(self.node.name, f"is fenced: {reason}")
         super().fenced(reason)

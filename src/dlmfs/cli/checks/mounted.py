@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from dlmfs import __version__
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
+from dlmfs.cli.status import faults
 from dlmfs.cli.text import plain
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, NotPermitted
@@ -43,6 +44,7 @@ def check(entry: MountEntry) -> Iterator[Finding]:
     yield ok(about, f"node {status['node']}, source {status['source']}, pid {pid}")
     yield _version(about, place, status)
     yield _lease(about, status)
+    yield from _faults(about, status)
     yield from _store(about, status["store"])
     try:
         health: Facts = ask(entry, {"cmd": "health"}, timeout_s=PATIENCE_S)
@@ -93,6 +95,11 @@ def _lease(about: str, status: Facts) -> Finding:
     if state == "FENCED":
         mend = "if that lasts, mount it again; see the reason"
     return fail(about, f"{state}: {lease['reason'] or 'no renewal was confirmed lately'}", mend)
+
+
+def _faults(about: str, status: Facts) -> Iterator[Finding]:
+    for line in faults(status["faults"]):
+        yield warn(about, line, "see the daemon's log, and report it with that")
 
 
 def _store(about: str, store: Facts) -> Iterator[Finding]:

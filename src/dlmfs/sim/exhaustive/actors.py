@@ -281,6 +281,14 @@ class Node:
     def domain_lost(self, domain: bytes, reason: str) -> None:
         raise Bug(f"a node whose lease stands lost {domain!r}: {reason}")
 
+    def lock_lost(
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+    ) -> None:
+        """`broken` has raised what it was."""
+
+    def broken(self, where: str, error: Exception) -> None:  # noqa: ARG002 - part of `Host`
+        raise error
+
     @staticmethod
     def _of(what: str, claim: Descriptor, *, token: int = 0, reason: int = 0) -> Seen:
         return Seen(what, claim.lock, claim.program, claim.mode, token, reason, trying=claim.trying)

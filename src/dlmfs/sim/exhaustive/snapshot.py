@@ -86,7 +86,8 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is FunctionType and obj not in _HELPERS:
-            if obj.__closure__ is None:
+            # A decorated method's cells hold the function itself: code, not state.
+            if obj.__closure__ is None or hasattr(obj, "__wrapped__"):
                 _functions[id(obj)] = obj
                 return _function, (id(obj),)
             # One of the functions of this code stands for all: only the cells differ.
