@@ -24,7 +24,7 @@ from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import DlmfsError, LockLost
 from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store.base import Session
+from dlmfs.store.base import BOUNDS, Bounds, Session
 from dlmfs.store.memory import MemoryServer
 from dlmfs.store.memory_store import Faults, MemorySession, MemoryStore
 from dlmfs.timing import Timing
@@ -201,11 +201,12 @@ class SimCluster:
         locks: int = 2,
         faults: Faults | None = None,
         owners: tuple[Owner, ...] = (Owner.NODE, Owner.FILE),
+        bounds: Bounds = BOUNDS,
     ) -> None:
         self.rng = Random(seed)
         self.loop = SimLoop(self.rng)
         self.faults = faults or Faults()
-        self.server = MemoryServer(self.loop, start_revision=1000)
+        self.server = MemoryServer(self.loop, 1000, bounds)
         self.locks = {b"lock%d" % i: LockHistory() for i in range(locks)}
         self.notices = 0
         self.grants = 0

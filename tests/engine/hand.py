@@ -14,7 +14,7 @@ from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.records import Head
 from dlmfs.errors import DlmfsError
 from dlmfs.model import Mode, Owner
-from dlmfs.store.base import Txn, TxnDone
+from dlmfs.store.base import BOUNDS, Bounds, Txn, TxnDone
 from dlmfs.store.memory_store import Faults
 from tests.engine.cluster import Program, SimCluster, SimNode
 
@@ -110,9 +110,10 @@ class HandCluster(SimCluster):
         *,
         seed: int = 1,
         watch_delay_s: float = 0.001,
+        bounds: Bounds = BOUNDS,
     ) -> None:
         faults = Faults(watch_delay_s=watch_delay_s)
-        super().__init__(seed, nodes=0, locks=1, faults=faults, owners=(owner,))
+        super().__init__(seed, nodes=0, locks=1, faults=faults, owners=(owner,), bounds=bounds)
         self.hands = [HandNode(self, f"n{i}", owner) for i in range(count)]
         self.nodes.extend(self.hands)
         assert self.loop.run_until(lambda: all(n.space is not None for n in self.hands), 10)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from dlmfs.errors import Bug, LockLost
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store import schema
-from dlmfs.store.base import Compare, Delete, Get, KeyValue, Op, Put, Range, Txn, TxnResult
-from dlmfs.store.memory import MemoryServer, check
+from dlmfs.store.base import BOUNDS, Compare, Delete, Get, KeyValue, Op, Put, Range, Txn, TxnResult
+from dlmfs.store.check import check
+from dlmfs.store.memory import MemoryServer
 
 START = 100
 LEASES = 2
@@ -103,7 +104,7 @@ def test_random_transactions_have_equal_answers(steps: list[Txn | int]) -> None:
                 both.end(step)
                 continue
             try:
-                check(step)
+                check(step, BOUNDS)
             except Bug:
                 continue
             assert both.in_sqlite(step) == both.in_memory(step)

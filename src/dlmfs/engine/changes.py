@@ -3,17 +3,21 @@
 Rule 5 governs each: it compares the head's revision, the creation of every wish it grants, and
 that nothing in the queue is newer than what we know. Every `otherwise` ends with a reading of head
 and queue, so a refusal brings its own cure.
+
+Each is small enough for a commit of its own, however many nodes wait or are in the head (rule 17):
+what does not fit is left for the next one, in the same order.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from dlmfs.engine.queue import bury, fits, grant_pass
+from dlmfs.engine.queue import bury, fits
 from dlmfs.engine.records import Abandoned, Head, Member, Wish, encode_mail
 from dlmfs.engine.view import View
 from dlmfs.model import Mode
 from dlmfs.store.base import (
+    Bounds,
     Compare,
     Delete,
     Get,
@@ -26,13 +30,39 @@ from dlmfs.store.base import (
     unchanged,
 )
 
+AROUND: Final = 1
+"""Operations that a commit takes for itself when it carries one lock's transaction (`sender`)."""
+BESIDE_GRANTS: Final = 3
+"""Operations of a change beside its grants: the head, our emptied mail slot, our next wish."""
+PER_GRANT: Final = 2
+"""The wish deleted, the mail put."""
+
 
 class Change(NamedTuple):
-    """A transaction that puts `head` and grants `granted`."""
+    """A transaction that puts `head` and grants `granted`; `cut`: others must wait for the next."""
 
     txn: Txn
     head: Head
     granted: list[Wish]
+    cut: bool
+
+
+def grants_max(bounds: Bounds) -> int:
+    """How many wishes one commit may grant."""
+    most = (bounds.operations - AROUND - BESIDE_GRANTS) // PER_GRANT
+    assert most > 0, bounds
+    return most
+
+
+def mail_max(bounds: Bounds) -> int:
+    """The longest head, in bytes, that goes along in every mail of a commit: there may be half as many of
+    these as it may have operations. The readers of a longer one fetch it, each for itself."""
+    return bounds.size // bounds.operations
+
+
+def refusals_max(bounds: Bounds) -> int:
+    """How many trylock wishes one commit may refuse."""
+    return bounds.operations - AROUND
 
 
 def reading(view: View) -> tuple[Op, ...]:
@@ -69,11 +99,12 @@ def _delivery(view: View, granted: list[Wish], record: bytes) -> list[Op]:
     """Remove the granted wishes and fill their nodes' mail slots; our own needs none."""
     keys = view.space.keys
     ops: list[Op] = []
+    told = record if len(record) <= mail_max(view.space.store.bounds) else None
     for wish in granted:
         ops.append(Delete(keys.wish(view.name, wish.node)))
         if wish.node != view.space.node:
             mail = keys.mail(wish.node, view.name)
-            ops.append(Put(mail, encode_mail(wish, record), wish.lease))
+            ops.append(Put(mail, encode_mail(wish, told), wish.lease))
     return ops + _empty_slot(view)
 
 
@@ -83,12 +114,12 @@ def change(view: View, *, level: Mode, then: Mode = Mode.NL, lvb: bytes | None =
     head = view.at_level(level)
     if lvb is not None:
         head = head._replace(lvb=lvb, abandoned=None)
-    head, granted = grant_pass(head, view.wishes.values())
+    head, granted, cut = view.grant_pass(head)
     record = head.encode()
     ops = [Put(view.space.keys.head(view.name), record), *_delivery(view, granted, record)]
     if then is not Mode.NL:
         ops.append(_filing(view, then, trying=False, convert=False))
-    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted)
+    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted, cut)
 
 
 def take(view: View, mode: Mode, *, trying: bool, convert: bool) -> tuple[Txn, Head | None]:
@@ -144,30 +175,29 @@ def clear(view: View) -> Change:
             abandoned = Abandoned(space.node, mine.revision)
         members = {**head.members, space.node: mine._replace(level=Mode.NL)}
         head = head._replace(members=members, abandoned=abandoned)
-    head, granted = grant_pass(head, view.others())
+    head, granted, cut = view.grant_pass(head, view.others())
     record = head.encode()
     keys = space.keys
     ops: list[Op] = [Delete(keys.wish(view.name, space.node)), *_delivery(view, granted, record)]
     if view.head_revision or granted:
         ops.append(Put(keys.head(view.name), record))
-    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted)
+    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted, cut)
 
 
 def leave(view: View) -> Change:
     """Leave the head, or remove it with the last member (rule 15)."""
-    space = view.space
+    space, keys = view.space, view.space.keys
     members = {n: m for n, m in view.head.members.items() if n != space.node}
     head = bury(view.head._replace(members=members), view.is_dead)
-    head, granted = grant_pass(head, view.wishes.values())
+    head, granted, cut = view.grant_pass(head)
     record = head.encode()
-    key = space.keys.head(view.name)
-    # Members left behind must be alive, or nobody ever looks at this head again (trap 9).
-    alive = tuple(
-        created_at(space.keys.member(node), m.incarnation)
-        for node, m in head.members.items()
-        if all(w.node != node for w in granted) and not space.is_gone(node, m.incarnation)
-    )
+    key = keys.head(view.name)
+    # Somebody left behind must be alive, or nobody ever looks at this head again (trap 9): one is enough,
+    # since whoever leaves after us compares the same. A wish that is granted stands for its node.
+    living = (n for n, m in head.members.items() if not space.is_gone(n, m.incarnation))
+    left = None if granted else next(living, None)
+    alive = () if left is None else (created_at(keys.member(left), head.members[left].incarnation),)
     # A head that tells of a dead exclusive holder stays for whoever comes next (promise 4).
     keep = head.members or head.abandoned
     ops = (Put(key, record) if keep else Delete(key), *_delivery(view, granted, record))
-    return Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted)
+    return Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted, cut)

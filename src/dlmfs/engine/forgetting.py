@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.events import Phase
 from dlmfs.core.lockres import Lockres
-from dlmfs.engine import changes
+from dlmfs.engine import changes, granting
 from dlmfs.engine.view import NO_HEAD, NOTHING
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ def step(lock: ClusterLock) -> None:
     if lock.forget_waits:
         return
     change = changes.leave(lock.view)
+    if change.cut:  # nobody would be left whose part the rest is
+        granting.put(lock, level=lock.res.level)
+        return
     lock.send(change.txn, partial(_left, lock, change=change, seen=lock.view.head_revision))
 
 

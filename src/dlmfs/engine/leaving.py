@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dlmfs.engine.lockspace import Lockspace
 
 BATCH_MAX = 32
-"""Records removed per commit."""
+"""Records removed per commit, beside the membership's."""
 RETRY_S = 0.1
 
 
@@ -76,13 +76,14 @@ def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done) -> Non
     litter = [*useless, *(kv for kv in mails if isinstance(kv, KeyValue))]
     guards = [created_at(space.keys.mine, space.incarnation)]
     ops: list[Op] = []
-    for kv in litter[:BATCH_MAX]:
+    batch = min(BATCH_MAX, space.store.bounds.operations - 1)
+    for kv in litter[:batch]:
         assert isinstance(kv, KeyValue)
         guards.append(unchanged(kv.key, kv.mod_revision))
         ops.append(Delete(kv.key))
-    if len(litter) <= BATCH_MAX:
+    last = len(litter) <= batch
+    if last:
         ops.append(Delete(space.keys.mine))
-    last = len(litter) <= BATCH_MAX
     txn = Txn(tuple(guards), tuple(ops))
     space.commit(txn, lambda result: _removed(space, result, done, last=last))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.core.lockres import Lockres
-from dlmfs.engine import changes, forgetting
+from dlmfs.engine import changes, forgetting, granting
 from dlmfs.engine import wreck as wrecks
 from dlmfs.engine.changes import Change
 from dlmfs.engine.contained import contained
@@ -45,13 +45,16 @@ RETRY_S: Final = 0.2
 class ClusterLock:
     """One lock resource of one domain at this node: the core's state and the store's.
 
-    `busy`: a transaction is under way."""
+    `busy`: a transaction is under way. `cut`: our last grant pass was longer than a commit may be, and
+    the rest of it is ours to do: the first of those who still wait does it too, when it hears, but
+    may be stopped."""
 
     __slots__ = (
         "_looking",
         "_patient",
         "_unresolved",
         "busy",
+        "cut",
         "forget_waits",
         "forgets",
         "heir",
@@ -74,6 +77,7 @@ class ClusterLock:
         self.busy = False
         self._unresolved = False
         self._patient = False
+        self.cut = False
         self.forgets: list[Done] = []
         """Who waits for us to leave the lock."""
         self.wreck_left: Wreck | None = None
@@ -278,10 +282,18 @@ class ClusterLock:
         elif res.phase is Phase.ASKING and res.withdrawing and view.wish is None:
             self.local.run(res.refused(0))
             self._step()
-        elif self.local.refuse_try:
+        else:
+            self._act()
+
+    def _act(self) -> None:
+        """The rest of `_step`, for a lock about which nothing is unknown or under way."""
+        res, view = self.res, self.view
+        if self.local.refuse_try:
             self._refuse_trylocks()
         elif view.surplus_wanted(res.level):
-            self._change(level=res.level)
+            granting.put(self, level=res.level)
+        elif self.cut:
+            granting.rest(self)
         elif self.value.writes:
             self._write()
         elif self.forgets:
@@ -312,7 +324,7 @@ class ClusterLock:
         if self._patient:
             self.space.loop.call_soon(self.resume)
         else:
-            self._change(level=self.res.level, then=self.res.next_wish())
+            granting.put(self, level=self.res.level, then=self.res.next_wish())
 
     def _ask(self) -> None:
         res, view = self.res, self.view
@@ -329,7 +341,7 @@ class ClusterLock:
             )
             self.send(txn, partial(self._taken, head=direct))
         elif view.grantable(res.level) or view.front_of_dead():
-            self._change(level=res.level)
+            granting.put(self, level=res.level)
         elif not self.local.told:
             self.local.told = True
             self.local.run(res.queued())
@@ -349,7 +361,7 @@ class ClusterLock:
             self.send(change.txn, partial(self._cleared, change=change))
 
     def _cleared(self, result: TxnResult, change: Change) -> None:
-        if not self._refused(result):
+        if not self.refused(result):
             wrecks.cleared(self, result, change)
             self.learned()
 
@@ -378,7 +390,7 @@ class ClusterLock:
         """Take over what an answer says of head and queue."""
         self.view.adopt(result, asking=self.res.phase is Phase.ASKING)
 
-    def _refused(self, result: TxnResult) -> bool:
+    def refused(self, result: TxnResult) -> bool:
         """Whether a compare failed; then what the store says instead is adopted and acted on."""
         if result.succeeded:
             return False
@@ -401,30 +413,6 @@ class ClusterLock:
         if not self._unresolved:
             self.value.answer_reads()
 
-    def _change(self, *, level: Mode, then: Mode = Mode.NL, lvb: bytes | None = None) -> None:
-        """Commit a new head: ourselves at `level`, perhaps a new value, then the grant pass."""
-        mine = self.view.mine()
-        if mine is not None and mine.level > level:
-            # From the sending on, what this grant gave us is no longer ours (rule 5).
-            self.view.given_up = mine.revision
-        change = changes.change(self.view, level=level, then=then, lvb=lvb)
-        done = partial(self._changed, change=change, then=then, writing=lvb is not None)
-        self.send(change.txn, done)
-
-    def _changed(self, result: TxnResult, change: Change, then: Mode, *, writing: bool) -> None:
-        if self._refused(result):
-            return
-        view = self.view
-        view.committed(change.head, change.granted, result.revision)
-        if then is not Mode.NL and result.revision > self.space.revision:
-            # Otherwise the watch has told us already of this wish, and perhaps of its end.
-            view.wishes[self.space.node] = changes.own_wish(
-                view, then, trying=False, convert=False, revision=result.revision
-            )
-        if writing:
-            self.value.written(None)
-        self.learned()
-
     def _taken(self, result: TxnResult, head: Head | None) -> None:
         """A take or a renewal was tried; without `head` only a wish was filed."""
         if result.succeeded and head is not None:
@@ -434,7 +422,7 @@ class ClusterLock:
         self.learned()
 
     def _withdrawn(self, result: TxnResult, wish: Wish) -> None:
-        if self._refused(result):
+        if self.refused(result):
             return
         self.view.withdrawn(wish)
         self.local.told = False
@@ -452,7 +440,9 @@ class ClusterLock:
         level = mine.level if mine is not None else Mode.NL
         victims = [w for w in self.view.others() if w.trying and not compatible(w.mode, level)]
         if victims:
-            self.send(changes.refuse(self.view, victims), self._refused_trylocks)
+            # The others' wishes will be told of when these are gone, and be refused then.
+            now = victims[: changes.refusals_max(self.space.store.bounds)]
+            self.send(changes.refuse(self.view, now), self._refused_trylocks)
         else:
             self._step()
 
@@ -471,7 +461,7 @@ class ClusterLock:
         if new is None:
             self._finish_write(None)
         else:
-            self._change(level=Mode.EX, lvb=new)
+            granting.put(self, level=Mode.EX, lvb=new)
 
     def _finish_write(self, error: DlmfsError | None) -> None:
         self.value.written(error)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.events import Claim
 from dlmfs.engine import leaving
+from dlmfs.engine.changes import grants_max
 from dlmfs.engine.contained import contained
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import FORMAT, Keys, Wish, decode_mail, decode_wish
@@ -122,6 +123,7 @@ class Lockspace:
         self.serving = serving or _always
         self._ended = ended
         self.keys = Keys(domain, node)
+        self.grants_max = grants_max(store.bounds)
         self.life = Life.JOINING
         self.reason: str | None = None
         """Why it was lost."""
@@ -383,7 +385,7 @@ class Lockspace:
                 touched.append(self._wish_event(event, revision))
             elif event.kv.key.startswith(keys.members):
                 gone |= self._member_event(event)
-        for lock in touched:
+        for lock in dict.fromkeys(touched):  # a grant of many is one piece of news for each lock
             if lock is not None and self.live:
                 lock.learned()
         if gone and self.live:

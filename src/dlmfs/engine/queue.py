@@ -38,21 +38,28 @@ def fits(members: dict[str, Member], node: str, incarnation: int, mode: Mode) ->
 
 
 class Pass(NamedTuple):
+    """`cut`: more could be granted than one commit may grant."""
+
     head: Head
     granted: list[Wish]
+    cut: bool
 
 
-def grant_pass(head: Head, wishes: Iterable[Wish]) -> Pass:
-    """Grant all leading compatible wishes; stop at the first that must wait.
+def grant_pass(head: Head, wishes: Iterable[Wish], most: int) -> Pass:
+    """Grant all leading compatible wishes, at most so many; stop at the first that must wait.
 
     A trylock that does not fit is stepped over: it never makes anybody wait.
     """
     members = dict(head.members)
     granted: list[Wish] = []
+    cut = False
     for wish in ordered(wishes):
         if fits(members, wish.node, wish.incarnation, wish.mode):
+            if len(granted) == most:
+                cut = True
+                break
             members[wish.node] = Member(wish.incarnation, wish.mode, 0)
             granted.append(wish)
         elif not wish.trying:
             break
-    return Pass(head._replace(members=members), granted)
+    return Pass(head._replace(members=members), granted, cut)

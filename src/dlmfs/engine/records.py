@@ -122,8 +122,10 @@ class Wish(NamedTuple):
 
 
 class Mail(NamedTuple):
+    """`head` is None where it would have been too long: it is to be read."""
+
     wish_revision: int
-    head: Head
+    head: Head | None
 
 
 def _load(kv: KeyValue) -> dict[str, object]:
@@ -185,7 +187,8 @@ def decode_wish(kv: KeyValue, node: str) -> Wish:
     )
 
 
-def encode_mail(wish: Wish, head: bytes) -> bytes:
+def encode_mail(wish: Wish, head: bytes | None) -> bytes:
+    head = b"null" if head is None else head
     return b'{"v":%d,"wish":%d,"head":%s}' % (FORMAT, wish.revision, head)
 
 
@@ -194,5 +197,5 @@ def decode_mail(kv: KeyValue) -> Mail:
     record = _load(kv)
     wish, head = record["wish"], record["head"]
     assert isinstance(wish, int)
-    assert isinstance(head, dict)
-    return Mail(wish, _head_of(head, kv.mod_revision))
+    assert head is None or isinstance(head, dict)
+    return Mail(wish, None if head is None else _head_of(head, kv.mod_revision))

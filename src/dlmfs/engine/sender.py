@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
 from dlmfs.store.base import Get, KeyValue, Txn, TxnResult, unchanged
+from dlmfs.store.check import operations, size
 
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
     from dlmfs.engine.lockspace import Lockspace
 
 BATCH_MAX: Final = 32
-"""Locks per commit: etcd's default max-txn-ops is 128, and a lock takes up to four."""
+"""Locks per commit, as far as they fit: each takes an operation of the commit, and the one that takes
+the most takes as many again."""
+
+ROOM: Final = 512
+"""Bytes of a commit that its guard may take."""
 
 IN_FLIGHT_MAX: Final = 2
 """Commits under way at once: what comes meanwhile goes into the next ones together."""
@@ -58,11 +63,22 @@ class Sender:
         space = self._space
         while self._queue and space.running and self._in_flight < IN_FLIGHT_MAX:
             self._in_flight += 1
-            parts = self._queue[:BATCH_MAX]
-            del self._queue[:BATCH_MAX]
+            count = self._fitting()
+            parts = self._queue[:count]
+            del self._queue[:count]
             guard = unchanged(space.keys.mine, space.epoch)
             txn = Txn((guard,), tuple(p.txn for p in parts), (Get(space.keys.mine),))
             space.commit(txn, partial(self._answered, parts))
+
+    def _fitting(self) -> int:
+        """How many of the first fit into one commit (engine rule 17): one at least."""
+        bounds, deepest, total = self._space.store.bounds, 0, ROOM
+        for count, part in enumerate(self._queue[:BATCH_MAX]):
+            deepest = max(deepest, operations(part.txn))
+            total += size(part.txn)
+            if count and (count + 1 + deepest > bounds.operations or total > bounds.size):
+                return count
+        return min(len(self._queue), BATCH_MAX)
 
     def clear(self) -> None:
         """Forget what was not sent yet."""

@@ -9,9 +9,10 @@ Rules of this file
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from dlmfs.engine.queue import bury, grant_pass, ordered
+from dlmfs.engine.queue import Pass, bury, grant_pass, ordered
 from dlmfs.engine.records import Head, Mail, Member, Wish, decode_head, settled
 from dlmfs.model import Mode, compatible
 from dlmfs.store.base import KeyValue, TxnResult
@@ -99,6 +100,10 @@ class View:
         if self.wish is None or mail.wish_revision != self.wish.revision:
             # Either old mail, or the answer that tells us of our wish is later than this notice.
             self.must_look |= expecting
+        elif mail.head is None:
+            # The wish has not vanished, and what we have been granted stands in the head alone.
+            self.wish = None
+            self.must_look = True
         elif revision > self.head_at:
             self.set_head(mail.head, revision, revision)
 
@@ -233,9 +238,14 @@ class View:
         sake, and never look again, as we have heard of it before we came."""
         return self.is_front() and bury(self.head, self.is_dead) is not self.head
 
+    def grant_pass(self, head: Head, wishes: Iterable[Wish] | None = None) -> Pass:
+        """What one commit that starts from `head` would grant of all wishes, or of these."""
+        wishes = self.wishes.values() if wishes is None else wishes
+        return grant_pass(head, wishes, self.space.grants_max)
+
     def grantable(self, level: Mode) -> bool:
         """Whether a grant pass now, with us at `level`, would serve our own wish."""
-        granted = grant_pass(self.at_level(level), self.wishes.values()).granted
+        granted = self.grant_pass(self.at_level(level)).granted
         return any(w.node == self.space.node for w in granted)
 
     def surplus_wanted(self, level: Mode) -> bool:

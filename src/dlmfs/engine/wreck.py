@@ -143,4 +143,5 @@ def cleared(lock: ClusterLock, result: TxnResult, change: Change) -> None:
     view.wishes.pop(lock.space.node, None)
     view.wish = view.vanished = None
     lock.wreck_left = None
+    lock.cut = change.cut
     log.info("lock %r of domain %r can be had again", lock.name, lock.space.domain)

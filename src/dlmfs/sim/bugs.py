@@ -129,6 +129,22 @@ BUGS: Final[tuple[Planted, ...]] = (
         "the grant pass goes on behind the first that must wait: readers starve writers (rule 6)",
     ),
     Planted(
+        "pass-without-bound",
+        QUEUE,
+        "            if len(granted) == most:\n",
+        "            if False:\n",
+        100,
+        "a grant pass is larger than the store takes in one commit (rule 17; found)",
+    ),
+    Planted(
+        "the-rest-forgotten",
+        LOCK,
+        "        elif self.cut:\n            granting.rest(self)\n",
+        "",
+        100,
+        "the rest of a grant pass is left to the first who waits, whose daemon may be stopped (rule 17)",
+    ),
+    Planted(
         "former-self-overwritten",
         QUEUE,
         "if own is not None and own.incarnation != incarnation and own.level is not Mode.NL:",

@@ -6,7 +6,8 @@ Phases
 2. Everything heals. Whoever holds a lock closes it when poll(2) tells that it is wanted, and not before:
    a lost notice shows as somebody who waits for ever (promise 5).
 3. Each node takes each lock once more, exclusively, and reads and writes its value.
-4. One node dies with a lock that others wait for (`recovery`).
+4. Many wait, and one of them stands still (`crowd`); one node dies with a lock that others wait for
+   (`recovery`).
 5. All files are unlinked, domains left, nodes unmounted: the store must be empty but for marks, and no
    timer may be left.
 """
@@ -25,6 +26,7 @@ from dlmfs.engine.records import NODES
 from dlmfs.model import Mode
 from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open
+from dlmfs.sim.crowd import crowd
 from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.loop import SimLoop
 from dlmfs.sim.machine import Machine
@@ -58,7 +60,7 @@ class Cluster:
         """From the second phase on: notices are heeded."""
         self.injected = 0
         self.oracle = Oracle(lock_delay=scenario.lock_delay_s > 0)
-        self.arbiter = Arbiter(self.loop, 1000, self.oracle)
+        self.arbiter = Arbiter(self.loop, 1000, scenario.bounds, self.oracle)
         self.arbiter.expired = self._lease_ended
         if trace:
             self.arbiter.told = self._commit
@@ -108,6 +110,7 @@ class Cluster:
             self._do(step)
         self._heal()
         self._probe()
+        crowd(self)
         recover(self)
         self._settle()
         self._leave()

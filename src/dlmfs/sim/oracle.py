@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from dlmfs.engine.records import DOMAINS, Abandoned, Head, Member, Wish, decode_head, decode_wish
 from dlmfs.model import EMPTY_LVB, Mode, compatible
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store.base import Event, KeyValue
+from dlmfs.store.base import Bounds, Event, KeyValue
 from dlmfs.store.memory import MemoryServer
 
 Lock = tuple[bytes, bytes]
@@ -290,8 +290,8 @@ class Arbiter(MemoryServer):
     transaction is applied; `expired` is called with each lease that runs out, and its node,
     `told` of each commit."""
 
-    def __init__(self, loop: SimLoop, start_revision: int, oracle: Oracle) -> None:
-        super().__init__(loop, start_revision)
+    def __init__(self, loop: SimLoop, start_revision: int, bounds: Bounds, oracle: Oracle) -> None:
+        super().__init__(loop, start_revision, bounds)
         self.oracle = oracle
         self.author: str | None = None
         self.expired: Callable[[int, str], None] = lambda _lease, _node: None

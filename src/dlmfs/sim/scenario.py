@@ -12,6 +12,7 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 from dlmfs.model import Owner
+from dlmfs.store.base import BOUNDS, Bounds
 from dlmfs.store.memory_store import Faults
 
 FORMAT: Final = 1
@@ -87,6 +88,7 @@ class Scenario:
     nap_s: float
     faults: Faults
     steps: tuple[Step, ...]
+    bounds: Bounds = BOUNDS
 
     @property
     def nodes(self) -> int:
@@ -103,6 +105,7 @@ class Scenario:
             raise ValueError(f"this is not a scenario of format {FORMAT}")
         record["faults"] = Faults(**record["faults"])
         record["steps"] = tuple(Step(*step) for step in record["steps"])
+        record["bounds"] = Bounds(*record.get("bounds", BOUNDS))
         for name in ("owners", "rates"):
             record[name] = tuple(record[name])
         return Scenario(**record)
@@ -130,6 +133,14 @@ def _in_time(faults: Faults, seed: int) -> Faults:
     if rng.random() < 0.5:
         return faults
     return replace(faults, late_from_s=0.0, late_s=rng.choice([0.1, 1.0, 3.0]))
+
+
+def _bounds(seed: int) -> Bounds:
+    """In a third of the runs a commit is so small that few waiters, members and mails fit into one."""
+    rng = Random(f"bounds {seed}")
+    if rng.random() < 2 / 3:
+        return BOUNDS
+    return Bounds(rng.choice([6, 8, 10, 16]), rng.choice([1800, BOUNDS.size]))
 
 
 def _rates(rng: Random, nodes: int, *, lenient: bool) -> tuple[float, ...]:
@@ -198,4 +209,5 @@ def draw(seed: int) -> Scenario:
         nap_s=rng.choice([0.01, ttl_s * 0.3, ttl_s * 1.5]),
         faults=faults,
         steps=_steps(rng, nodes, lenient=lenient, leased=leased),
+        bounds=_bounds(seed),
     )

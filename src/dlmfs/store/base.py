@@ -16,12 +16,13 @@ Rules every implementation keeps (tests/store/test_contract.py):
   gaps or repeats, starting with `from_revision`. When it cannot (log trimmed) it says so once with a
   `WatchGap` and delivers nothing more.
 * Keys put with a session's lease vanish together, in one revision, when the session ends.
+* One transaction is no larger than `Bounds`, counted as etcd does (`check`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from dlmfs.errors import DlmfsError
 
@@ -95,6 +96,18 @@ class Txn(NamedTuple):
 Op = Put | Delete | Get | Range | Txn
 
 
+class Bounds(NamedTuple):
+    """How large a transaction may be. `operations` is etcd's default (`--max-txn-ops`), counted as etcd
+    counts; `size` is in bytes of keys and values, and leaves a third of etcd's default
+    (`--max-request-bytes`, 1.5 MiB) to what its messages add."""
+
+    operations: int = 128
+    size: int = 1 << 20
+
+
+BOUNDS: Final = Bounds()
+
+
 class TxnResult(NamedTuple):
     """`responses` match the branch that ran: None for Put and Delete, see the others.
 
@@ -159,6 +172,10 @@ class Session(Protocol):
 
 class Store(Protocol):
     """One node's handle on a store."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """How large a transaction may be: a larger one raises Bug."""
 
     def txn(self, txn: Txn, done: TxnDone) -> None: ...
 

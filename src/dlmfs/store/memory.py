@@ -5,17 +5,18 @@ A node's way to it, with a network between them that has every fault, is `memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dlmfs.errors import Bug, LockLost
+from dlmfs.errors import LockLost
 from dlmfs.store.base import (
+    BOUNDS,
+    Bounds,
     Compare,
     Delete,
     Event,
     Get,
     KeyValue,
-    Op,
     Put,
     Range,
     Response,
@@ -23,40 +24,8 @@ from dlmfs.store.base import (
     TxnResult,
     WatchBatch,
 )
+from dlmfs.store.check import check, writes
 from dlmfs.timing import Scheduler, Timer
-
-
-def writes(txn: Txn) -> bool:
-    """Whether any branch of the transaction changes anything."""
-    return any(
-        isinstance(op, (Put, Delete)) or (isinstance(op, Txn) and writes(op))
-        for op in (*txn.then, *txn.otherwise)
-    )
-
-
-def _targets(ops: Iterable[Op]) -> set[bytes]:
-    """The keys that the operations may change; Bug if two that can both run change one key.
-
-    etcd refuses such a request ("duplicate key given in txn request").
-    """
-    seen: set[bytes] = set()
-    for op in ops:
-        if isinstance(op, (Put, Delete)):
-            mine = {op.key}
-        elif isinstance(op, Txn):
-            mine = _targets(op.then) | _targets(op.otherwise)
-        else:
-            continue
-        if mine & seen:
-            raise Bug(f"a transaction changes the key {min(mine & seen)!r} twice")
-        seen |= mine
-    return seen
-
-
-def check(txn: Txn) -> None:
-    """Raises Bug for a transaction that no store may accept."""
-    _targets(txn.then)
-    _targets(txn.otherwise)
 
 
 @dataclass
@@ -76,8 +45,9 @@ class MemoryServer:
     `term` counts the leaders; with `available` false nobody is answered, as during an election.
     """
 
-    def __init__(self, loop: Scheduler, start_revision: int = 0) -> None:
+    def __init__(self, loop: Scheduler, start_revision: int = 0, bounds: Bounds = BOUNDS) -> None:
         self.loop = loop
+        self.bounds = bounds
         self.revision = start_revision
         self.data: dict[bytes, KeyValue] = {}
         self.history: list[WatchBatch] = []
@@ -95,7 +65,7 @@ class MemoryServer:
 
     def apply(self, txn: Txn) -> TxnResult:
         """Raises LockLost if it names a lease that has ended; nothing is applied then."""
-        check(txn)
+        check(txn, self.bounds)
         before = self.data
         self._check_leases(txn, before)
         after = dict(before) if writes(txn) else before

@@ -22,7 +22,8 @@ from typing import Any, Final
 from dlmfs.core.lease import Renewal
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
 from dlmfs.store.base import Session, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
-from dlmfs.store.memory import MemoryServer, check, writes
+from dlmfs.store.check import check, writes
+from dlmfs.store.memory import MemoryServer
 from dlmfs.timing import Clock, Scheduler, Timer, Timing
 
 RECONNECT_S: Final = 0.5
@@ -84,6 +85,7 @@ class MemoryStore:
         leased: bool = True,
     ) -> None:
         self.server = server
+        self.bounds = server.bounds
         self.network = server.loop
         self.rng = rng or Random(0)
         self.faults = faults or Faults()
@@ -209,7 +211,7 @@ class MemoryStore:
     # -- the contract -----------------------------------------------------------------------
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
-        check(txn)
+        check(txn, self.bounds)
         self.ask(lambda: self._apply(txn), done)
 
     def _apply(self, txn: Txn) -> TxnResult | DlmfsError:

@@ -32,8 +32,8 @@ from dlmfs.errors import (
     Unavailable,
 )
 from dlmfs.store import bells, schema, statefile
-from dlmfs.store.base import Session, Txn, TxnDone, WatchBatch, WatchGap
-from dlmfs.store.memory import check, writes
+from dlmfs.store.base import BOUNDS, Session, Txn, TxnDone, WatchBatch, WatchGap
+from dlmfs.store.check import check, writes
 from dlmfs.store.sqlite_session import SqliteSession
 from dlmfs.store.sqlite_work import Worker, reading, writing
 
@@ -58,6 +58,8 @@ class SqliteStore:
 
     `loop` is asyncio's. Raises BadState, UsageError, NotPermitted, StoreFull or Unavailable.
     """
+
+    bounds = BOUNDS
 
     def __init__(
         self, path: Path, loop: asyncio.AbstractEventLoop, *, default: bool = False
@@ -86,7 +88,7 @@ class SqliteStore:
     # -- transactions ---------------------------------------------------------------------------
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
-        check(txn)
+        check(txn, self.bounds)
         if writes(txn):
             self._write(partial(schema.evaluate, txn=txn), done)
         else:

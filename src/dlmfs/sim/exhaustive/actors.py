@@ -17,8 +17,9 @@ from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import Bug, DlmfsError
 from dlmfs.model import LVB_SIZE, Mode, Owner
 from dlmfs.sim.exhaustive.snapshot import Parts
-from dlmfs.store.base import Txn, TxnDone, WatchBatch, WatchGap
-from dlmfs.store.memory import MemoryServer, check
+from dlmfs.store.base import Bounds, Txn, TxnDone, WatchBatch, WatchGap
+from dlmfs.store.check import check
+from dlmfs.store.memory import MemoryServer
 
 DOMAIN: Final = b"x"
 MODES: Final = {"pr": Mode.PR, "ex": Mode.EX}
@@ -116,16 +117,17 @@ class Watch:
 class Handle:
     """The node's way to the store: what it sends waits in `sent` until the world takes it."""
 
-    __slots__ = ("pending", "sent", "sink", "watching")
+    __slots__ = ("bounds", "pending", "sent", "sink", "watching")
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
         self.pending: dict[int, TxnDone] = {}
         self.sent: list[tuple[int, Txn]] = []
         self.watching: Watching | None = None
         self.sink: Callable[[WatchBatch | WatchGap], None] | None = None
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
-        check(txn)
+        check(txn, self.bounds)
         slot = next(i for i in range(len(self.pending) + 1) if i not in self.pending)
         self.pending[slot] = done
         self.sent.append((slot, txn))
@@ -239,11 +241,18 @@ class Node:
     """One life of a node: its lock space, and the programs on it."""
 
     def __init__(
-        self, name: str, number: int, lease: int, owner: Owner, programs: Iterable[Program]
+        self,
+        name: str,
+        number: int,
+        lease: int,
+        owner: Owner,
+        programs: Iterable[Program],
+        *,
+        bounds: Bounds,
     ) -> None:
         self.number = number
         self.clock = Clock()
-        self.handle = Handle()
+        self.handle = Handle(bounds)
         self.programs = list(programs)
         self.seen: list[Seen] = []
         self.joined = False

@@ -29,7 +29,8 @@ from dlmfs.sim.exhaustive.world import (
     World,
 )
 from dlmfs.store.base import Txn, WatchBatch
-from dlmfs.store.memory import MemoryServer, writes
+from dlmfs.store.check import writes
+from dlmfs.store.memory import MemoryServer
 
 
 class Step(NamedTuple):
@@ -82,7 +83,7 @@ class Explorer:
         budget = Budget(scope.deaths, scope.rejoins, scope.losses, scope.gaps, scope.hasty)
         nothing: tuple[Any, ...] = ((),) * count
         ledgers = tuple(self.names.number(Ledger()) for _ in scope.locks)
-        server = self._table.put("server", MemoryServer(NoTime(), BASE))
+        server = self._table.put("server", MemoryServer(NoTime(), BASE, scope.bounds))
         world = World(
             (GONE,) * count,
             (0,) * count,
@@ -124,7 +125,9 @@ class Explorer:
     def _begin(self, world: World, index: int) -> World:
         programs = self._programs(index, world.lives[index])
         served = self._table.serve(world.server, index, 0, "grant")
-        node = Node(self.node_names[index], index, served.result, self.scope.owner, programs)
+        scope = self.scope
+        name, owner = self.node_names[index], scope.owner
+        node = Node(name, index, served.result, owner, programs, bounds=scope.bounds)
         leases = _set(world.leases, index, served.result)
         world = world._replace(server=served.server, leases=leases)
         sent = taken(node)

@@ -106,8 +106,8 @@ def _problems(before: Data, after: Data, actor: str) -> Iterator[str]:
         yield from _order(was, now, queue(before, lock), actor, name)
         yield from _deaths(was, now, alive, name, gone=lock not in new)
         yield from _value(was, now, alive, actor, name, gone=lock not in new)
-        if actor in was.places and actor not in now.places and len(living) < len(now.places):
-            yield f"{actor} leaves {name} with a dead member in its head: nobody looks at it again"
+        if actor in was.places and actor not in now.places and now.places and not living:
+            yield f"{actor} leaves {name} to the dead alone: nobody looks at it again"
     if actor in alive and actor not in members(after):
         for lock, head in new.items():
             place = head.places.get(actor, Place(0, 0))

@@ -39,6 +39,27 @@ SCOPES: Final[tuple[Scope, ...]] = (
         (("pr close",), ("ex? close",), ("pr close",)),
         before=((0, 0), (1, 0)),
     ),
+    # More waiters than fit into a commit
+    Scope(
+        "one grant a commit",
+        (("ex close",), ("pr close",), ("pr close",)),
+        before=((0, 0), (1, 0), (2, 0)),
+        operations=6,
+        quick=True,
+    ),
+    Scope(
+        "one grant a commit, lost answer",
+        (("ex close",), ("pr close",), ("pr close",)),
+        before=((0, 0), (1, 0), (2, 0)),
+        losses=1,
+        operations=6,
+    ),
+    Scope(
+        "one grant a commit, leave",
+        (("ex close leave",), ("pr close",), ("pr? close",)),
+        before=((0, 0), (1, 0), (2, 0)),
+        operations=6,
+    ),
     # Trylocks
     Scope("trylock", (("try-ex close",), ("ex close", "ex close")), quick=True),
     Scope("trylock and readers", (("pr close",), ("try-ex close",), ("pr close",)), before=HELD),

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 from dlmfs.model import Owner
 from dlmfs.sim.exhaustive.actors import parse
 from dlmfs.sim.exhaustive.snapshot import shape
+from dlmfs.store.base import BOUNDS, Bounds
 
 DEAD: Final = -3
 """In place of a node's state: it is gone, its lease stands."""
@@ -37,7 +38,13 @@ class Scope:
     interleavings begin behind them."""
     faulty: tuple[int, ...] | None = None
     """Whom faults may hit; None: everybody."""
+    operations: int = BOUNDS.operations
+    """How many of them the store takes in one transaction."""
     quick: bool = False
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(operations=self.operations)
 
     def may_fail(self, index: int) -> bool:
         return self.faulty is None or index in self.faulty

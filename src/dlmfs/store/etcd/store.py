@@ -13,7 +13,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from dlmfs.errors import DlmfsError, OutcomeUnknown
-from dlmfs.store.base import Get, Range, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
+from dlmfs.store.base import BOUNDS, Get, Range, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
+from dlmfs.store.check import check
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.codec import Codec, only_reads
 from dlmfs.store.etcd.rpc import (
@@ -28,7 +29,6 @@ from dlmfs.store.etcd.rpc import (
 )
 from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.watch import EtcdWatch
-from dlmfs.store.memory import check
 from dlmfs.timing import Clock
 
 log = logging.getLogger("dlmfs.etcd")
@@ -54,6 +54,8 @@ def unsound(version: str) -> str | None:
 
 class EtcdStore:
     """One node's handle. Made after any fork; everything runs on `loop`."""
+
+    bounds = BOUNDS
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class EtcdStore:
     # -- the contract -------------------------------------------------------------------------
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
-        check(txn)
+        check(txn, self.bounds)
         self._start(self._txn(txn, done))
 
     async def _txn(self, txn: Txn, done: TxnDone) -> None:
@@ -119,7 +121,9 @@ class EtcdStore:
             read = await self.rpc.call(RANGE, self.codec.read(op), self.timeout_s)
             return TxnResult(True, read.header.revision, (self.codec.found(op, read.kvs),))
         # Inside of another it is no mere reading any more; it costs a commit, and is rare.
-        (inner,) = (await self._ask(Txn((), (txn,)))).responses
+        around = Txn((), (txn,))
+        check(around, self.bounds)
+        (inner,) = (await self._ask(around)).responses
         assert isinstance(inner, TxnResult)
         return inner
 
