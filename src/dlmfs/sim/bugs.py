@@ -426,8 +426,8 @@ RARE: Final[tuple[Planted, ...]] = (
     Planted(
         "gap-hides-wishes",
         LOCK,
-        "            self.local.tell_wanted(self.view)\n\n    def resume",
-        "            pass\n\n    def resume",
+        "            self.local.tell_wanted(self.view)\n\n    @contained\n    def resume",
+        "            pass\n\n    @contained\n    def resume",
         100,
         "who comes between a gap and the reading after it passes the wishes it told of (found)",
     ),
