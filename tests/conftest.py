@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,21 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True, database=None)
 settings.register_profile("random", print_blob=True)
 settings.load_profile("random" if os.environ.get("DLMFS_RANDOM") else "fixed")
+
+
+CLONE_NEWNS = 0x20000
+
+
+def pytest_configure() -> None:
+    """Workers of one run share no mount, socket or state: some tests ask about all that there are."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or os.getuid() != 0:
+        return
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    for folder in ("/run", "/dev/shm"):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder], check=True)
+    os.chmod("/run", 0o755)
 
 
 def _lacking() -> dict[str, str]:

