@@ -24,7 +24,7 @@ LOOK_S: Final = 1.0
 
 def control_folders(uid: int) -> tuple[Path, ...]:
     """Where daemons of this user may listen, the best first."""
-    return tuple(map(Path, rundir.folders(uid)))
+    return tuple(map(Path, rundir.places(uid)))
 
 
 def control_path(entry: MountEntry) -> Path:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-from dlmfs import pace, rundir
+from dlmfs import folders, pace, rundir
 from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
 from dlmfs.permission import Asker
@@ -159,7 +159,11 @@ class ControlServer:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()  # of a dead daemon whose device number we got
         self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
-        self.path.chmod(0o666)
+        folder = folders.enter(str(self.path.parent))
+        try:
+            folders.set_mode(folder, self.path.name, 0o666)
+        finally:
+            os.close(folder)
         self._inode = self.path.lstat().st_ino
 
     async def close(self) -> None:

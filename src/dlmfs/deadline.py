@@ -77,7 +77,7 @@ class Published:
 
 def clear(dev: str) -> None:
     """Remove what a dead daemon left for this device, which is now that of a mount without a lease."""
-    for folder in rundir.folders(os.getuid()):
+    for folder in rundir.places(os.getuid()):
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(folder, rundir.name(dev, "lease")))
 
@@ -96,7 +96,7 @@ class Deadline:
     def find(cls, dev: str, uid: int) -> Deadline | None:
         """That of a mount: of this device, mounted by this user. None where no lease can run out, or
         this process cannot see or believe the file."""
-        for folder in rundir.folders(uid):
+        for folder in rundir.places(uid):
             with contextlib.suppress(OSError):
                 if not rundir.is_safe(folder, uid):
                     continue  # the file system there may be another user's too, and tell anything

@@ -5,11 +5,11 @@ The place follows from the mount table alone: the user that mounted it, and the 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 
-from dlmfs.errors import NotPermitted
+from dlmfs import folders
+from dlmfs.errors import BadState, NotPermitted
 from dlmfs.fuse.mountinfo import MountEntry
 
 
@@ -21,7 +21,7 @@ def owner_of(entry: MountEntry) -> int:
     return 0
 
 
-def folders(uid: int) -> tuple[str, ...]:
+def places(uid: int) -> tuple[str, ...]:
     """Where daemons of this user may have theirs, the best first. /run may be read-only, or another
     user's where root is not the machine's root (containers)."""
     shm = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
@@ -47,16 +47,24 @@ def make_folder(uid: int) -> str:
     """The first folder that is ours alone, or can be made so. Raises NotPermitted."""
     mode = 0o755 if uid == 0 else 0o700
     refused = ""
-    for folder in folders(uid):
+    for folder in places(uid):
         try:
-            for part in (os.path.dirname(folder), folder):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, mode)
-                info = os.lstat(part)
-                if not stat.S_ISDIR(info.st_mode) or info.st_uid != uid or info.st_mode & 0o022:
-                    raise NotPermitted(f"{part} is not a folder that only this user can write")
-        except (OSError, NotPermitted) as error:
+            _make(folder, mode)
+        except (OSError, BadState) as error:
             refused = refused or str(error)
             continue
         return folder
-    raise NotPermitted(f"no place for the control socket: {refused}; remove it, or mend its mode")
+    raise NotPermitted(f"no place for the control socket: {refused}, or mend its mode")
+
+
+def _make(folder: str, mode: int) -> None:
+    """A folder in one of our own in one of the system's. Raises BadState, OSError."""
+    own = os.path.dirname(folder)
+    fd = folders.enter(os.path.dirname(own), shared=True)
+    for path in (own, folder):
+        above = fd
+        try:
+            fd = folders.make(above, path, mode)
+        finally:
+            os.close(above)
+    os.close(fd)

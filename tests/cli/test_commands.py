@@ -199,6 +199,7 @@ def test_state_files_that_are_not_ours_are_refused_and_not_touched(tmp_path: Pat
         assert path.read_bytes() == before
     refused("mount", f"local:{tmp_path}/no/x.db", str(where), code=1, says="does not exist")
     refused("mount", f"local:{tmp_path}", str(where), code=1, says="is a folder")
+    refused("mount", f"local:{where}/x.db", str(where), code=1, says="below the mount point")
 
 
 @fuse
@@ -207,7 +208,9 @@ def test_full_and_read_only_state_folders(tmp_path: Path) -> None:
     small, where = tmp_path / "small", tmp_path / "m"
     small.mkdir()
     where.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(small)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "mode=700,size=16k", "none", str(small)], check=True
+    )
     try:
         refused("mount", f"local:{small}/x.db", str(where), code=32, says="no space left")
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)

@@ -26,7 +26,7 @@ UID = os.getuid()
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o755)
-    monkeypatch.setattr(rundir, "folders", lambda _uid: (str(tmp_path / "none"), str(tmp_path)))
+    monkeypatch.setattr(rundir, "places", lambda _uid: (str(tmp_path / "none"), str(tmp_path)))
     monkeypatch.setattr(rundir, "make_folder", lambda _uid: str(tmp_path))
 
 

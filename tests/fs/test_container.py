@@ -195,7 +195,8 @@ def test_a_container_whose_run_is_read_only(userns: Private, unshare: str) -> No
     home = userns.home / f"readonly{len(unshare)}"
     dlmfs = f"{userns.python} -I {userns.base}/repo/scripts/dlmfs"
     script = (
-        f"mkdir -p {home}; mount -t tmpfs -o ro tmpfs /run; {dlmfs} mount local:{home}.db {home}"
+        f"mkdir -p {home}.d {home}; mount -t tmpfs -o ro tmpfs /run; "
+        f"{dlmfs} mount local:{home}.d/s.db {home}"
         f"; code=$?; {dlmfs} umount -l {home} 2>/dev/null; exit $code"
     )
     done = userns.sh(script, uid=USER if "user" in unshare else 0, unshare=unshare)
@@ -218,8 +219,9 @@ def test_outsiders_do_not_get_into_a_container_without_root(userns: Private) -> 
     """The kernel lets only the mount's user namespace and its children in, whatever allow_other."""
     home = userns.home / "inner"
     script = (
-        f"mount -t tmpfs tmpfs /run; mkdir -p {home}; $dlmfs mount local:{home}.db {home} || exit; "
-        f"mkdir {home}/dom; echo $$; read line; $dlmfs umount -l {home}"
+        f"mount -t tmpfs tmpfs /run; mkdir -p {home}.d {home}; "
+        f"$dlmfs mount local:{home}.d/s.db {home} || exit; mkdir {home}/dom; "
+        f"echo $$; read line; $dlmfs umount -l {home}"
     )
     dlmfs = f'dlmfs="{userns.python} -I {userns.base}/repo/scripts/dlmfs"\n'
     command = userns.command("sh", "-c", dlmfs + script, unshare=USERNS)

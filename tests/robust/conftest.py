@@ -20,7 +20,7 @@ HANG_S = 500 if LONG else 100
 @pytest.fixture
 def tiny() -> Iterator[Path]:
     """A file system of 16 MB: twice of what SQLite's log takes before its space is used again."""
-    with tmpfs("size=16m") as folder:
+    with tmpfs("mode=700,size=16m") as folder:
         yield folder
 
 

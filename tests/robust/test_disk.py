@@ -267,7 +267,7 @@ def test_a_disk_that_fills_and_empties_under_load(nodes: Nodes, small: Full) -> 
 def test_a_file_system_smaller_than_the_log(nodes: Nodes) -> None:
     """SQLite's log grows to 8 MB before it starts again: where there is no room for that, it must
     start again earlier, since there is nothing that anybody could free."""
-    with tmpfs("size=1m") as folder:
+    with tmpfs("mode=700,size=1m") as folder:
         nodes.state = folder / "state.db"
         where = nodes.mount("a")
         (where / "dom").mkdir()

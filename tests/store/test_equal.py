@@ -57,7 +57,6 @@ class Both:
     def __init__(self) -> None:
         self.memory = MemoryServer(SimLoop(), start_revision=START)
         self.conn = schema.connect(Path(":memory:"), volatile=True, timeout_s=1)
-        Path(":memory:").unlink()  # `connect` sees to the mode of a file, which SQLite does not use
         self.conn.execute("UPDATE meta SET revision = ?, trimmed = ?", (START, START))
         for number in range(LEASES):
             lease = self.memory.grant(f"n{number}", 15)

@@ -415,6 +415,7 @@ def test_opening_while_a_writer_is_stopped_says_so(
 ) -> None:
     monkeypatch.setattr(sqlite, "OPEN_TIMEOUT_S", 0.1)
     path = tmp_path / "state.db"
+    path.touch(0o600)
     schema.connect(path, volatile=True, timeout_s=10).close()
     child = start(children, STOPPED, path)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)

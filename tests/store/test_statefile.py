@@ -39,6 +39,7 @@ def _short(path: Path) -> None:
 
 
 def _later_version(path: Path) -> None:
+    path.touch(0o600)
     schema.connect(path, volatile=True, timeout_s=10).close()
     with sqlite3.connect(path) as conn:
         conn.execute(f"PRAGMA user_version={schema.FORMAT + 1}")
@@ -74,6 +75,7 @@ def test_a_file_that_is_not_ours_stays_as_it_was(
 
 def test_a_damaged_state_file_is_bad(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
+    path.touch(0o600)
     schema.connect(path, volatile=True, timeout_s=10).close()
     data = bytearray(path.read_bytes())
     data[4096:] = b"\xa5" * (len(data) - 4096)
@@ -178,8 +180,9 @@ def test_a_default_folder_others_can_write_is_refused(tmp_path: Path, mode: int)
     folder.chmod(mode)
     with pytest.raises(BadState, match="only this user"):
         statefile.prepare(folder / "x.db", default=True)
+    with pytest.raises(BadState, match=f"others can write {folder}.*chmod go-w {folder}"):
+        statefile.prepare(folder / "x.db", default=False)
     assert os.listdir(folder) == []
-    statefile.prepare(folder / "x.db", default=False)
 
 
 def test_a_default_folder_of_another_user_is_refused(
@@ -189,7 +192,7 @@ def test_a_default_folder_of_another_user_is_refused(
     folder.mkdir(mode=0o700)
     statefile.prepare(folder / "x.db", default=True)
     other = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: other)
+    monkeypatch.setattr(os, "geteuid", lambda: other)
     with pytest.raises(BadState, match="only this user"):
         statefile.prepare(folder / "x.db", default=True)
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from dlmfs.cli.daemonize import run_in_background
 from dlmfs.cli.parser import Parser
-from dlmfs.config import MountConfig, parse_options, parse_source
+from dlmfs.config import LocalSource, MountConfig, Source, parse_options, parse_source
 from dlmfs.errors import MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
 
@@ -19,7 +19,8 @@ DESCRIPTION: Final = """\
 SOURCE   local             the embedded engine: all mounts of this user on this host that say
                            `local` share one lock space; nothing to set up
          local:NAME        another lock space of that kind
-         local:/path/x.db  the state in a file of your choice (to keep it, or to share it with root)
+         local:/path/x.db  the state in a file of your choice, to keep it; below folders that only
+                           root and you can write
          etcd://HOST[:PORT][,HOST[:PORT]...]/CLUSTER
                            a cluster of machines, on an etcd (v3); CLUSTER names the lock space
 """
@@ -48,7 +49,7 @@ def run(args: list[str]) -> int:
     options = parse_options(parsed.o)
     mountpoint = os.path.realpath(parsed.mountpoint)
     fuse_mount.clear_stale(mountpoint)
-    _check(mountpoint)
+    _check(mountpoint, source)
     config = MountConfig(parsed.source, source, mountpoint, options)
     if helper and parsed.fake:
         return 0
@@ -100,8 +101,14 @@ def _log(*, verbose: bool, foreground: bool) -> None:
     )
 
 
-def _check(mountpoint: str) -> None:
-    """Refuse early, with the reason, what the kernel would refuse late without one."""
+def _check(mountpoint: str, source: Source) -> None:
+    """Refuse early, with the reason, what the kernel would refuse late without one, or not at all."""
+    path = os.path.realpath(source.path) if isinstance(source, LocalSource) and source.path else ""
+    if path.startswith(mountpoint.rstrip("/") + "/"):
+        # The daemon would ask itself for its state, and wait for the answer.
+        raise UsageError(
+            f"the state file {path} lies below the mount point, which hides it: name another place"
+        )
     entry = fuse_mount.find(mountpoint)
     if entry is not None and entry.mountpoint == mountpoint and entry.is_dlmfs:
         raise MountFailed(

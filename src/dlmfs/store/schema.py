@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 import time
@@ -66,16 +65,16 @@ class Row(NamedTuple):
 
 
 def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connection:
-    """Open the state file, creating or checking it. No busy time-out remains afterwards.
+    """Open the state file, which exists, filling or checking it. No busy time-out remains afterwards.
 
     Raises BadState for another program's or version's file, which is left as it was, and
     sqlite3.Error for what SQLite finds wrong.
     """
-    # Values are as private as the lock files, and who can read the state can stop it by a lock on it.
-    with contextlib.suppress(OSError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     conn = sqlite3.connect(
-        path,
+        uri(
+            path, "rw"
+        ),  # to make it, with which mode, is not SQLite's to decide (`statefile.secure`)
+        uri=True,
         timeout=timeout_s,
         isolation_level=None,
         check_same_thread=False,
@@ -97,6 +96,13 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
         conn.close()
         raise
     return conn
+
+
+def uri(path: Path, mode: str) -> str:
+    """A state file's name for SQLite, with how it is to be opened (ro, rw)."""
+    from urllib.parse import quote_from_bytes
+
+    return f"file:{quote_from_bytes(os.fsencode(path))}?mode={mode}"
 
 
 def _log_pages(path: Path) -> int:
@@ -333,6 +339,23 @@ def events_since(
         )
         batches.append(WatchBatch(rev, events))
     return revision, trimmed, batches
+
+
+def data_version(conn: sqlite3.Connection) -> int:
+    """Is another number after another connection has changed the file."""
+    return int(conn.execute("PRAGMA data_version").fetchone()[0])
+
+
+def changes_since(conn: sqlite3.Connection, first: int) -> tuple[int, int, list[tuple[int, bytes]]]:
+    """The store's revision, up to where the log is trimmed, and the revisions from `first` on with their
+    keys."""
+    conn.execute("BEGIN")
+    try:
+        revision, trimmed = conn.execute("SELECT revision, trimmed FROM meta").fetchone()
+        rows = conn.execute("SELECT rev, key FROM log WHERE rev >= ?", (first,)).fetchall()
+    finally:
+        conn.execute("COMMIT")
+    return revision, trimmed, rows
 
 
 def trim(conn: sqlite3.Connection, keep: int) -> None:

@@ -6,13 +6,17 @@ job of one user must meet in one lock space (XDG_RUNTIME_DIR differs between the
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
-import stat
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from dlmfs import folders
 from dlmfs.errors import BadState, NotPermitted, UsageError
+
+log = logging.getLogger("dlmfs.store")
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -54,56 +58,98 @@ def default_path(name: str) -> Path:
     return Path(base, f"dlmfs-{os.getuid()}", name + ".db")
 
 
-def prepare(path: Path, *, default: bool) -> str:
-    """Check the folder of a state file, making the default one; the file system's type.
+class Place(NamedTuple):
+    """Where the state is: its real path, the type of its file system, and the folder, as a descriptor
+    that is the caller's to close."""
+
+    path: Path
+    kind: str
+    folder: int
+
+
+def prepare(path: Path, *, default: bool) -> Place:
+    """Check the place of a state file, making the default folder. Nobody but root and this user can
+    change anything there (`folders`), so the real path may be used by its name.
 
     Raises UsageError, NotPermitted or BadState with what is wrong and what to do.
     """
-    folder = path.parent
     if default:
-        _make_private(folder)
+        _make_private(path.parent)
+    fd, where, name = _go(path)
     try:
-        info = folder.stat()
+        place = Place(Path(where, name), fs_type(Path(where)), fd)
+        _check(place)
+    except BaseException:
+        os.close(fd)
+        raise
+    return place
+
+
+def _go(path: Path) -> folders.Found:
+    folder = path.parent
+    try:
+        return folders.walk(str(path))
     except FileNotFoundError:
         raise UsageError(
             f"the state folder {folder} does not exist: create it or choose another"
         ) from None
     except PermissionError:
         raise NotPermitted(f"no permission to look into the state folder {folder}") from None
+    except NotADirectoryError:
+        raise UsageError(f"the state folder {folder} is not a folder") from None
     except OSError as error:
         raise UsageError(f"the state folder {folder}: {error.strerror}") from None
-    if not stat.S_ISDIR(info.st_mode):
-        raise UsageError(f"the state folder {folder} is not a folder")
-    try:
-        is_folder = path.is_dir()
-    except PermissionError:
-        raise NotPermitted(f"no permission to look into the state folder {folder}") from None
-    if is_folder:
+
+
+def _check(place: Place) -> None:
+    path, folder = place.path, place.path.parent
+    if not path.name or os.path.isdir(path):
         raise UsageError(f"{path} is a folder: name a file in it, such as {path}/state.db")
-    kind = fs_type(folder)
-    if kind in NETWORK or kind.startswith("fuse."):
+    if place.kind in NETWORK or place.kind.startswith("fuse."):
         raise BadState(
-            f"{folder} is on a network or FUSE file system ({kind}), where the embedded engine "
+            f"{folder} is on a network or FUSE file system ({place.kind}), where the embedded engine "
             "is not safe: choose a local folder, or the etcd engine for several machines"
         )
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         raise BadState(f"the state folder {folder} is read-only: choose another or remount it rw")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise NotPermitted(f"no permission to write into the state folder {folder}")
-    return kind
+
+
+def secure(place: Place) -> None:
+    """Make the state file if there is none, and make it and what SQLite keeps beside it this user's
+    alone: values are as private as the lock files, and who can read the state can stop it by a lock on
+    it. SQLite gives its own files the state file's mode.
+
+    No descriptor that could be locked is opened of a file that exists: closing it would drop SQLite's
+    locks (protocol-traps 17). Raises BadState, StoreFull, NotPermitted.
+    """
+    name = place.path.name
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(OSError):  # what keeps it from being made keeps SQLite from opening it
+        os.close(os.open(name, new, 0o600, dir_fd=place.folder))
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        try:
+            folders.set_mode(place.folder, name + suffix, 0o600)
+        except FileNotFoundError:
+            continue
+        except NotPermitted as error:
+            raise BadState(
+                f"{place.path.parent}: {error}: move it away, or name another file"
+            ) from None
+        except (
+            OSError
+        ) as error:  # a file system gone read-only, which SQLite tells in its own words
+            log.debug("%s: %s", place.path, error)
 
 
 def _make_private(folder: Path) -> None:
     """Make the default folder, or make sure that nobody else made it first."""
     try:
-        folder.mkdir(mode=0o755 if os.getuid() == 0 else 0o700)
-    except FileExistsError:
-        pass
+        parent = folders.enter(str(folder.parent), shared=True)
+        try:
+            os.close(folders.make(parent, str(folder), 0o755 if os.getuid() == 0 else 0o700))
+        finally:
+            os.close(parent)
     except OSError as error:
         raise BadState(f"cannot make the state folder {folder}: {error.strerror}") from None
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
-        raise BadState(
-            f"{folder} is not a folder that only this user can write: remove it, or name a "
-            "state file with local:/path"
-        )

@@ -212,10 +212,12 @@ def state_folder(path: Path, *, default: bool) -> Finding:
         kind = statefile.fs_type(parent)
     else:
         try:
-            kind = statefile.prepare(path, default=default)
+            place = statefile.prepare(path, default=default)
         except DlmfsError as error:
             what, _, mend = str(error).rpartition(": ")
             return fail(about, what, mend)
+        os.close(place.folder)
+        kind = place.kind
     if kind in ("tmpfs", "ramfs"):
         return ok(about, f"{folder} is in memory ({kind}): fast, and empty after a reboot")
     if not default:

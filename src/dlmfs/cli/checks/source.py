@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.cli.checks.mounted import latency
 from dlmfs.config import EtcdSource, LocalSource, MountOptions
 from dlmfs.errors import DlmfsError
-from dlmfs.store import bells, schema, statefile
+from dlmfs.store import schema, statefile
+from dlmfs.store.lives import Lives
 from dlmfs.store.sqlite import is_stopped
 
 if TYPE_CHECKING:
@@ -58,37 +58,49 @@ def check_local(source: LocalSource) -> Iterator[Finding]:
     if info.st_mode & 0o077:
         yield warn("state", f"{path} can be read or written by others", f"chmod 600 {path}")
     yield ok("state", f"{path}: {info.st_size / 1e6:.1f} MB, {len(sessions)} nodes")
-    for lease, node, pid in sessions:
-        if not bells.alive(Path(f"{path}.d") / f"{lease:x}.lock", pid):
+    yield from _nodes(path, sessions)
+
+
+def _nodes(path: Path, sessions: list[tuple[int, str, int]]) -> Iterator[Finding]:
+    try:
+        lives = Lives.look(path)
+    except OSError as error:
+        if sessions:
             yield warn(
                 "nodes",
-                f"node {node} (pid {pid}) is dead, and no other node was there to see it",
-                "nothing to do: the next mount ends it; the name may be taken at once",
+                f"{path}.d, where {len(sessions)} nodes prove that they live: {error.strerror}",
+                "nothing to do: the next mount makes it anew",
             )
-        elif is_stopped(pid):
-            yield fail(
-                "nodes",
-                f"node {node} (pid {pid}) is stopped: it keeps its locks",
-                f"kill -CONT {pid}",
-            )
-        else:
-            yield ok("nodes", f"the name {node} is in use by pid {pid}")
+        return
+    with contextlib.closing(lives):
+        for session in sessions:
+            yield _node(lives, *session)
+
+
+def _node(lives: Lives, lease: int, node: str, pid: int) -> Finding:
+    if not lives.alive(lease, pid):
+        return warn(
+            "nodes",
+            f"node {node} (pid {pid}) is dead, and no other node was there to see it",
+            "nothing to do: the next mount ends it; the name may be taken at once",
+        )
+    if is_stopped(pid):
+        return fail(
+            "nodes",
+            f"node {node} (pid {pid}) is stopped: it keeps its locks",
+            f"kill -CONT {pid}",
+        )
+    return ok("nodes", f"the name {node} is in use by pid {pid}")
 
 
 def _sessions(path: Path) -> list[tuple[int, str, int]] | None:
     """The sessions on record; None: not a file of ours. Raises sqlite3.Error."""
-    with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as conn:
+    with contextlib.closing(sqlite3.connect(schema.uri(path, "ro"), uri=True)) as conn:
         application = conn.execute("PRAGMA application_id").fetchone()[0]
         version = conn.execute("PRAGMA user_version").fetchone()[0]
         if (application, version) != (schema.APPLICATION_ID, schema.FORMAT):
             return None
         return schema.sessions(conn)
-
-
-def _quoted(path: Path) -> str:
-    from urllib.parse import quote_from_bytes
-
-    return quote_from_bytes(os.fsencode(path))
 
 
 # -- etcd ------------------------------------------------------------------------------------------
