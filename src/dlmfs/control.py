@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from dlmfs import rundir
+from dlmfs import proc, rundir
 from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
 
@@ -99,12 +99,7 @@ def _peer(sock: socket.socket, entry: MountEntry) -> int | None:
 
 
 def _state(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            state = file.read().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
-    return ", stopped" if state in "Tt" else ""
+    return ", stopped" if proc.is_stopped(pid) else ""
 
 
 def _error(facts: dict[str, str]) -> DlmfsError:

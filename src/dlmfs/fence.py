@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from dlmfs import proc
 from dlmfs.deadline import boottime
 from dlmfs.model import OnLost
 from dlmfs.timing import Clock
@@ -163,10 +164,10 @@ class _Guard:
         if known is not None:
             self.held[pid] = (known[0], known[1] + 1)
             return
-        with contextlib.suppress(OSError, StopIteration, ValueError):
-            with open(f"/proc/{pid}/status") as file:
-                group = next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
-            self.held[pid] = (os.pidfd_open(group), 1)
+        group = proc.group(pid)
+        if group is not None:
+            with contextlib.suppress(OSError):
+                self.held[pid] = (os.pidfd_open(group), 1)
 
     def _look(self) -> None:
         now = boottime()

@@ -18,6 +18,7 @@ import os
 import stat
 from typing import Final, NamedTuple
 
+from dlmfs import proc
 from dlmfs.errors import BadState, NotPermitted
 
 LINKS_MAX: Final = 40
@@ -149,13 +150,16 @@ def _check(fd: int, path: str, *, sticky: bool, among_others: bool = False) -> N
         )
 
 
+OVERFLOW_UID: Final = 65534
+"""Unless the host's administrator has said otherwise."""
+
+
 def _outside() -> int | None:
     """The user id that stands for everybody outside of this user namespace, the machine's root among
     them, of which nobody inside can be; None where it is just another user's."""
-    with open("/proc/sys/kernel/overflowuid", "rb") as file:
-        overflow = int(file.read())
-    with open("/proc/self/uid_map", "rb") as file:
-        ranges = [tuple(map(int, line.split())) for line in file]
+    overflow = proc.number(proc.read("sys/kernel/overflowuid")) or OVERFLOW_UID
+    lines = (proc.read("self", "uid_map") or b"").splitlines()
+    ranges = [tuple(map(int, line.split())) for line in lines]
     mapped = any(first <= overflow < first + count for first, _, count in ranges)
     return None if mapped else overflow
 

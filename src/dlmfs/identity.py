@@ -10,19 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from dlmfs import proc
+
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError):
+        with open(path, "rb") as file:
+            return file.read().strip().decode("ascii", "replace")
+    except OSError:
         return ""
 
 
 def _state_and_start(pid: int) -> tuple[str, int]:
     """The process's state letter and its start in clock ticks since boot; ("", 0): none such."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return (fields[0], int(fields[19])) if len(fields) > 19 else ("", 0)
+    found = proc.stat(pid)
+    return (found.state, found.start) if found is not None else ("", 0)
 
 
 def _namespace() -> int:
@@ -36,7 +38,7 @@ def own() -> dict[str, object]:
     return {
         "host": os.uname().nodename,
         "machine": f"{machine}/{hardware}" if machine and hardware else "",
-        "boot": _read("/proc/sys/kernel/random/boot_id"),
+        "boot": (proc.read("sys/kernel/random/boot_id") or b"").strip().decode("ascii", "replace"),
         "pidns": _namespace(),
         "pid": os.getpid(),
         "start": _state_and_start(os.getpid())[1],

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from dlmfs import proc
 from dlmfs.errors import NotPermitted, UsageError
-from dlmfs.fs import kin
 from dlmfs.fs.tree import Directory
 from dlmfs.fuse import mountinfo
 from dlmfs.model import DOMAIN_NAME_MAX, LOCK_NAME_MAX
@@ -146,7 +146,7 @@ class Sight:
         return told | {key: value for key, value in hidden.items() if key in told}
 
     def _is_own(self, pid: int) -> bool:
-        return kin.user(pid) == self.asker.uid
+        return proc.user(pid) == self.asker.uid
 
 
 def _everything(_lock: bytes) -> bool:

@@ -22,10 +22,10 @@ from dlmfs.engine.membership import Membership
 from dlmfs.engine.queue import ordered
 from dlmfs.engine.records import NODES, Head, decode_head, member_of
 from dlmfs.errors import UsageError
-from dlmfs.fs.kin import command
 from dlmfs.model import TOKEN_SHIFT
 from dlmfs.pace import PROCESS, ROW, Pace
 from dlmfs.permission import Sight
+from dlmfs.proc import command
 from dlmfs.store.base import Get, KeyValue, Range, Txn
 
 if TYPE_CHECKING:

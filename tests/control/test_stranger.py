@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs.fs import kin
+from dlmfs import proc
 from dlmfs.fs.tree import Directory, Tree
 from dlmfs.fuse import mountinfo
 from dlmfs.handlers import _TABLE
@@ -250,7 +250,7 @@ def test_hidden_processes_stay_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     claim = {"mode": "EX", "pid": os.getpid(), "command": "mine", "token": 1}
     blank = {"mode": "EX", "pid": 0, "command": "", "token": 1}
     me, other = Asker(STRANGER, 1), Asker(1, 1)
-    monkeypatch.setattr(kin, "user", lambda _pid: STRANGER)
+    monkeypatch.setattr(proc, "user", lambda _pid: STRANGER)
     assert Sight(other, Tree()).claim(claim) == claim
     assert Sight(me, Tree(), secret=True).claim(claim) == claim
     assert Sight(other, Tree(), secret=True).claim(claim) == blank

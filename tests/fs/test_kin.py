@@ -7,6 +7,7 @@ has the one open was taken for a holder of the other, and so passed the writer t
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import subprocess
@@ -76,3 +77,56 @@ def test_who_holds_a_namesake_on_another_mount_is_no_kin(nodes: Nodes) -> None:
     assert writer.waits
     reader.go_on()
     assert not reader.says(b"second", 1.0), "a later reader passed the waiting writer"
+
+
+NESTED = """
+import os, subprocess, sys
+odd, path = os.fsencode(sys.argv[1]), sys.argv[2]
+os.mkdir(odd)
+subprocess.run([b"mount", b"-t", b"tmpfs", b"none", odd], check=True)
+try:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+@pytest.mark.root
+def test_a_mount_point_that_is_no_utf8_costs_nobody_anything(nodes: Nodes) -> None:
+    """In the opener's own namespace, where anybody may mount what he likes. It was read as text, and the
+    exception fenced the node."""
+    where = nodes.mount("a", "owner=file")
+    (where / "dom").mkdir()
+    odd = str(nodes.folder / os.fsdecode(b"M\374ll"))
+    command = ["unshare", "-m", sys.executable, "-I", "-c", NESTED, odd, str(where / "dom/x")]
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=True)
+    assert int(done.stdout) == errno.ETXTBSY
+    report = nodes.status(where)
+    assert report["lease"]["state"] == "HEALTHY"
+    assert report["faults"]["count"] == 0
+
+
+PATH_ONLY = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_PATH)
+try:
+    os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK)
+    print(0)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_descriptor_of_a_path_alone_passes_no_waiting_writer(nodes: Nodes) -> None:
+    """Readers that overlap, each with such a descriptor, kept a writer out for as long as they went on
+    (promise 5)."""
+    where = nodes.mount("a", "owner=file")
+    (where / "dom").mkdir()
+    reader = nodes.hold(where / "dom/x", os.O_RDONLY)
+    assert reader.wait() == "held"
+    writer = nodes.hold(where / "dom/x")
+    assert writer.waits
+    command = [sys.executable, "-I", "-c", PATH_ONLY, str(where / "dom/x")]
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=True)
+    assert int(done.stdout) == errno.ETXTBSY

@@ -27,6 +27,7 @@ import sys
 import time
 from typing import Final, NoReturn
 
+from dlmfs import proc
 from dlmfs.cli.signals import (
     AWAITED,
     ENDS,
@@ -195,11 +196,8 @@ def _children() -> dict[int, int]:
     """Those of this process, which has one thread, each with a descriptor: its number may be another's
     later."""
     found = {}
-    with (
-        contextlib.suppress(OSError),  # not told (supervise.descendants)
-        open(f"/proc/self/task/{os.getpid()}/children", "rb") as file,
-    ):
-        for pid in map(int, file.read().split()):
+    with contextlib.suppress(OSError):
+        for pid in proc.children("self", os.getpid()) or ():  # not told (supervise.descendants)
             found[pid] = os.pidfd_open(pid)
     return found
 

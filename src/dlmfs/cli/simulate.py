@@ -108,7 +108,7 @@ def _one(parsed: Namespace) -> int:
     if outcome.failure is not None and not parsed.no_shrink:
         scenario, outcome = _shrunk(scenario, outcome)
     if parsed.save:
-        Path(parsed.save).write_text(scenario.to_json() + "\n")
+        Path(parsed.save).write_text(scenario.to_json() + "\n", "utf-8")
     if parsed.json:
         print(json.dumps(asdict(outcome)))
     else:
@@ -131,7 +131,7 @@ def _scenario(parsed: Namespace) -> Scenario:
     if parsed.replay is None:
         return draw(parsed.seed)
     try:
-        return Scenario.from_json(Path(parsed.replay).read_text())
+        return Scenario.from_json(Path(parsed.replay).read_text("utf-8"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"cannot replay {parsed.replay}: {error}") from None
 
@@ -179,7 +179,7 @@ def _campaign(parsed: Namespace) -> int:
     missed = [hunt.bug for hunt in hunts if hunt.seed is None]
     if parsed.report:
         today = datetime.now(UTC).date().isoformat()
-        Path(parsed.report).write_text(report.release(totals, hunts, today))
+        Path(parsed.report).write_text(report.release(totals, hunts, today), "utf-8")
     if parsed.json:
         caught = {hunt.bug.name: hunt.seed for hunt in hunts}
         print(json.dumps({**asdict(totals), "planted": caught}))

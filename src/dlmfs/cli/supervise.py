@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
+from dlmfs import proc
 from dlmfs.cli.signals import (
     AWAITED,
     LOST,
@@ -174,13 +175,11 @@ def _await(child: int, watch: _Watch) -> int | None:
 def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
     """The lock that is lost, if SIGTERM comes from the watchdog of its mount (`-o on-lost=`): a
     process that the daemon has forked. It may come before we have looked at the deadline."""
-    try:
-        with open(f"/proc/{sender}/stat", "rb") as file:
-            parent = int(file.read().rpartition(b")")[2].split()[1])
-    except OSError:
-        return ""
+    found = proc.stat(sender)
+    parent = found.parent if found is not None else 0
     if parent == 0:
-        return ""  # the first process of a pid namespace; a daemon outside of that has the number 0 too
+        # Gone; or the first process of a pid namespace: a daemon outside of that has the number 0 too.
+        return ""
     from dlmfs.control import daemon_pid
     from dlmfs.fuse.mountinfo import find
 
@@ -197,7 +196,7 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
 def descendants(root: int, others: frozenset[int] = frozenset()) -> Iterator[int]:
     """The processes below `root`, but for `others` and what is below those. One that is made or
     orphaned meanwhile may be missed: look again."""
-    told = os.path.exists(f"/proc/{root}/task/{root}/children")
+    told = proc.children(root, root) is not None
     children = _children if told else _all_children().__getitem__
     below = [root]
     for pid in below:
@@ -207,26 +206,16 @@ def descendants(root: int, others: frozenset[int] = frozenset()) -> Iterator[int
 
 def _children(pid: int) -> list[int]:
     """Of all its threads, as the kernel tells (CONFIG_PROC_CHILDREN, nearly everywhere)."""
-    children: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/{pid}/task/{thread}/children", "rb") as file,
-            ):
-                children += map(int, file.read().split())
-    return children
+    return [child for thread in proc.threads(pid) for child in proc.children(pid, thread) or ()]
 
 
 def _all_children() -> defaultdict[int, list[int]]:
     """The same from one look at everybody: half a second on a host with many thousands."""
     children = defaultdict(list)
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                # The command's name, in parentheses, may contain anything.
-                _, parent = file.read().rpartition(b")")[2].split()[:2]
-                children[int(parent)].append(int(name))
+    for pid in proc.numbers():
+        found = proc.stat(pid)
+        if found is not None:
+            children[found.parent].append(pid)
     return children
 
 

@@ -31,6 +31,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from dlmfs import proc
 from dlmfs.client import deadlines, logic
 from dlmfs.client.turns import Turn, turns
 from dlmfs.client.watcher import watcher
@@ -70,9 +71,8 @@ def _libc() -> ctypes.CDLL:
 def _catch_wake() -> None:
     """A signal must be caught to end a system call. A C function that does nothing will do: a Python
     handler would run in the main thread, and only the main thread may set one."""
-    with open("/proc/self/status", "rb") as file:
-        caught = next(line for line in file if line.startswith(b"SigCgt:"))
-    if not int(caught.split()[1], 16) >> (WAKE - 1) & 1:
+    caught = proc.number(proc.status("self").get(b"SigCgt"), 16) or 0
+    if not caught >> (WAKE - 1) & 1:
         libc = _libc()
         libc.signal(WAKE, ctypes.cast(libc.abs, ctypes.c_void_p))
         libc.siginterrupt(WAKE, 1)  # or flock(2) would go on
@@ -420,15 +420,15 @@ def _forked() -> None:
         # Opened in the parent just before the fork, and noted nowhere yet. A descriptor that the
         # program itself has on such a file goes too: it had asked the library for that lock.
         paths = {keeper.request.place.path for keeper in keepers}
-        for name in os.listdir("/proc/self/fd"):
-            _close_copy(int(name), paths)
+        for fd in proc.numbers("self", "fd"):
+            _close_copy(fd, paths)
 
 
 def _close_copy(fd: int, paths: set[str], file: str = "") -> None:
     """Close it if it is one of these files: the parent may have closed it just before the fork. Not
     by its path alone: the mount may have been detached meanwhile, and then it has another."""
     with contextlib.suppress(OSError):
-        path = os.readlink(f"/proc/self/fd/{fd}")
+        path = os.fsdecode(proc.link("self", fd) or b"")
         if {path, path.removesuffix(" (deleted)")} & paths or (file and _identity(fd) == file):
             os.close(fd)
 
@@ -436,12 +436,8 @@ def _close_copy(fd: int, paths: set[str], file: str = "") -> None:
 def _identity(fd: int) -> str:
     """The file that is open there, by its mount and number, asking only the kernel; empty where that
     does not tell (before Linux 5.14, or without /proc)."""
-    try:
-        with open(f"/proc/self/fdinfo/{fd}") as info:
-            lines = [line for line in info if line.startswith(("mnt_id:", "ino:"))]
-    except OSError:
-        return ""
-    return "".join(lines) if len(lines) == 2 else ""
+    found = proc.open_file("self", fd)
+    return "" if found is None else f"{found.mount} {found.ino}"
 
 
 os.register_at_fork(after_in_child=_forked)

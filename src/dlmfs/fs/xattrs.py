@@ -12,9 +12,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.core.events import Claim
-from dlmfs.fs.kin import command, user
 from dlmfs.fs.tree import Inode, LockFile
 from dlmfs.model import TOKEN_SHIFT
+from dlmfs.proc import command, user
 
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock

@@ -20,6 +20,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
+from dlmfs import proc
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mountinfo
 from dlmfs.fuse.mountinfo import FSTYPE, resolve
@@ -106,8 +107,8 @@ def request_timeout_s() -> int:
     """After how long the kernel takes a FUSE daemon for hung (Linux 6.15); 0 = never."""
     limits = []
     for name in REQUEST_TIMEOUTS:
-        with contextlib.suppress(OSError, ValueError), open(name) as file:
-            limits.append(int(file.read()))
+        with contextlib.suppress(OSError), open(name, "rb") as file:
+            limits.append(proc.number(file.read()) or 0)
     return min(filter(None, limits), default=0)
 
 

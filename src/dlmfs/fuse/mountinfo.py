@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from dlmfs import proc
+
 FSTYPE: Final = "fuse.dlmfs"
 
 STALE_AFTER_S: Final = 2.0
@@ -54,13 +56,16 @@ def parse(text: bytes) -> list[MountEntry]:
         head, tail = left.split(b" "), right.split(b" ")
         if not dash or len(head) < 6 or len(tail) < 3:
             continue
+        number, parent = proc.number(head[0]), proc.number(head[1])
+        if number is None or parent is None:
+            continue
         entry = MountEntry(
-            id=int(head[0]),
-            parent=int(head[1]),
+            id=number,
+            parent=parent,
             mountpoint=_unescape(head[4]),
             source=_unescape(tail[1]),
             fstype=_unescape(tail[0]),
-            dev=head[2].decode(),
+            dev=head[2].decode("ascii", "replace"),
             options=tuple(_unescape(head[5]).split(",")),
             super_options=tuple(_unescape(tail[2]).split(",")),
         )
@@ -70,8 +75,7 @@ def parse(text: bytes) -> list[MountEntry]:
 
 def mounts() -> list[MountEntry]:
     """Everything mounted in this process's mount namespace, below its root."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        return parse(file.read())
+    return parse(proc.own_mounts())
 
 
 class _Walk:

@@ -74,7 +74,7 @@ def _unshare() -> None:
     maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
     for name, text in maps.items():
         try:
-            with open(f"/proc/self/{name}", "w") as file:
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                 file.write(text)
         except OSError as error:
             raise _refused("a user namespace", error.errno or 0) from None
@@ -101,7 +101,7 @@ def announce_basts() -> None:
         _mount(f"/proc/self/fd/{below}/{name}", f"{MODULES}/{name}", MS_BIND)
     os.close(below)
     os.makedirs(os.path.dirname(f"{MODULES}/{CAPABILITIES}"))
-    with open(f"{MODULES}/{CAPABILITIES}", "w") as file:
+    with open(f"{MODULES}/{CAPABILITIES}", "w", encoding="ascii") as file:
         file.write(BAST)
     _mount(None, MODULES, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID_NODEV_NOEXEC)
 

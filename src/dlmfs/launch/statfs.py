@@ -18,6 +18,7 @@ import struct
 import threading
 from typing import Final
 
+from dlmfs import proc
 from dlmfs.errors import NotPermitted, Unavailable
 from dlmfs.fuse.mountinfo import parse
 from dlmfs.launch import seccomp
@@ -117,10 +118,10 @@ def _close_all_but(fd: int) -> None:
     for standard in (0, 1, 2):
         if standard != fd:
             os.dup2(null, standard)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) != fd:
+    for number in proc.numbers("self", "fd"):
+        if number > 2 and number != fd:
             with contextlib.suppress(OSError):  # that of the listing itself
-                os.close(int(name))
+                os.close(number)
 
 
 def answer_all(listener: int) -> None:
@@ -196,8 +197,7 @@ def _path(process: bytes, memory: int, call: Call) -> bytes | None:
 
 def _on_dlmfs(target: int, table: int) -> bool:
     """By the mount table of the caller, which asks no file system anything."""
-    with open(f"/proc/self/fdinfo/{target}") as info:
-        mount = next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
+    mount = proc.mount_of("self", target)
     with open(table, "rb", closefd=False) as file:
         return any(entry.id == mount and entry.is_dlmfs for entry in parse(file.read()))
 

@@ -53,7 +53,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
-        source = Path(path).read_text()
+        source = Path(path).read_text("utf-8")
         return compile(apply(self._bug, source), path, "exec", dont_inherit=True)
 
 

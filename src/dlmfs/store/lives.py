@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from dlmfs import folders
+from dlmfs import folders, proc
 
 FLOCK: Final = struct.Struct("@hhqqi4x")
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -75,7 +75,7 @@ class Lives:
             fd = os.open(f"{lease:x}.lock", _READ, dir_fd=self.fd)
         except FileNotFoundError:
             # Somebody tidied up, or the daemon fenced itself: only a dead process is surely over.
-            return pid != os.getpid() and os.path.exists(f"/proc/{pid}")
+            return pid != os.getpid() and proc.exists(pid)
         except OSError:
             return True  # out of descriptors: look again later
         try:

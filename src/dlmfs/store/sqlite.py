@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from dlmfs import proc
 from dlmfs.errors import (
     BadState,
     DlmfsError,
@@ -351,7 +352,7 @@ class SqliteStore:
             return facts | {"error": str(error)}
         mine = self.session.lease if self.session is not None else 0
         facts["sessions"] = [
-            {"node": node, "pid": pid, "own": lease == mine, "stopped": is_stopped(pid)}
+            {"node": node, "pid": pid, "own": lease == mine, "stopped": proc.is_stopped(pid)}
             for lease, node, pid in rows
         ]
         if self._worker.pending:
@@ -448,12 +449,3 @@ def _of_os(error: OSError | BadState, what: str) -> DlmfsError:
     if error.errno in (errno.EACCES, errno.EPERM):
         return NotPermitted(f"{what}: permission denied (it belongs to another user?)")
     return BadState(f"{what}: {error.strerror}")
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process stands still (SIGSTOP, or under a debugger)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except (OSError, IndexError):
-        return False

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dlmfs import folders
+from dlmfs import folders, proc
 from dlmfs.errors import BadState, NotPermitted, UsageError
 
 log = logging.getLogger("dlmfs.store")
@@ -31,13 +31,16 @@ def fs_type(folder: Path) -> str:
     """The type of the file system that holds `folder`, by the longest mount point above it."""
     where = os.path.realpath(folder)
     best, found = -1, "unknown"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            left, _, right = line.partition(" - ")
-            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-            inside = where == point or where.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= best:
-                best, found = len(point), right.split()[0]
+    for line in proc.own_mounts().split(b"\n"):
+        left, dash, right = line.partition(b" - ")
+        words = left.split(b" ")
+        if not dash or len(words) < 6:
+            continue
+        raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 0xFF]), words[4])
+        point = os.fsdecode(raw)
+        inside = where == point or where.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= best:
+            best, found = len(point), right.split(b" ")[0].decode("ascii", "replace")
     return found
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from dlmfs import proc
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.control import control_folders
 from dlmfs.errors import DlmfsError
@@ -114,9 +115,8 @@ def _right_to_mount() -> Iterator[Finding]:
 
 
 def _root_may_mount() -> Finding:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith("CapEff:"))
-    if int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1:
+    held = proc.number(proc.status("self").get(b"CapEff"), 16) or 0
+    if held >> CAP_SYS_ADMIN & 1:
         return ok("mounting", "as root")
     return fail("mounting", "this root may not mount (no CAP_SYS_ADMIN)", fuse_mount.CONTAINER)
 
@@ -134,7 +134,7 @@ def _is_privileged(program: str) -> bool:
 def _allow_other() -> Finding:
     about, line = "allow_other", "user_allow_other"
     try:
-        lines = FUSE_CONF.read_text().split("\n")
+        lines = FUSE_CONF.read_text("utf-8", "replace").split("\n")
     except OSError as error:
         lines = []
         if not isinstance(error, FileNotFoundError):
@@ -237,7 +237,7 @@ def state_folder(path: Path, *, default: bool) -> Finding:
 
 def _clock() -> Finding:
     try:
-        current = (CLOCKS / "current_clocksource").read_text().strip()
+        current = (CLOCKS / "current_clocksource").read_text("utf-8", "replace").strip()
     except OSError:
         return ok("clock", "the kernel does not tell its clock source")
     if current in SLOW_CLOCKS:

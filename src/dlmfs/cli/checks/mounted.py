@@ -13,7 +13,7 @@ from dlmfs.cli.text import plain
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, NotPermitted
 from dlmfs.fuse.mountinfo import MountEntry
-from dlmfs.store.sqlite import is_stopped
+from dlmfs.proc import is_stopped
 
 PATIENCE_S: Final = 60.0
 SLOW_READ_MS: Final = 100.0

@@ -18,9 +18,9 @@ from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.cli.checks.mounted import latency
 from dlmfs.config import EtcdSource, LocalSource, MountOptions
 from dlmfs.errors import DlmfsError
+from dlmfs.proc import is_stopped
 from dlmfs.store import schema, statefile
 from dlmfs.store.lives import Lives
-from dlmfs.store.sqlite import is_stopped
 
 if TYPE_CHECKING:
     from dlmfs.store.etcd.rpc import Access
