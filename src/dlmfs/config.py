@@ -11,7 +11,7 @@ from typing import Final
 
 from dlmfs.errors import UsageError
 from dlmfs.model import Limits, OnLost, Owner
-from dlmfs.timing import TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
+from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
 DELAY_MAX_S: Final = 3600.0
@@ -40,7 +40,9 @@ class MountOptions:
     noexec: bool = False
     noatime: bool = False
     limits: Limits = DEFAULT_LIMITS
-    lock_delay_s: float = 0.0
+    lock_delay_s: float | None = None
+    """None: `lock_delay_of` says."""
+    grace_s: float = GRACE_S
     on_lost: OnLost = OnLost.NONE
     ca: str | None = None
     cert: str | None = None
@@ -65,6 +67,15 @@ class EtcdSource:
 
 
 Source = LocalSource | EtcdSource
+
+
+def lock_delay_of(source: Source, options: MountOptions) -> float:
+    """Seconds between the notice of a node's death and the grant of its locks to others. By default what
+    holders have at an end in order, where a death leaves them no time: on one host it is known at
+    once. A lease gives them that time before it runs out."""
+    if options.lock_delay_s is not None:
+        return options.lock_delay_s
+    return 0.0 if isinstance(source, EtcdSource) else GRACE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +189,10 @@ def _parse_lock_delay(name: str, value: str) -> dict[str, object]:
     return {"lock_delay_s": _seconds(name, value, 0, DELAY_MAX_S)}
 
 
+def _parse_grace(name: str, value: str) -> dict[str, object]:
+    return {"grace_s": _seconds(name, value, 0, DELAY_MAX_S)}
+
+
 def _parse_file(name: str, value: str) -> dict[str, object]:
     if not value.startswith("/"):
         raise UsageError(f"{name}={value}: give the file's absolute path")
@@ -199,6 +214,7 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "owner": _parse_owner,
     "ttl": _parse_ttl,
     "lock-delay": _parse_lock_delay,
+    "grace": _parse_grace,
     "on-lost": _parse_on_lost,
     "ca": _parse_file,
     "cert": _parse_file,

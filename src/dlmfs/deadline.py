@@ -1,7 +1,8 @@
 """Until when a node's locks are good, told in a file: read without the daemon, which may stand still.
 
 The file lies beside the control socket and is rewritten at each renewal that counts, with the instant
-that the node itself goes by. There is none where no lease can run out (one host).
+that the node itself goes by. Where no lease can run out (one host) it is never, until the node's life
+ends or its daemon is dead.
 
 Rules of this file
 ------------------
@@ -9,7 +10,8 @@ Rules of this file
   of a dead daemon, whose device number may be another mount's by now: it says nothing. Not by flock(2):
   anybody who may read a file may lock it so, and would make it believed.
 * Nobody else can open the file before it is locked, and it is in a folder that nobody else can write.
-* A deadline is of one session. When the file tells of another, what was granted before is lost.
+* A deadline is of one session. When the file tells of another, what was granted before is lost. Once a
+  session is said to be over, no renewal of it moves that.
 * Instants are compared in one time namespace only.
 """
 
@@ -59,13 +61,25 @@ class Published:
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole(fcntl.F_WRLCK))
         os.pwrite(self._fd, RECORD.pack(0.0, 0, self._namespace), 0)
         os.fchmod(self._fd, 0o644)  # whoever may use the mount may read it
+        self._session = 0
+        self._over = 0
         os.rename(new, self.path)  # never there without its lock
 
     def tell(self, fence_at: float, session: int) -> None:
-        """What the session has been granted is good until then. Should it fail, an earlier deadline
-        stands: programs stop too early, not too late."""
+        """What the session has been granted is good until then (inf: for as long as this process
+        lives). Should it fail, an earlier deadline stands: programs stop too early, not too late."""
+        self._session = session
+        if session != self._over:
+            self._write(fence_at)
+
+    def over(self) -> None:
+        """Nothing that the present session was granted is good any more."""
+        self._over = self._session
+        self._write(0.0)
+
+    def _write(self, at: float) -> None:
         with contextlib.suppress(OSError):
-            os.pwrite(self._fd, RECORD.pack(fence_at, session, self._namespace), 0)
+            os.pwrite(self._fd, RECORD.pack(at, self._session, self._namespace), 0)
 
     def close(self) -> None:
         # After an umount from outside our device number may be another mount's by now.
@@ -73,13 +87,6 @@ class Published:
             if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
                 os.unlink(self.path)
         os.close(self._fd)
-
-
-def clear(dev: str) -> None:
-    """Remove what a dead daemon left for this device, which is now that of a mount without a lease."""
-    for folder in rundir.places(os.getuid()):
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(folder, rundir.name(dev, "lease")))
 
 
 class Deadline:
@@ -94,8 +101,8 @@ class Deadline:
 
     @classmethod
     def find(cls, dev: str, uid: int) -> Deadline | None:
-        """That of a mount: of this device, mounted by this user. None where no lease can run out, or
-        this process cannot see or believe the file."""
+        """That of a mount: of this device, mounted by this user. None if this process cannot see or
+        believe the file."""
         for folder in rundir.places(uid):
             with contextlib.suppress(OSError):
                 if not rundir.is_safe(folder, uid):
@@ -108,9 +115,16 @@ class Deadline:
         return None
 
     def at(self) -> float:
-        """The deadline in seconds, as `boottime`; -inf if the session is over."""
+        """The deadline in seconds, as `boottime`; inf if there is none as long as the daemon lives;
+        -inf if it does not, or the session is over."""
         at, session, _ = self._read()
-        return at if session == self._session else -math.inf
+        if session != self._session or (at == math.inf and not _is_kept(self._fd)):
+            return -math.inf
+        return at
+
+    def passed(self) -> bool:
+        """Whether what was granted is lost."""
+        return boottime() >= self.at()
 
     def _read(self) -> tuple[float, int, int]:
         """Twice the same, or it is being written."""
@@ -131,6 +145,11 @@ def _is_believed(fd: int, uid: int) -> bool:
         return False
     if RECORD.unpack(os.pread(fd, RECORD.size, 0))[2] != _namespace():
         return False
+    return _is_kept(fd)
+
+
+def _is_kept(fd: int) -> bool:
+    """Whether its daemon lives: that has it locked for writing."""
     found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole(fcntl.F_RDLCK))
     return bool(FLOCK.unpack(found)[0] == fcntl.F_WRLCK)
 

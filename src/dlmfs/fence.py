@@ -61,8 +61,10 @@ MESSAGE: Final = struct.Struct("=cid")
 class Watchdog:
     """The daemon's end of it. Forked before any thread is started."""
 
-    def __init__(self, on_lost: OnLost) -> None:
+    def __init__(self, on_lost: OnLost, grace_s: float) -> None:
+        """`grace_s`: what holders have where their locks do not end by a deadline."""
         self.on_lost = on_lost
+        self._kill_after_s = grace_s / 2
         reading, writing = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -91,8 +93,9 @@ class Watchdog:
         self._send(b"-", pid)
 
     def lost(self) -> None:
-        """The node is fenced before its deadline. Who opens a lock later is of a new incarnation."""
-        self._send(b"l")
+        """The node is fenced before its deadline, or its life ends. Those that ignore SIGTERM are killed
+        when half of the grace is over. Who opens a lock later is of a new incarnation."""
+        self._send(b"l", 0, boottime() + self._kill_after_s)
 
     def close(self) -> None:
         """A clean end: nobody is to be signalled."""
@@ -122,7 +125,8 @@ class _Guard:
         """By thread: a descriptor of its process, and how many locks it has open."""
         self.fence_at: float | None = None
         self.kill_at = 0.0
-        self.dying: list[int] = []
+        self.dying: list[tuple[int, float]] = []
+        """Descriptors of processes that got SIGTERM, and when they are killed."""
 
     def run(self) -> None:
         os.setsid()
@@ -156,7 +160,7 @@ class _Guard:
             else:
                 os.close(fd)
         elif kind == b"l":
-            self._terminate()
+            self._terminate(seconds)
         return kind != b"q"
 
     def _add(self, pid: int) -> None:
@@ -172,18 +176,17 @@ class _Guard:
     def _look(self) -> None:
         now = boottime()
         if self.fence_at is not None and now >= self.fence_at and self.held:
-            self._terminate()
-        if self.dying and now >= self.kill_at:
-            for fd in self.dying:
-                if self.on_lost is OnLost.KILL:
-                    with contextlib.suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(fd, signal.SIGKILL)
-                os.close(fd)
-            self.dying.clear()
+            self._terminate(self.kill_at)
+        for fd, _ in [each for each in self.dying if now >= each[1]]:
+            if self.on_lost is OnLost.KILL:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+            os.close(fd)
+        self.dying = [each for each in self.dying if now < each[1]]
 
-    def _terminate(self) -> None:
+    def _terminate(self, kill_at: float) -> None:
         for fd, _ in self.held.values():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGTERM)
-            self.dying.append(fd)
+            self.dying.append((fd, kill_at))
         self.held.clear()

@@ -1,8 +1,8 @@
 """The daemon: joins store, engine, file system and FUSE device, and owns their life.
 
 Start: state, session, node name, mount, device, control socket, then "ready".
-End (umount, SIGTERM, a lost session): stop serving, give every lock back, leave the domains, end
-the session. Nothing of a clean end is left in the store.
+End (umount, a signal, an aborted connection): `engine.ending`, all the while as a node that answers
+requests and questions; then the mount is detached. Nothing of a clean end is left in the store.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import resource
 import signal
@@ -18,8 +19,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, deadline, facts, identity
-from dlmfs.config import EtcdSource
+from dlmfs import __version__, facts, identity
+from dlmfs.config import EtcdSource, lock_delay_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
 from dlmfs.engine import membership
@@ -47,9 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dlmfs.node")
 
-LEAVE_PATIENCE_S: Final = 3.0
-"""A clean end goes on for as long as the store answers within this; then it is as if the node had
-died."""
 NAMES_MAX: Final = 1000
 
 
@@ -98,6 +96,7 @@ class Node:
             log.info("node %s serves %s", self.membership.name, self.config.mountpoint)
             reason = await self._ended
             log.info("node %s ends: %s", self.membership.name, reason)
+            await self._leave(reason)
         return 0
 
     def _end(self, reason: str) -> None:
@@ -121,7 +120,7 @@ class Node:
         """The watchdog process, forked while there is no thread and no lock yet."""
         on_lost = self.config.options.on_lost
         if on_lost is not OnLost.NONE and isinstance(self.config.source, EtcdSource):
-            self.watchdog = Watchdog(on_lost)
+            self.watchdog = Watchdog(on_lost, self.config.options.grace_s)
             undo.callback(self.watchdog.close)
 
     async def _open_store(self, undo: contextlib.AsyncExitStack) -> None:
@@ -146,7 +145,8 @@ class Node:
             identity.is_over,
             options.owner,
             options.ttl_s,
-            options.lock_delay_s,
+            lock_delay_of(self.config.source, options),
+            options.grace_s,
         )
         member = Membership(self.store, self.loop, boottime, config)
         self.membership = member
@@ -165,7 +165,7 @@ class Node:
         self.traffic = Traffic(self)
         member.questions.reply = partial(facts.reply, self)
         await self._finish(member.start)
-        undo.push_async_callback(self._leave)
+        undo.push_async_callback(self._leave, "it could not start")
         if isinstance(self.store, SqliteStore):
             # No lease to run out, but a file to be deleted.
             self.fs.serving, self.fs.expire = partial(self._intact, self.store), _nothing
@@ -200,9 +200,6 @@ class Node:
 
     def _publish(self, undo: contextlib.AsyncExitStack) -> None:
         """Tell programs the deadline, before any of them can be granted something."""
-        if isinstance(self.store, SqliteStore):
-            deadline.clear(self._entry.dev)
-            return
         try:
             published = Published(self._entry.dev)
         except OSError as error:
@@ -210,11 +207,13 @@ class Node:
         undo.callback(published.close)
 
         def tell(session: Session) -> None:
-            assert session.renewed_at is not None
-            fence_at = session.renewed_at + Timing(session.ttl_s).fence_after_s
-            published.tell(fence_at, session.lease)
+            at = math.inf
+            if session.renewed_at is not None:
+                at = session.renewed_at + Timing(session.ttl_s).fence_after_s
+            published.tell(at, session.lease)
 
         self.store.renewed = tell
+        self.fs.over = published.over
         session = self.membership.session
         assert session is not None
         tell(session)
@@ -246,10 +245,10 @@ class Node:
             raise result
         return result
 
-    async def _leave(self) -> None:
-        """Leave every domain, then end the session, whether or not the leaving worked."""
+    async def _leave(self, reason: str) -> None:
+        """End this node's life among the others. Returns when it is over, however it went."""
         with contextlib.suppress(DlmfsError):
-            await self._finish(partial(self.membership.depart, LEAVE_PATIENCE_S))
+            await self._finish(partial(self.membership.ending.begin, reason))
 
     # -- mounting ---------------------------------------------------------------------------------
 
@@ -283,15 +282,12 @@ class Node:
         self._end(reason)
 
     def _unmount(self) -> None:
-        """Detach the mount if it still stands, then let go of every descriptor on it.
-
-        In this order: the kernel must refuse the processes before others get their locks.
-        """
+        """Detach the mount if it still stands. Last of all: whoever mounts there anew waits for that, and
+        finds this node's name free then."""
         if self.mounted:
             with contextlib.suppress(DlmfsError):
                 fuse_mount.unmount(self.config.mountpoint, lazy=True)
         self.device.close()
-        self.fs.close_all()
 
 
 def _etcd_store(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dlmfs import __version__, reading
 from dlmfs.core.events import Claim
+from dlmfs.engine.ending import Ending
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.membership import Membership
@@ -56,6 +57,7 @@ async def status(node: Node, sight: Sight) -> Facts:
         "owner": node.config.options.owner.value,
         "uptime_s": round(node.membership.clock() - node.started, 1),
         "lease": _lease(node.membership),
+        "ending": _ending(node.membership.ending),
         "store": node.store.describe(),
         "faults": node.faults.told(whole=sight.whole),
         "domains": domains,
@@ -73,6 +75,12 @@ def _lease(member: Membership) -> Facts:
         "left_s": round(fence_at - member.clock(), 2) if fence_at is not None else None,
         "fences": member.fences,
     }
+
+
+def _ending(ending: Ending) -> Facts | None:
+    if not ending.begun:
+        return None
+    return {"phase": ending.phase.value, "reason": ending.reason}
 
 
 async def nodes(node: Node, sight: Sight) -> list[Facts]:

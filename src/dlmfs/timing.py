@@ -37,6 +37,10 @@ class Scheduler(Protocol):
 Clock = Callable[[], float]
 """Seconds that also pass while the machine is suspended (CLOCK_BOOTTIME): a lease does not wait."""
 
+GRACE_S = 2.0
+"""How long holders have to close what they are told is over, before others may have it: twice what
+`dlmfs lock` takes to end a command."""
+
 TTL_DEFAULT_S = 15.0
 TTL_MIN_S = 5.0
 TTL_MAX_S = 3600.0

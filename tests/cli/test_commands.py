@@ -288,7 +288,8 @@ def test_every_clean_end(nodes: Nodes, how: str) -> None:
 
 @fuse
 def test_sigterm_while_the_lock_is_held_and_awaited(nodes: Nodes) -> None:
-    a, b = nodes.pair()
+    """Its holder is told, and has the grace to close it. One that does not is left as by a death."""
+    a, b = nodes.pair("grace=0.5", "lock-delay=0")
     assert nodes.hold(a / "dom/x").wait() == "held"
     assert nodes.hold(a / "dom/y").wait() == "held"
     waiter = nodes.hold(b / "dom/x")
@@ -299,7 +300,35 @@ def test_sigterm_while_the_lock_is_held_and_awaited(nodes: Nodes) -> None:
     assert entries(a) == []
     assert waiter.wait() == "held"
     info = json.loads(dlmfs("info", "--json", str(b / "dom/x")).stdout)
-    assert info["abandoned"] is None, "a clean end is no death"
+    assert info["abandoned"]["node"] == "a"
+
+
+@fuse
+def test_a_mount_at_the_place_of_one_that_ends_takes_over_its_name(nodes: Nodes) -> None:
+    """As a service that is restarted by hand: neither "mounted already" nor "alive"."""
+    a = nodes.mount("a", "grace=1.5")
+    (a / "dom").mkdir()
+    assert nodes.hold(a / "dom/x").wait() == "held"
+    pid = nodes.pid(a)
+    os.kill(pid, signal.SIGTERM)
+    nodes.mount("a", "lock-delay=0")
+    assert nodes.pid(a) != pid
+    assert nodes.status(a)["node"] == "a"
+    assert len(entries(a)) == 1
+
+
+@fuse
+@pytest.mark.root
+def test_a_mount_where_one_was_torn_away_waits_for_the_name_of_its_daemon(nodes: Nodes) -> None:
+    """umount -f leaves the mount dead and its daemon alive, for as long as its holders have."""
+    a = nodes.mount("a", "grace=1.5")
+    (a / "dom").mkdir()
+    assert nodes.hold(a / "dom/x").wait() == "held"
+    pid = nodes.pid(a)
+    subprocess.run(["umount", "-f", str(a)], check=False, capture_output=True)
+    nodes.mount("a", "lock-delay=0")
+    assert nodes.pid(a) != pid
+    assert nodes.status(a)["node"] == "a"
 
 
 @fuse

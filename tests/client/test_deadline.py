@@ -16,7 +16,7 @@ from dlmfs import deadline, rundir
 from dlmfs.client import deadlines, keeper, logic
 from dlmfs.client.logic import is_lost
 from dlmfs.client.place import Place
-from dlmfs.deadline import Deadline, Published, boottime, clear, sleep_until
+from dlmfs.deadline import Deadline, Published, boottime, sleep_until
 from tests.fs.nodes import PATIENCE_S
 
 DEV = "0:77"
@@ -158,12 +158,34 @@ def test_the_next_mounts_file_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mount_without_a_lease_removes_what_a_dead_daemon_left(tmp_path: Path) -> None:
-    left = tmp_path / rundir.name(DEV, "lease")
-    left.write_bytes(b"old")
-    clear(DEV)
-    assert not left.exists()
-    clear(DEV)
+def test_what_is_over_is_over_for_its_session_only(published: Published) -> None:
+    """A renewal that is confirmed later must not bring it back; a node that came back has another."""
+    published.tell(1e9, 1)
+    found = Deadline.find(DEV, UID)
+    assert found is not None
+    assert not found.passed()
+    published.over()
+    published.tell(2e9, 1)
+    assert found.passed()
+    published.tell(2e9, 2)
+    later = Deadline.find(DEV, UID)
+    assert later is not None
+    assert not later.passed()
+    assert found.passed()
+    for each in (found, later):
+        each.close()
+
+
+def test_where_no_lease_runs_out_it_is_the_daemons_death(tmp_path: Path) -> None:
+    published = Published(DEV)
+    published.tell(math.inf, 1)
+    found = Deadline.find(DEV, UID)
+    assert found is not None
+    assert found.at() == math.inf
+    (tmp_path / "0-77.lease").rename(tmp_path / "kept")  # a killed daemon leaves it there
+    published.close()
+    assert found.at() == -math.inf
+    found.close()
 
 
 def test_sleeping_ends_at_the_instant() -> None:

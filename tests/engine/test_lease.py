@@ -49,6 +49,7 @@ class Node:
         self.granted_to: list[Claim] = []
         self.failed_with: list[int] = []
         self.fenced_at: float | None = None
+        self.ended_at: float | None = None
         self.back: list[Lockspace] = []
         self.error: DlmfsError | None = None
         self.started = False
@@ -83,6 +84,12 @@ class Node:
 
     def rejoined(self, space: Lockspace) -> None:
         self.back.append(space)
+
+    def holding(self) -> bool:
+        return any(claim.stage is Stage.HELD for claim in self.granted_to)
+
+    def ends(self, reason: str) -> None:
+        self.ended_at = self.loop.time()
 
     # -- what a test does ---------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class Node:
         self.membership = Membership(self.store, loop, loop.time, config)
         self.membership.host = self
         self.fences: list[str] = []
+        self.claims: list[Claim] = []
         started: list[DlmfsError | None] = []
         self.membership.start(started.append)
         assert loop.run_until(lambda: bool(started), PATIENCE_S)
@@ -50,6 +51,7 @@ class Node:
     def open(self) -> Claim:
         """Open the lock exclusively; it may be granted at once or later."""
         claim = Claim(1, Mode.EX, pid=1)
+        self.claims.append(claim)
         self.membership.spaces[DOMAIN].lock(LOCK).open(claim)
         return claim
 
@@ -89,6 +91,12 @@ class Node:
 
     def rejoined(self, space: Lockspace) -> None:
         """It is in `membership.spaces`."""
+
+    def holding(self) -> bool:
+        return any(holds(claim) for claim in self.claims)
+
+    def ends(self, reason: str) -> None:
+        """The claims are asked."""
 
 
 @pytest.fixture
@@ -164,7 +172,7 @@ def test_a_clean_end_waits_for_a_full_store(pair: tuple[Node, Node]) -> None:
     a.cache()
     a.store.faults = Faults(full=True)
     ended: list[DlmfsError | None] = []
-    a.membership.close(ended.append)
+    a.membership.ending.begin("a test", ended.append)
     a.loop.run_for(1.0)
     assert not ended
     a.store.faults = Faults()

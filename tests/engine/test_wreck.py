@@ -11,9 +11,9 @@ from dlmfs.core.lockres import Lockres
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.view import View
-from dlmfs.engine.wreck import HOLDERS_S
 from dlmfs.errors import DlmfsError
 from dlmfs.model import Mode, Owner
+from dlmfs.timing import GRACE_S
 from tests.engine.cluster import LockHistory, Program
 from tests.engine.hand import LOCK, HandCluster, HandNode, ended, holds, waits
 
@@ -114,7 +114,7 @@ def test_it_costs_that_lock_and_nothing_else(
     assert a.joined.life is Life.JOINED
     # Its holder has not closed: nobody has the lock yet, here or there.
     first, second = cluster.open(b, Mode.EX), cluster.begin(a, Mode.EX)
-    cluster.pass_time(HOLDERS_S - 0.5)
+    cluster.pass_time(GRACE_S - 0.5)
     assert waits(second)
     assert waits(first)
     lost.close(held)
@@ -137,7 +137,7 @@ def test_its_holders_have_their_time_and_no_more(
     cluster.hold(a, Mode.PR)
     by_a_local_open(cluster, a, b)
     waiter = cluster.begin(b, Mode.EX)
-    cluster.pass_time(HOLDERS_S - 0.1)
+    cluster.pass_time(GRACE_S - 0.1)
     assert waits(waiter)
     cluster.pass_time(0.3)
     assert holds(waiter)
@@ -155,7 +155,7 @@ def test_what_was_only_cached_is_free_at_once(pair: tuple[HandCluster, HandNode,
 
 def test_the_lock_delay_is_kept(pair: tuple[HandCluster, HandNode, HandNode]) -> None:
     cluster, a, b = pair
-    delay = 3 * HOLDERS_S
+    delay = 3 * GRACE_S
     for node in (a, b):
         node.joined.lock_delay_s = delay
     held = cluster.hold(a, Mode.EX)

@@ -107,14 +107,21 @@ def test_promise_progress_a_clean_leave_frees_at_once(nodes: EtcdNodes) -> None:
     assert nodes.status(b)["domains"][0]["members"] == ["b"]
 
 
-def test_sigterm_is_a_clean_leave(nodes: EtcdNodes) -> None:
+def test_sigterm_leaves_cleanly_what_is_closed_and_as_a_death_what_is_not(nodes: EtcdNodes) -> None:
+    """Either at the latest when the grace is over, whatever the lease time."""
     a, b = nodes.pair("ttl=3600")
-    holder = nodes.hold(a / "dom/x")
-    assert holder.wait() == "held"
-    waiter = nodes.queue(b / "dom/x")
+    fd = os.open(a / "dom/x", os.O_RDWR | os.O_CREAT)
+    assert nodes.hold(a / "dom/y").wait() == "held"
+    waiters = [nodes.queue(b / f"dom/{name}") for name in "xy"]
     os.kill(nodes.daemons.pop(a), signal.SIGTERM)
-    assert waiter.wait() == "held"
+    assert gone(fd)
+    assert is_lost(fd)
+    assert not any(waiter.poll(0) for waiter in waiters)
+    os.close(fd)
+    for waiter in waiters:
+        assert waiter.wait() == "held"
     assert os.getxattr(b / "dom/x", "user.dlmfs.abandoned") == b""
+    assert json.loads(os.getxattr(b / "dom/y", "user.dlmfs.abandoned"))["node"] == "a"
 
 
 def test_the_name_of_a_killed_daemon_is_free_at_once_on_its_machine(nodes: EtcdNodes) -> None:

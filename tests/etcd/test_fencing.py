@@ -211,9 +211,11 @@ def test_on_lost_leaves_alone_who_has_closed(nodes: EtcdNodes) -> None:
     assert held.process.wait(PATIENCE_S) == -signal.SIGTERM
 
 
-def test_a_clean_end_signals_nobody(nodes: EtcdNodes) -> None:
+def test_an_end_signals_its_holders_and_nobody_else(nodes: EtcdNodes) -> None:
     a = nodes.mount("a", "on-lost=kill")
     (a / "dom").mkdir()
+    here = os.open(a / "dom/x", os.O_RDWR | os.O_CREAT)
+    os.close(here)  # this very process
     held = nodes.hold(a / "dom/y")
     assert held.wait() == "held"
     watchdogs = {pid: os.pidfd_open(pid) for pid in nodes.helpers}
@@ -222,7 +224,7 @@ def test_a_clean_end_signals_nobody(nodes: EtcdNodes) -> None:
     for fd in watchdogs.values():
         until(partial(_ended, fd), "the watchdog stays behind")
         os.close(fd)
-    assert held.process.poll() is None
+    assert held.process.wait(PATIENCE_S) == -signal.SIGTERM
     nodes.helpers.clear()
 
 

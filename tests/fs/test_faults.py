@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs.engine.wreck import HOLDERS_S
 from dlmfs.fs.openfiles import POLLGONE
 from dlmfs.fuse import opcodes, wire
+from dlmfs.timing import GRACE_S
 from tests.fs.nodes import DLMFS, PATIENCE_S, Nodes, dlmfs
 from tests.fs.simulated import Mount
 
@@ -55,7 +55,7 @@ def test_a_broken_lock_is_lost_to_who_has_it_open(mount: Mount) -> None:
     told = fs.faults.told()["last"][0]
     assert (told["where"], told["times"]) == ("lock dom/x", 1)
     mount.close(fh)
-    mount.loop.run_for(HOLDERS_S)
+    mount.loop.run_for(GRACE_S)
     mount.file = successor  # type: ignore[assignment]
     mount.close(mount.hold())
     assert mount.counts() == (0, 0)
@@ -76,7 +76,7 @@ def test_a_kept_place_ends_with_a_broken_lock(mount: Mount) -> None:
     mount.interrupted()
     mount.space.lock(mount.file.name).res.pr += 1
     mount.close(fh)
-    mount.loop.run_for(2 * HOLDERS_S)
+    mount.loop.run_for(2 * GRACE_S)
     assert mount.counts() == (0, 0)
     assert not mount.fs.places
 

@@ -335,21 +335,27 @@ class Run:
             raise Found(f"left in the store: {keys}")
 
     def unmount(self) -> None:
-        """The kernel goes, as Node._unmount has it, and then the node."""
+        """The kernel goes, and then the node: who waited is sent away, and what was open, of which no
+        RELEASE comes, keeps its place for a grace and is lost then."""
         for side in self.sides:
             side.kernel.over = True
             side.loop.readers[side.kernel.fd]()
             side.device.close()
-            side.fs.close_all()
             if side.ends != ["unmounted"] or side.bugs:
                 raise Found(f"unmounted: {side.ends} {side.bugs}")
         self.loop.run_for(PATIENCE_S)
         closed: list[object] = []
         for side in self.sides:
             side.store.faults = Faults()
-            self.no_claims(side)
-            side.member.close(closed.append)
+            side.member.ending.begin("a test", closed.append)
+            if side.fs.waiting or side.fs.places._places:
+                raise Found(f"they wait on: {side.fs.waiting} {side.fs.places._places}")
         self.loop.run_for(PATIENCE_S)
+        for side in self.sides:
+            for fh in list(side.fs.handles):
+                side.fs._close(side.fs.handles[fh])
+            side.fs.pending.clear()
+            self.no_claims(side)
         for side in self.sides:
             side.store.close()
         self.loop.run_for(PATIENCE_S)

@@ -209,6 +209,20 @@ def tmpfs(options: str) -> Iterator[Path]:
         folder.rmdir()
 
 
+@contextlib.contextmanager
+def fusectl() -> Iterator[Path]:
+    """The kernel's FUSE control file system, at a place of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="dlmfs-ctl-"))
+    try:
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(folder)], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    finally:
+        folder.rmdir()
+
+
 def error_of(call: Callable[[], object]) -> int:
     """0, or the errno that it fails with."""
     try:

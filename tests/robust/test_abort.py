@@ -15,7 +15,6 @@ import resource
 import select
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from tests.robust.helpers import (
     ended,
     entry_of,
     error_of,
+    fusectl,
     remount,
     sound,
     use,
@@ -46,16 +46,8 @@ EX = os.O_RDWR | os.O_CREAT
 
 @pytest.fixture
 def connections() -> Iterator[Path]:
-    """The kernel's FUSE control file system, at a place of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="dlmfs-ctl-"))
-    try:
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", str(folder)], check=True)
-        try:
-            yield folder
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
-    finally:
-        folder.rmdir()
+    with fusectl() as folder:
+        yield folder
 
 
 class Scene:
@@ -63,7 +55,7 @@ class Scene:
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes = nodes
-        self.a, self.b = nodes.pair()
+        self.a, self.b = nodes.pair("grace=0.5", "lock-delay=0.2")
         self.fd = os.open(self.a / "dom/x", EX)
         os.pwrite(self.fd, b"kept", 0)
         self.y = os.open(self.b / "dom/y", EX)
@@ -81,7 +73,8 @@ class Scene:
                 os.close(fd)
 
     def is_cut_off(self, daemon: int) -> None:
-        """The mount a is gone by force: errors here, the lock there, and a clean store."""
+        """The mount a is gone by force: errors here, the lock there, once its holder had time to learn
+        of it; marked, for nobody saw it closed; and a clean store."""
         for waiter in self.want_y:
             words = waiter.wait().split()
             assert words[0] == "error"
@@ -96,7 +89,7 @@ class Scene:
         assert self.nodes.status(self.b)["domains"][0]["members"] == ["b"]
         info = json.loads(dlmfs("info", "--json", str(self.b / "dom/x")).stdout)
         assert bytes.fromhex(info["lvb_hex"]).rstrip(b"\0") == b"kept"
-        assert info["abandoned"] is None, "a clean end is no death"
+        assert info["abandoned"]["node"] == "a", "it was in use, and is not marked"
         info = json.loads(dlmfs("info", "--json", str(self.b / "dom/y")).stdout)
         assert info["waiters"] == []
         assert sound(self.nodes.state)
@@ -170,7 +163,7 @@ def test_plain_umount_of_a_mount_in_use_is_refused_and_changes_nothing(scene: Sc
 
 def test_abort_under_load_frees_everything(nodes: Nodes, connections: Path) -> None:
     """Many times, at no particular point of the work."""
-    a, b = nodes.pair()
+    a, b = nodes.pair("grace=0.2", "lock-delay=0")
     for turn in range(30 if LONG else 1):
         loads = [Worker(COUNT, where / "dom/n") for where in (a, a, b)]
         try:

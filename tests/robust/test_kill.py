@@ -114,7 +114,7 @@ class Cluster:
         self.past: list[Load] = []
         self.loads: dict[Path, Load] = {}
         for name in "ab":
-            self.start(self.nodes.mount(name, f"owner={owner}"))
+            self.start(self.nodes.mount(name, f"owner={owner}", "lock-delay=0"))
 
     def start(self, where: Path) -> None:
         (where / "dom").mkdir()
@@ -140,7 +140,7 @@ class Cluster:
         for worker in self.loads[survivor].workers:
             worker.wait_for(3)
         assert sound(self.nodes.state)
-        self.start(remount(self.nodes, victim.name, f"owner={self.owner}"))
+        self.start(remount(self.nodes, victim.name, f"owner={self.owner}", "lock-delay=0"))
 
     @staticmethod
     def _says_who_died(path: Path, name: str) -> None:

@@ -6,14 +6,18 @@ import argparse
 import contextlib
 import logging
 import os
+import select
 import stat
 from typing import Final
 
 from dlmfs.cli.daemonize import run_in_background
 from dlmfs.cli.parser import Parser
 from dlmfs.config import LocalSource, MountConfig, Source, parse_options, parse_source
-from dlmfs.errors import MountFailed, NotPermitted, UsageError
+from dlmfs.control import ask, daemon_pid
+from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
+
+LOOK_S: Final = 1.0
 
 DESCRIPTION: Final = """\
 SOURCE   local             the embedded engine: all mounts of this user on this host that say
@@ -31,9 +35,12 @@ OPTIONS: Final = """\
          ttl=SECONDS       lease time on etcd, 5 to 3600 (default 15)
          ca=, cert=, key=, credentials=
                            files for etcd with TLS; `user:password` for etcd with authentication
-         lock-delay=SECS   wait so long before a dead node's locks are given to others
+         grace=SECONDS     how long holders have to close their locks when this node ends (default 2)
+         lock-delay=SECS   wait so long before a dead node's locks are given to others (default 2 on
+                           one host; 0 on etcd, where the lease gives that time)
          on-lost=none|term|kill
-                           what is done to processes that hold locks when this node is fenced
+                           on etcd, what is done to processes that hold locks when this node is
+                           fenced or ends
          allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
          and what mount(8) and fstab pass without meaning for dlmfs; anything else is refused
 """
@@ -49,6 +56,7 @@ def run(args: list[str]) -> int:
     options = parse_options(parsed.o)
     mountpoint = os.path.realpath(parsed.mountpoint)
     fuse_mount.clear_stale(mountpoint)
+    _await_end(mountpoint)
     _check(mountpoint, source)
     config = MountConfig(parsed.source, source, mountpoint, options)
     if helper and parsed.fake:
@@ -99,6 +107,31 @@ def _log(*, verbose: bool, foreground: bool) -> None:
         format="dlmfs[%(process)d]: %(levelname)s: %(message)s",
         handlers=handlers,
     )
+
+
+def _await_end(mountpoint: str) -> None:
+    """A node that ends there gives its holders their time first, and has its name until then."""
+    entry = fuse_mount.find(mountpoint)
+    if entry is None or entry.mountpoint != mountpoint or not entry.is_dlmfs:
+        return
+    pid = daemon_pid(entry)
+    if pid is None or not _ends(entry):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            while _ends(entry) and not select.select([handle], [], [], LOOK_S)[0]:
+                pass
+            select.select([handle], [], [], LOOK_S)  # it has left, and detaches the mount
+        finally:
+            os.close(handle)
+
+
+def _ends(entry: fuse_mount.MountEntry) -> bool:
+    with contextlib.suppress(DlmfsError):
+        ending = ask(entry, {"cmd": "status"})["ending"]
+        return ending is not None and ending["phase"] != "over"
+    return False
 
 
 def _check(mountpoint: str, source: Source) -> None:

@@ -59,6 +59,8 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
     lines = [head + age(report["uptime_s"])]
     if lease["reason"]:
         lines.append(f"  {lease['reason']}")
+    if report["ending"] and report["ending"]["phase"] != "over":
+        lines.append(f"  it ends ({report['ending']['reason']}): holders are given their time")
     lines += [
         f"  the node {session['node']} is stopped (pid {session['pid']}): it keeps its locks"
         for session in report["store"].get("sessions", [])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import select
 import signal
@@ -63,7 +64,8 @@ class _Watch:
         self.lost = ""
         self.grace_s = GRACE_S
         self.locks = locks
-        self._deadlines = deadlines
+        # The rest ends with its daemon, and poll(2) tells of that.
+        self._deadlines = {path: each for path, each in deadlines.items() if each.at() < math.inf}
 
     def start(self) -> None:
         """Raises Unavailable."""

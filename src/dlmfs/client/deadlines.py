@@ -6,6 +6,7 @@ run out all the same (dlmfs.deadline).
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -65,6 +66,9 @@ def watch(place: Place, holder: Watched) -> Mount | None:
     with _mutex:
         deadline = Deadline.find(place.dev, place.uid)
         if deadline is None:
+            return None
+        if deadline.at() == math.inf:  # the kernel tells of a daemon's death
+            deadline.close()
             return None
         mount = _mounts.get(place.dev)
         if mount is not None and mount.deadline.identity == deadline.identity:

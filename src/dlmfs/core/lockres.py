@@ -220,10 +220,10 @@ class Lockres(Claims):
         return self._leave()
 
     def surrender(self) -> None:
-        """The file is being unlinked: the idle level is believed in no longer (rule 5)."""
+        """The lock is being left: what no holder needs is believed in no longer (rule 5)."""
         self._enter(Event.SURRENDER)
-        assert not self.in_use
-        self.level = Mode.NL
+        assert not self.waiters
+        self.level = Mode.EX if self.ex else Mode.PR if self.pr else Mode.NL
 
     # -- questions --------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.lease import LeaseState
 from dlmfs.engine.lockspace import Life, Lockspace
-from dlmfs.engine.wreck import HOLDERS_S
 from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Domains:
         """A domain that was lost and has not been left since."""
         member = self._member
         old = self.spaces.get(domain)
-        if old is None or old.life is not Life.LOST or not member.up:
+        if old is None or old.life is not Life.LOST or not member.up or member.ending.begun:
             return
         assert member.session is not None
         under_way = self._joining.get(domain)
@@ -118,6 +117,7 @@ class Domains:
             owner=member.config.owner,
             timing=member.timing,
             lock_delay_s=member.config.lock_delay_s,
+            grace_s=member.config.grace_s,
             serving=member.serving,
             ended=self._space_lost,
         )
@@ -131,5 +131,7 @@ class Domains:
     def _space_lost(self, space: Lockspace) -> None:
         """One domain's membership was taken from us, perhaps by hand, while the session stands. To join
         again takes what we had away, if it is still there: first its holders have their time."""
-        if self._member.up and self.spaces.get(space.domain) is space:
-            self._member.loop.call_later(HOLDERS_S, self.join_again, space.domain)
+        again = self._member.up and not self._member.ending.begun
+        if again and self.spaces.get(space.domain) is space:
+            grace_s = self._member.config.grace_s
+            self._member.loop.call_later(grace_s, self.join_again, space.domain)

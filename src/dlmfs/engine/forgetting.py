@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Final
 from dlmfs.core.events import Phase
 from dlmfs.core.lockres import Lockres
 from dlmfs.engine import changes, granting
+from dlmfs.engine.contained import contained
 from dlmfs.engine.view import NO_HEAD, NOTHING
+from dlmfs.errors import NotGranted
 
 if TYPE_CHECKING:
     from dlmfs.engine.changes import Change
@@ -25,7 +27,12 @@ def step(lock: ClusterLock) -> None:
     if lock.res.phase is not Phase.IDLE:
         return  # a withdrawal or a hand-over is under way; its end brings us back
     lock.res.surrender()
-    if lock.view.mine() is None:
+    mine = lock.view.mine()
+    if lock.res.holders:  # left when they have closed; what none of them needs is given up now
+        if mine is not None and mine.level > lock.res.level:
+            granting.put(lock, level=lock.res.level)
+        return
+    if mine is None:
         finish(lock, None)
         return
     if lock.forget_waits:
@@ -57,6 +64,14 @@ def _left(lock: ClusterLock, result: TxnResult, change: Change, seen: int) -> No
 def _again(lock: ClusterLock) -> None:
     lock.forget_waits = False
     lock.resume()
+
+
+@contained
+def keep(lock: ClusterLock) -> None:
+    """What programs still hold is not left: whoever comes next must see that its holder did not give it
+    back (`ending`)."""
+    if lock.forgets and lock.res.holders:
+        finish(lock, NotGranted("programs of this node have it open still"))
 
 
 def finish(lock: ClusterLock, error: DlmfsError | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dlmfs.engine.lock import Done
 from dlmfs.engine.records import decode_head
-from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, Unavailable
 from dlmfs.model import Mode
 from dlmfs.store.base import Delete, KeyValue, Op, Range, Txn, TxnResult, created_at, unchanged
 
@@ -23,7 +23,8 @@ RETRY_S = 0.1
 
 
 def leave(space: Lockspace, done: Done) -> None:
-    """Leave all locks, then the domain. `done` gets the first refusal; the space is joined then."""
+    """Leave all locks, then the domain. `done` gets a refusal, and the space is joined then: one that
+    may pass, if there is any."""
     waiting = len(space.locks)
     if not waiting:
         _look(space, done)
@@ -43,7 +44,8 @@ def leave(space: Lockspace, done: Done) -> None:
         elif failures:
             # Some head still has us; without the membership that would look like a death.
             space.stay()
-            done(failures[0])
+            again = [error for error in failures if isinstance(error, Unavailable)]
+            done((again or failures)[0])
         else:
             _look(space, done)
 

@@ -146,7 +146,7 @@ class ClusterLock:
 
     @contained
     def forget(self, done: Done) -> None:
-        """Leave the lock: this node's file is unlinked, or the domain is left (rule 15)."""
+        """Leave the lock (rule 15), when nobody holds it: its file is unlinked, or the domain left."""
         self.forgets.append(done)
         if self.res.phase is Phase.IDLE:
             self.res.surrender()

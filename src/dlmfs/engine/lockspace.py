@@ -19,9 +19,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.events import Claim
-from dlmfs.engine import leaving
+from dlmfs.engine import forgetting, leaving
 from dlmfs.engine.changes import grants_max
 from dlmfs.engine.contained import contained
+from dlmfs.engine.deaths import Deaths
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import FORMAT, Keys, Wish, decode_mail, decode_wish
 from dlmfs.engine.sender import Sender
@@ -44,15 +45,12 @@ from dlmfs.store.base import (
     created_at,
     unchanged,
 )
-from dlmfs.timing import Scheduler, Timing
+from dlmfs.timing import GRACE_S, Scheduler, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RETRY_S: Final = 0.1
-
-SLACK_S: Final = 0.001
-"""A timer may come early by a rounding of the clock, and nobody would ask again."""
 
 
 class Host(Protocol):
@@ -108,6 +106,7 @@ class Lockspace:
         owner: Owner = Owner.NODE,
         timing: Timing | None = None,
         lock_delay_s: float = 0.0,
+        grace_s: float = GRACE_S,
         serving: Callable[[], bool] | None = None,
         ended: Callable[[Lockspace], None] | None = None,
     ) -> None:
@@ -120,6 +119,7 @@ class Lockspace:
         self.owner = owner
         self.timing = timing or Timing()
         self.lock_delay_s = lock_delay_s
+        self.grace_s = grace_s
         self.serving = serving or _always
         self._ended = ended
         self.keys = Keys(domain, node)
@@ -139,7 +139,7 @@ class Lockspace:
         self._watch: Watch | None = None
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
-        self._noticed: dict[tuple[str, int], float] = {}
+        self._deaths = Deaths(loop, lock_delay_s, self._look_again)
         self._askers: list[Done] = []
         """Who waits for the join, or the leave, that is under way."""
 
@@ -159,19 +159,11 @@ class Lockspace:
     def is_dead(self, node: str, incarnation: int, *, surely: bool = False) -> bool:
         """Whether it has ended (`surely`: it has), and its locks may be granted: with `lock_delay_s`,
         only so long after we noticed, so that what it had under way elsewhere can end, too."""
-        if not surely and not self.is_gone(node, incarnation):
-            return False
-        if not self.lock_delay_s:
-            return True
-        now = self.loop.time()
-        noticed = self._noticed.get((node, incarnation))
-        if noticed is None:
-            noticed = self._noticed[node, incarnation] = now
-            self.loop.call_later(self.lock_delay_s, self._delay_is_over)
-        return now - noticed >= self.lock_delay_s - SLACK_S
+        gone = self.is_gone(node, incarnation)
+        return (gone or surely) and self._deaths.counts(node, incarnation, noticed=gone)
 
     @contained
-    def _delay_is_over(self) -> None:
+    def _look_again(self) -> None:
         if self.live:
             for lock in list(self.locks.values()):
                 lock.member_gone()
@@ -275,9 +267,14 @@ class Lockspace:
 
     def _start(self, members: Any, wishes: Any, revision: int) -> None:
         self.revision = revision
+        self._deaths.listed()
+        before = self.members
         self.members = {
             kv.key[len(self.keys.members) :].decode(): kv.create_revision for kv in members
         }
+        for node, incarnation in before.items():
+            if self.members.get(node) != incarnation:
+                self._deaths.note(node, incarnation)
         for queue in self.wishes.values():
             queue.clear()
         for kv in wishes:
@@ -291,12 +288,16 @@ class Lockspace:
         return decode_wish(kv, self.keys.split_wish(kv.key)[1])
 
     def leave(self, done: Done) -> None:
-        """Give everything back, then the membership (rule 15). No local program uses a lock.
-
-        With an error the domain stays joined.
+        """Give everything back, then the membership (rule 15); what programs hold when they have
+        closed it. With an error the domain stays joined.
         """
         self.life = Life.LEAVING
         self.enter(leaving.leave, self, self._once(done))
+
+    def keep(self) -> None:
+        """The leave waits no longer for what programs hold: that stays in its head."""
+        for lock in list(self.locks.values()):
+            forgetting.keep(lock)
 
     def stay(self) -> None:
         """The leave came to nothing."""
@@ -416,12 +417,19 @@ class Lockspace:
         if event.kind == "put":
             known = self.members.get(node)
             self.members[node] = event.kv.create_revision
-            return known is not None and known != event.kv.create_revision
+            if known is None or known == event.kv.create_revision:
+                return False
+            self._deaths.note(node, known)
+            return True
         if node == self.node and event.kv.mod_revision > self.incarnation:
             if self.life is not Life.LEAVING:  # else it may be our own doing
                 self.lose("the membership record was removed from the store")
             return False
-        return self.members.pop(node, None) is not None
+        known = self.members.pop(node, None)
+        if known is None:
+            return False
+        self._deaths.note(node, known)
+        return True
 
     # -- transactions of the domain's own ----------------------------------------------------
 

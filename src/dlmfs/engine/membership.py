@@ -22,14 +22,15 @@ from typing import Final, Protocol
 
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.domains import Domains
+from dlmfs.engine.ending import Ending
 from dlmfs.engine.eviction import Mark, decode_mark, mark_key
 from dlmfs.engine.lock import Done
 from dlmfs.engine.lockspace import Host as LockHost
 from dlmfs.engine.lockspace import Lockspace
-from dlmfs.engine.naming import Named, Naming
+from dlmfs.engine.naming import Named, Naming, record_of
 from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import NODES
-from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
+from dlmfs.errors import BadState, DlmfsError, LockLost
 from dlmfs.model import Owner
 from dlmfs.store.base import (
     Event,
@@ -44,14 +45,13 @@ from dlmfs.store.base import (
     Watch,
     WatchBatch,
     WatchGap,
+    created_at,
 )
-from dlmfs.timing import Clock, Scheduler, Timer, Timing
+from dlmfs.timing import GRACE_S, Clock, Scheduler, Timer, Timing
 
 log = logging.getLogger("dlmfs.node")
 
 RETRY_S: Final = 0.5
-END_S: Final = 1.0
-"""How long the end of a session is waited for."""
 
 REMOVED: Final = "the node's record was removed from the store"
 
@@ -65,6 +65,13 @@ class Host(LockHost, Protocol):
     def rejoined(self, space: Lockspace) -> None:
         """The domain's new membership takes the place of the lost one."""
 
+    def holding(self) -> bool:
+        """Whether any program holds a lock here."""
+
+    def ends(self, reason: str) -> None:
+        """The node's life ends: wait for nothing any more, grant nothing, and tell the holders. What
+        they have open stays theirs until they close it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -77,6 +84,7 @@ class Config:
     owner: Owner = Owner.NODE
     ttl_s: float = Timing().ttl_s
     lock_delay_s: float = 0.0
+    grace_s: float = GRACE_S
 
 
 class Membership:
@@ -101,6 +109,9 @@ class Membership:
         self.final = False
         """It was fenced for good: the store is another one, or an operator wants it out."""
         self.fences = 0
+        self.held_until = 0.0
+        """On the loop's clock: this session must not be ended by us before."""
+        self.ending = Ending(self)
         self._domains = Domains(self)
         self.questions = Questions(self)
         self._names = config.names
@@ -218,6 +229,8 @@ class Membership:
         self.final |= not isinstance(error, LockLost)
         if not self.up:
             return
+        if not self.ending.begun and self.host.holding():
+            self.hold()
         self.state, self.reason = LeaseState.FENCED, str(error)
         self.fences += 1
         log.error("node %s is fenced: %s", self.name, error)
@@ -231,20 +244,21 @@ class Membership:
         for space in list(self.spaces.values()):
             space.lose(str(error))
         self.host.fenced(str(error))
-        self.loop.call_later(0.0 if self.final else RETRY_S, self._after_fence)
+        left_s = self.held_until - self.loop.time()
+        self.loop.call_later(max(left_s, 0.0 if self.final else RETRY_S), self._after_fence)
 
     # -- coming back ----------------------------------------------------------------------------
 
     def _after_fence(self) -> None:
-        """End the old session if the store can be reached: the others need not wait for it. It can
-        hurt nobody, since nothing of it is served any more."""
+        """End the old session if the store can be reached: the others need not wait for it. Nothing of
+        it is served any more, and its holders have had their time."""
         assert self.session is not None
-        if self._closed:
+        if self._closed or self.ending.begun:
             return
         self.store.end_session(self.session.lease, lambda _error: self._rejoin())
 
     def _rejoin(self) -> None:
-        if self.final or self._closed:
+        if self.final or self._closed or self.ending.begun:
             return
         self.state = LeaseState.REJOINING
 
@@ -306,53 +320,24 @@ class Membership:
 
     # -- the end --------------------------------------------------------------------------------
 
-    def close(self, done: Done) -> None:
-        """A clean end: leave every domain, then end the session. The caller bounds the time."""
-        waiting = len(self.spaces)
+    def hold(self) -> None:
+        """What programs hold by now is nobody else's for the grace that they are given, as far as that
+        lies with us: this session is not ended before."""
+        left_s = self.config.grace_s
+        assert self.session is not None
+        if self.session.renewed_at is not None:  # no later than it may run out by itself
+            left_s = min(left_s, self.session.renewed_at + self.timing.ttl_s - self.clock())
+        self.held_until = self.loop.time() + left_s
 
-        def leave(space: Lockspace) -> None:
-            def left(error: DlmfsError | None) -> None:
-                nonlocal waiting
-                if isinstance(error, Unavailable) and not self._closed:
-                    # To leave with a lock at EX would look like a death (protocol-traps 12).
-                    self.loop.call_later(RETRY_S, leave, space)
-                    return
-                waiting -= 1
-                if waiting == 0:
-                    self.end(done)
-
-            self.leave(space, left)
-
-        if not waiting:
-            self.end(done)
-        for space in list(self.spaces.values()):
-            leave(space)
-
-    def depart(self, patience_s: float, done: Done) -> None:
-        """A clean end that goes on for as long as the store answers something within `patience_s`; after
-        that it is as if the node had died. `done` is called once, at most END_S after the last of it."""
-        told = False
-
-        def over(error: DlmfsError | None = None) -> None:
-            nonlocal told
-            if not told:
-                told = True
-                done(error)
-
-        def look(seen: int) -> None:
-            if told:
-                return
-            if self.answers != seen:
-                self.loop.call_later(patience_s, look, self.answers)
-            else:
-                self.loop.call_later(END_S, over)
-                self.end(over)
-
-        self.loop.call_later(patience_s, look, self.answers)
-        self.close(over)
+    def announce_end(self) -> None:
+        """Whoever takes our place waits for our name instead of being refused it (`naming`)."""
+        assert self.session is not None
+        key = NODES + self.name.encode()
+        put = Put(key, record_of(self, ending=True), self.session.lease)
+        self.store.txn(Txn((created_at(key, self.record),), (put,)), lambda _result: None)
 
     def end(self, done: Done) -> None:
-        """End the session now, whether or not anything was left cleanly."""
+        """End the session now, whether or not anything was left cleanly (`ending`)."""
         if self._closed:
             done(None)
             return
@@ -410,11 +395,17 @@ class Membership:
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""
         by = self._evicted_by(mark)
-        if by is None:
+        if by is None or self.final:
             return
         heard = Put(mark.key, Mark(self.record, by, heard=True).encode())
         self.store.txn(Txn((), (heard,)), lambda _result: None)
-        self._fence(BadState(f"evicted by {by}"))
+        self.final, self.reason = True, f"evicted by {by}"
+        self.ending.begin(self.reason, partial(self._evicted, self.reason))
+
+    def _evicted(self, reason: str, _error: DlmfsError | None) -> None:
+        """Our session is ended: whatever was still open is lost."""
+        self._fence(BadState(reason))
+        self.reason = reason
 
     def _evicted_by(self, kv: KeyValue) -> str | None:
         """Who wants this life of the node out; None if the mark is about another."""

@@ -3,6 +3,7 @@
 Rules of this file
 ------------------
 * The first name that is free is taken; one whose node lives is nobody's to take.
+* One that ends just now is waited for by who takes its place.
 * A former self is ended by us only if it surely is over: it is our own fenced session, or its
   process provably does not exist any more.
 """
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("dlmfs.node")
 
 RETRY_S: Final = 0.5
+
+
+def record_of(member: Membership, *, ending: bool = False) -> bytes:
+    """What the record n/<name> says. `ending`: it will be gone soon."""
+    facts = {**member.config.facts, "v": FORMAT, "ttl": member.timing.ttl_s}
+    return json.dumps(facts | {"ending": True} if ending else facts).encode()
+
+
+def _facts(record: KeyValue) -> dict[str, object]:
+    """Empty for what is no record of ours."""
+    try:
+        facts = json.loads(record.value)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 class Named(NamedTuple):
@@ -63,8 +79,7 @@ class Naming:
             return
         member, lease, name = self._member, self._session.lease, self._names[number]
         key = NODES + name.encode()
-        facts = {**member.config.facts, "v": FORMAT, "ttl": member.timing.ttl_s}
-        put = Put(key, json.dumps(facts).encode(), lease)
+        put = Put(key, record_of(member), lease)
         # A mark against a former self is done with when the name is taken anew.
         txn = Txn((created_at(key, 0),), (put, Delete(mark_key(name))), (Get(key),))
 
@@ -86,17 +101,22 @@ class Naming:
                 elif record.lease in self._former or self._is_over(record):
                     log.info("the former node %s is over: its session ends", name)
                     member.store.end_session(record.lease, again)
+                elif self._will_be_free(record) and self._going_on():
+                    member.loop.call_later(RETRY_S, again)
                 else:
                     self.take(number + 1)
 
         member.store.txn(txn, answered)
 
     def _is_over(self, record: KeyValue) -> bool:
-        try:
-            facts = json.loads(record.value)
-        except ValueError:
-            return False
-        return isinstance(facts, dict) and self._member.config.is_over(facts)
+        return self._member.config.is_over(_facts(record))
+
+    def _will_be_free(self, record: KeyValue) -> bool:
+        """Whether its node ends just now and we take its place: under the only name that we would have,
+        or at its mount point."""
+        facts, own = _facts(record), self._member.config.facts
+        here = "mount" in own and facts.get("mount") == own["mount"]
+        return facts.get("ending") is True and (here or len(self._names) == 1)
 
     def _give_up(self) -> None:
         error = NodeNameInUse(

@@ -8,7 +8,7 @@ Rules of this file
 * To the cluster it is a death: the new resource first takes our place out of the head, with the mark if
   it was exclusive, after the lock-delay. Nobody here is granted the lock before that.
 * Who held the lost lock has its time first, as at every end that is no death of the processes: until
-  they have closed, at most `HOLDERS_S`.
+  they have closed, at most the grace.
 * If the new resource breaks, too, before it has done that, the domain's membership ends as a death.
 """
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
 
 log = logging.getLogger("dlmfs.node")
-
-HOLDERS_S: Final = 2.0
-"""How long the lost lock's holders have to notice (poll says POLLERR) and to close."""
 
 AGAIN_S: Final = 1.0
 """After so long a record that could not be read is read again."""
@@ -123,7 +120,7 @@ def clear(lock: ClusterLock) -> Change | None:
     assert left is not None
     mine = view.mine()
     if mine is not None and mine.level is not Mode.NL:
-        wait = max(space.lock_delay_s, HOLDERS_S if left.holders else 0.0)
+        wait = max(space.lock_delay_s, space.grace_s if left.holders else 0.0)
         until = left.since + wait
         now = space.loop.time()
         if now < until:

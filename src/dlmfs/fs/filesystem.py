@@ -171,6 +171,8 @@ class FileSystem(OpenFiles):
             return errno.EPERM
         if name in root.children:
             return errno.EEXIST
+        if self.ending:
+            return errno.ENOLCK
         if len(name) > DOMAIN_NAME_MAX:
             return errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.EINVAL
         refusal = self._refuse_growth() or self.usage.refuse_domain(h.uid)
@@ -304,6 +306,7 @@ class FileSystem(OpenFiles):
 
     def fenced(self, reason: str) -> None:  # noqa: ARG002 - part of `Host`
         """`membership.Host`: every descriptor is lost, and `domain_lost` has said so."""
+        self.over()
         if self.watchdog is not None:
             self.watchdog.lost()
 

@@ -18,7 +18,7 @@ from dlmfs.core.events import Claim, Stage
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.faults import Faults
-from dlmfs.fs import kin
+from dlmfs.fs import farewell, kin
 from dlmfs.fs.limits import Usage, User
 from dlmfs.fs.outside import Kernel, Watchdog
 from dlmfs.fs.places import Places, Readers
@@ -80,6 +80,8 @@ class OpenFiles:
     expire: Callable[[], object]
     """The same where nothing is served but something is given up, so that somebody else here might be
     granted it; nothing to ask where no lease can run out."""
+    ending = False
+    """The node's life ends: see `farewell`."""
 
     def __init__(
         self,
@@ -102,10 +104,12 @@ class OpenFiles:
         """By the request that waits."""
         self.pending: dict[int, Answer] = {}
         """Reads and writes that wait for the store, by their requests."""
-        self.places = Places(loop, readers, self._withdraw, self.fate)
+        self.places = Places(loop, readers, self.withdraw, self.fate)
         self.watchdog: Watchdog | None = None
         self.faults = Faults()
         self.last_fh = 0
+        self.over: Callable[[], None] = lambda: None
+        """Called when nothing that was granted is good any more: fenced, or the node's life ends."""
         self._opening: Handle | None = None
         self._opened: Reply = None
 
@@ -128,7 +132,7 @@ class OpenFiles:
         returned = self._returned(h, flags, file) if self.places else None
         if not self.serving() or space.life is not Life.JOINED:
             if returned is not None:
-                self._withdraw(returned)
+                self.withdraw(returned)
             return errno.ENOLCK  # LEAVING: a removal that was answered ENOLCK still goes on
         if returned is not None:
             return self._go_on(returned, h.unique)
@@ -157,7 +161,7 @@ class OpenFiles:
         if self.handles.get(handle.fh) is handle:
             self._close(handle)
         else:
-            self._withdraw(handle)
+            self.withdraw(handle)
 
     def _wait(self, handle: Handle, unique: int) -> Reply:
         user = handle.user
@@ -265,9 +269,9 @@ class OpenFiles:
         kept = not handle.trying and self.places.keep(handle)
         self.device.answer(unique, errno.EINTR)
         if not kept:
-            self._withdraw(handle)
+            self.withdraw(handle)
 
-    def _withdraw(self, handle: Handle) -> None:
+    def withdraw(self, handle: Handle) -> None:
         """Nobody comes back for this claim."""
         self.expire()
         self._discharge(handle)
@@ -292,17 +296,15 @@ class OpenFiles:
             self.watchdog.closed(handle.pid)
         handle.lock.close(handle)
 
-    def close_all(self) -> None:
-        """The mount is gone: nobody can use or release a descriptor any more."""
-        self.places.clear()
-        waiting = list(self.waiting.values())
-        self.waiting.clear()
-        for handle in waiting:
-            handle.unique = 0  # of all first: one's withdrawal may be another's grant
-        for handle in waiting:
-            self._withdraw(handle)
-        for handle in list(self.handles.values()):
-            self._close(handle)
+    # -- the end of the node's life --------------------------------------------------------------
+
+    def holding(self) -> bool:
+        """`membership.Host`: whether any program holds a lock here."""
+        return any(handle.stage is Stage.HELD for handle in self.handles.values())
+
+    def ends(self, reason: str) -> None:  # noqa: ARG002 - part of `Host`
+        """`membership.Host`: see `farewell`."""
+        farewell.take_leave(self)
 
     # -- using --------------------------------------------------------------------------------
 

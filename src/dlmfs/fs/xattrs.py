@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dlmfs.fs.filesystem import FileSystem
 
 PREFIX: Final = b"user.dlmfs."
+TOKEN: Final = PREFIX + b"token"
 CAPABILITIES: Final = b"bast lvb token trylock"
 ROWS_MAX: Final = 200
 """Claims told of; the kernel passes no value above 64 KiB."""
@@ -79,7 +80,7 @@ def _abandoned(lock: ClusterLock, _sight: _Sight) -> bytes:
 
 _LOCK: Final = {
     PREFIX + b"mode": (_mode, b"NL"),
-    PREFIX + b"token": (_token, b""),
+    TOKEN: (_token, b""),
     PREFIX + b"holders": (_holders, b"[]"),
     PREFIX + b"waiters": (_waiters, b"[]"),
     PREFIX + b"abandoned": (_abandoned, b""),
@@ -89,9 +90,10 @@ _LOCK: Final = {
 
 def get(fs: FileSystem, inode: Inode, name: bytes, uid: int) -> bytes | int:
     """The attribute's value for user `uid`, whom the kernel has let in; or EOPNOTSUPP, as the kernel's
-    dlmfs says of every attribute; or EIO for a file whose locks were lost (promise 3)."""
+    dlmfs says of every attribute; or EIO for a file whose locks were lost (promise 3), and for a token
+    of a node whose life ends: who asks for it wants to know whether it is good."""
     if isinstance(inode, LockFile) and name in _LOCK:
-        if inode.lost:
+        if inode.lost or (fs.ending and name == TOKEN):
             return errno.EIO
         tell, nothing = _LOCK[name]
         space = fs.spaces.get(inode.domain.ino)

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from dlmfs.sim.cluster import Cluster
 
 RESTART_S = 1.0
-PATIENCE_S = 3.0
-"""As `dlmfs.node`: how long a clean end waits for a silent store."""
 
 
 class NamedStore(MemoryStore):
@@ -188,8 +186,7 @@ class SimNode:
             return False
         self.up, self.leaving = False, True
         self.kernel.dead = True
-        self.fs.close_all()
-        self.membership.depart(PATIENCE_S, partial(self._departed, self.life))
+        self.membership.ending.begin("umount", partial(self._departed, self.life))
         return True
 
     def _departed(self, life: int, _error: DlmfsError | None) -> None:
@@ -231,7 +228,7 @@ class SimNode:
         member = self.membership
         if self.machine.dead or self.machine.stands_still or not (self.up or self.leaving):
             return Mode.NL
-        if member.state not in (LeaseState.HEALTHY, LeaseState.SUSPECT):
+        if member.state not in (LeaseState.HEALTHY, LeaseState.SUSPECT) or self.fs.ending:
             return Mode.NL
         fence_at = member.fence_at
         if fence_at is not None and self.machine.boottime() >= fence_at:

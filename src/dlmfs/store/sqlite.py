@@ -72,6 +72,8 @@ class SqliteStore:
         self.volatile = self.kind in ("tmpfs", "ramfs")
         self.dead: str | None = None
         self._lost: Callable[[DlmfsError], None] | None = None
+        self.renewed: Callable[[Session], None] = lambda _session: None
+        """Called when a session begins: none needs to be renewed."""
         self.session: SqliteSession | None = None
         try:
             statefile.secure(place)
@@ -304,6 +306,7 @@ class SqliteStore:
                 return
             session.sweep()
             self._trim()
+            self.renewed(session)
             done(session)
 
         try:
