@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from dlmfs.errors import UsageError
-from dlmfs.model import Limits, OnLost, Owner
+from dlmfs.model import NODE_NAME, Limits, OnLost, Owner
 from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
@@ -18,7 +18,6 @@ DELAY_MAX_S: Final = 3600.0
 ETCD_PORT: Final = 2379
 ENDPOINT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 DEFAULT_LIMITS: Final = Limits()

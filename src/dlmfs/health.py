@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs import __version__, inquiry, reading
-from dlmfs.engine.eviction import EVICT
+from dlmfs.engine.inspection import inspect, marked
 from dlmfs.engine.questions import ASKED_MAX, Answers
-from dlmfs.engine.records import NODES, Keys, decode_head, member_of
-from dlmfs.errors import DlmfsError
+from dlmfs.engine.records import HEADS, NODES, Keys, decode_head, lock_of, member_of, node_of
+from dlmfs.errors import BadState, DlmfsError
 from dlmfs.fs.tree import Directory
 from dlmfs.pace import ROW, Pace
 from dlmfs.permission import Sight
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from dlmfs.node import Node
 
 READS: Final = 5
-HEADS: Final = b"h/"
 HEADS_MAX: Final = 10_000
 """Locks looked at."""
 OWN_MAX: Final = 1000
 """Of an ordinary user's own."""
 GETS: Final = 100
 """Keys read at once; etcd takes 128 operations."""
+SAID: Final = ("version", "state", "reason", "owner")
+"""What a node says of itself."""
+SAID_MAX: Final = 500
 NAMES_MAX: Final = 100
 """Locks named, and nodes of a domain; of the others only how many there are."""
 DECODED: Final = 10
@@ -55,10 +57,11 @@ async def health(node: Node, sight: Sight) -> Facts:
         took.append(loop.time() - start)
     pace = Pace()
     nodes = [kv async for kv in reading.records(node, NODES, pace)]
-    records = {
-        kv.key[len(NODES) :].decode(): kv for kv in nodes if b"/" not in kv.key[len(NODES) :]
-    }
+    named = ((node_of(kv.key), kv) for kv in nodes)
+    records = {name: kv for name, kv in named if name is not None}
     looked = _Looked(sight)
+    for kv in nodes:
+        looked.whether_good(kv)
     async for kv in reading.members(node, pace):
         looked.member(kv)
     heads = _heads(node, pace) if sight.whole else _own_heads(node, sight, pace)
@@ -70,9 +73,8 @@ async def health(node: Node, sight: Sight) -> Facts:
         "version": __version__,
         "read_ms": [round(seconds * 1000, 2) for seconds in took],
         "nodes": await _nodes(node, records),
-        "evicted": [
-            kv.key[len(NODES) : -len(EVICT)].decode() for kv in nodes if kv.key.endswith(EVICT)
-        ],
+        "evicted": [name for name in map(marked, nodes) if name is not None],
+        "bad_records": looked.bad if sight.whole else [],
         "domains": [row async for row in looked.rows(pace)],
         "heads": "all" if sight.whole else "own",
         "heads_max": looked.heads if looked.heads in (HEADS_MAX, OWN_MAX) else None,
@@ -136,9 +138,13 @@ async def _nodes(node: Node, records: dict[str, KeyValue]) -> list[Facts]:
             row["silent"] = await inquiry.silent(node, kv, answers[name])
             answer = answers[name] or {}
             if row["silent"] is None:
-                row |= {key: answer.get(key) for key in ("version", "state", "reason", "owner")}
+                row |= {key: _text(answer.get(key)) for key in SAID}
         found.append(row)
     return found
+
+
+def _text(said: object) -> str | None:
+    return None if said is None else str(said)[:SAID_MAX]
 
 
 class _Domain:
@@ -161,16 +167,31 @@ class _Looked:
     def __init__(self, sight: Sight) -> None:
         self.sight = sight
         self.heads = 0
+        self.bad: list[str] = []
+        """What is wrong with the first records that cannot be read."""
         self._domains: dict[bytes, _Domain] = {}
 
+    def whether_good(self, kv: KeyValue) -> bool:
+        try:
+            inspect(kv)
+        except BadState as error:
+            if len(self.bad) < NAMES_MAX:
+                self.bad.append(str(error))
+            return False
+        return True
+
     def member(self, kv: KeyValue) -> None:
+        self.whether_good(kv)  # whatever is in it, somebody is a member by it
         member = member_of(kv.key)
         if member is not None and self.sight.names(member[0]):
             self._domains.setdefault(member[0], _Domain()).alive[member[1]] = kv.create_revision
 
     def head(self, kv: KeyValue) -> None:
         self.heads += 1
-        name, _, lock = kv.key[len(HEADS) :].partition(b"/")
+        found = lock_of(kv.key)
+        if not self.whether_good(kv) or found is None:
+            return
+        name, lock = found
         domain = self._domains.setdefault(name, _Domain())
         head = decode_head(kv)
         shown = os.fsdecode(lock)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs import identity
 from dlmfs.engine.questions import PATIENCE_S, Answers
-from dlmfs.errors import DlmfsError
+from dlmfs.engine.records import decode_node
+from dlmfs.errors import BadState, DlmfsError
 from dlmfs.store.base import KeyValue
 
 if TYPE_CHECKING:
@@ -48,10 +48,9 @@ async def ask(
 
 
 def facts_of(kv: KeyValue) -> Facts:
-    with contextlib.suppress(ValueError):
-        found = json.loads(kv.value)
-        if isinstance(found, dict):
-            return found
+    """What a node's record says of it; nothing if it cannot be read."""
+    with contextlib.suppress(BadState):
+        return decode_node(kv)
     return {}
 
 

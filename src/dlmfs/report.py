@@ -7,7 +7,6 @@ Layout of both answers: docs/reference.md.
 from __future__ import annotations
 
 import heapq
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,13 +15,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dlmfs import __version__, reading
 from dlmfs.core.events import Claim
+from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.ending import Ending
+from dlmfs.engine.hearing import read_wish
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.membership import Membership
 from dlmfs.engine.queue import ordered
-from dlmfs.engine.records import NODES, Head, decode_head, member_of
+from dlmfs.engine.records import NODES, Head, decode_head, member_of, node_of
 from dlmfs.errors import UsageError
+from dlmfs.inquiry import facts_of
 from dlmfs.model import TOKEN_SHIFT
 from dlmfs.pace import PROCESS, ROW, Pace
 from dlmfs.permission import Sight
@@ -60,9 +62,16 @@ async def status(node: Node, sight: Sight) -> Facts:
         "ending": _ending(node.membership.ending),
         "store": node.store.describe(),
         "faults": node.faults.told(whole=sight.whole),
+        **_bad(node.membership.bad, sight),
         "domains": domains,
         "hidden_domains": len(node.membership.spaces) - len(domains),
     }
+
+
+def _bad(bad: BadRecords, sight: Sight) -> Facts:
+    """What is wrong with records that cannot be read; their keys name locks and nodes."""
+    told = bad.told() if sight.whole else []
+    return {"bad_records": told, "more_bad_records": len(bad.found) - len(told)}
 
 
 def _lease(member: Membership) -> Facts:
@@ -98,10 +107,10 @@ async def nodes(node: Node, sight: Sight) -> list[Facts]:
             hidden[member[1]] += 1
     found = []
     async for kv in reading.records(node, NODES, pace):
-        name = kv.key[len(NODES) :].decode()
-        if "/" in name:
+        name = node_of(kv.key)
+        if name is None:
             continue
-        facts = json.loads(kv.value)
+        facts = facts_of(kv)
         found.append(
             {
                 "node": name,
@@ -183,6 +192,7 @@ class _Telling(NamedTuple):
             "reason": space.reason,
             "members": members[:NAMES_MAX],
             "more_members": len(members[NAMES_MAX:]),
+            **_bad(space.bad, self.sight),
             "locks": [await self.lock(lock) for lock in told.rows],
             "count": told.count,
             "busy": told.busy,
@@ -241,7 +251,8 @@ async def info(node: Node, sight: Sight, domain: str, name: str) -> Facts:
     assert isinstance(members, tuple)
     head = decode_head(record) if record is not None else Head({})
     alive = {kv.key: kv.create_revision for kv in members if isinstance(kv, KeyValue)}
-    wishes = ordered(space.wish_of(kv) for kv in queue if isinstance(kv, KeyValue))
+    found = [read_wish(space, kv) for kv in queue if isinstance(kv, KeyValue)]
+    wishes = ordered(wish for wish in found if wish is not None)
     lock = space.locks.get(key)
     pace = Pace()
     telling = _Telling(node.loop.time(), sight, pace)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs import facts, inquiry
 from dlmfs.engine.questions import ASKED_MAX, Answers
 from dlmfs.engine.queue import ordered
-from dlmfs.engine.records import NODES, Head, Keys, decode_head, decode_wish
-from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.engine.records import NODES, Head, Keys, Wish, decode_head, decode_wish, node_of
+from dlmfs.errors import BadState, DlmfsError, UsageError
 from dlmfs.model import TOKEN_SHIFT, Mode
 from dlmfs.pace import ROW, Pace
 from dlmfs.permission import Sight
@@ -123,8 +124,9 @@ class _Search:
         assert isinstance(records, tuple)
         for kv in records:
             assert isinstance(kv, KeyValue)
-            if b"/" not in kv.key[len(NODES) :]:
-                self._records[kv.key[len(NODES) :].decode()] = kv
+            node = node_of(kv.key)
+            if node is not None:
+                self._records[node] = kv
         for i, name in enumerate(names):
             self.locks[name] = _stored(name, *rest[3 * i : 3 * i + 3])
 
@@ -243,6 +245,15 @@ def _wish(node: str, mode: Mode, trying: bool, convert: bool) -> Facts:
     return {"node": node, "mode": mode.name, "try": trying, "convert": convert}
 
 
+def _wishes(keys: Keys, queue: tuple[Any, ...]) -> Iterator[Wish]:
+    """Those that can be read: the others are as if they were not there."""
+    for kv in queue:
+        split = keys.split_wish(kv.key)
+        if split is not None:
+            with contextlib.suppress(BadState):
+                yield decode_wish(kv, split[1])
+
+
 def _stored(name: Name, record: object, queue: object, members: object) -> Facts:
     """A lock as its records tell it."""
     assert record is None or isinstance(record, KeyValue)
@@ -250,9 +261,10 @@ def _stored(name: Name, record: object, queue: object, members: object) -> Facts
     assert isinstance(members, tuple)
     keys = Keys(os.fsencode(name[0]), "")
     head = decode_head(record) if record is not None else Head({})
-    born = {kv.key[len(keys.members) :].decode(): kv.create_revision for kv in members}
+    found = ((keys.split_member(kv.key), kv.create_revision) for kv in members)
+    born = {member: incarnation for member, incarnation in found if member is not None}
     alive = {n: born.get(n) == m.incarnation for n, m in head.members.items()}
-    wishes = ordered(decode_wish(kv, keys.split_wish(kv.key)[1]) for kv in queue)
+    wishes = ordered(_wishes(keys, queue))
     mark = head.abandoned
     return {
         "domain": name[0],

@@ -146,7 +146,7 @@ def test_a_bad_question_harms_nobody(server: MemoryServer, loop: SimLoop, bad: b
 
 
 def test_an_answer_that_is_too_long_says_so(server: MemoryServer) -> None:
-    a, b = node(server, "a"), node(server, "b", {"all": "x" * questions.ANSWER_MAX})
+    a, b = node(server, "a"), node(server, "b", {"all": "x" * questions.LETTER_MAX})
     answer = Asking(a, b).answers()["b"]
     assert answer is not None
     assert "too long" in answer["error"]

@@ -8,6 +8,7 @@ import pytest
 
 from dlmfs.core.events import Claim
 from dlmfs.core.lockres import Lockres
+from dlmfs.engine import hearing
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.view import View
@@ -305,7 +306,8 @@ def test_what_the_domain_itself_gets_wrong_costs_its_membership(
     cluster, a, b = pair
     held = cluster.hold(a, Mode.EX)
     space = a.joined
-    patch.setattr(space, "_note", buggy)
+    note = hearing.note
+    patch.setattr(hearing, "note", lambda s, batch: buggy() if s is space else note(s, batch))
     cluster.begin(b, Mode.EX)
     cluster.pass_time(0.01)
     assert a.faults == ["domain dom"]

@@ -171,6 +171,10 @@ class EtcdNodes(Nodes):
     def lease(self, where: Path) -> str:
         return str(self.status(where)["lease"]["state"])
 
+    def until_told(self, where: Path, text: str, *, told: bool = True) -> None:
+        """Wait until a node says `text` in its status, or says it no more."""
+        until(lambda: (text in str(self.status(where))) is told, f"{where}: {text} ({told})")
+
     def is_healthy(self, where: Path) -> bool:
         return self.lease(where) == "HEALTHY"
 

@@ -166,26 +166,24 @@ def test_a_lock_of_another_format_is_refused_by_name(nodes: EtcdNodes) -> None:
     take(a / "dom/x")
 
 
-def test_a_domain_of_another_format_is_refused_and_the_others_go_on(nodes: EtcdNodes) -> None:
+def test_a_wish_of_another_format_is_skipped_and_named(nodes: EtcdNodes) -> None:
     """Met while joined, and when joining."""
     a, b = nodes.mount("a"), nodes.mount("b")
-    for where in (a, b):
-        (where / "fine").mkdir()
     (a / "dom").mkdir()
-    fd = os.open(a / "fine/x", os.O_RDWR | os.O_CREAT)
+    fd = os.open(a / "dom/x", os.O_RDWR | os.O_CREAT)
     key = f"dlmfs/{nodes.cluster}/d/dom/w/x/z"
     nodes.etcd.ctl("put", key, '{"v":99}')
-    until(lambda: errno_of(a / "dom/x") != 0)
-    with pytest.raises(OSError, match="Input/output error"):
-        (b / "dom").mkdir()
+    (b / "dom").mkdir()
     for where in (a, b):
+        nodes.until_told(where, "format 99")
         assert nodes.lease(where) == "HEALTHY", nodes.reason(where)
+    assert "format 99" in dlmfs("doctor", str(a), check=False).stdout
     assert not is_lost(fd)
     os.close(fd)
-    take(b / "fine/x")
+    take(b / "dom/x")
     nodes.etcd.ctl("del", key)
-    take(a / "dom/x")
-    (b / "dom").mkdir()
+    for where in (a, b):
+        nodes.until_told(where, "format 99", told=False)
 
 
 def test_two_nodes_evict_each_other_at_once(nodes: EtcdNodes) -> None:

@@ -69,6 +69,7 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
     if report["store"].get("waiting_for_pid"):
         lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
     lines += [f"  {line}" for line in faults(report["faults"])]
+    lines += [f"  {what}" for what in _bad(report)]
     for domain in report["domains"]:
         lines += _domain(domain, everything=everything)
     if report["hidden_domains"]:
@@ -87,6 +88,13 @@ def faults(told: dict[str, Any]) -> list[str]:
     ]
 
 
+def _bad(report: dict[str, Any]) -> list[str]:
+    """Records that cannot be read."""
+    more = report["more_bad_records"]
+    hidden = [f"{more} records cannot be read: ask root, or who mounted it"] if more else []
+    return [plain(what) for what in report["bad_records"]] + hidden
+
+
 def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
     busy = [
         k
@@ -102,6 +110,7 @@ def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
         rest = f"  {domain['state']}: {domain['reason']}"
     members = [*domain["members"], *_more(domain["more_members"])]
     lines = [f"  {plain(domain['name'])}/  members: {', '.join(members)}{rest}"]
+    lines += [f"    {what}" for what in _bad(domain)]
     for lock in shown:
         recovering = "  recovering: a fault broke its state" * (lock["phase"] == "recovering")
         lines.append(f"    {plain(lock['name']):24} {lock['level']}{recovering}")

@@ -8,14 +8,14 @@ then it has renewed its lease, and thus reached the store where the mark stands,
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from dlmfs.engine.eviction import Mark, decode_mark, mark_key
-from dlmfs.engine.records import NODES, Keys
-from dlmfs.errors import DlmfsError, UsageError
+from dlmfs.engine.fields import Fields
+from dlmfs.engine.records import NODES, TTL_MAX_S, Keys
+from dlmfs.errors import BadState, DlmfsError, UsageError
 from dlmfs.store.base import (
     Compare,
     Delete,
@@ -28,6 +28,7 @@ from dlmfs.store.base import (
     TxnResult,
     created_at,
 )
+from dlmfs.timing import TTL_DEFAULT_S
 
 LOOK_S: Final = 0.2
 MARGIN_S: Final = 1.0
@@ -48,7 +49,7 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
     record = (await transact(Txn((), (Get(key),)))).responses[0]
     if not isinstance(record, KeyValue):
         raise UsageError(f"there is no node {node!r}: `dlmfs nodes` lists them")
-    ttl_s = float(json.loads(record.value)["ttl"])
+    ttl_s = _ttl_s(record)
     put = Put(mark, Mark(record.create_revision, by).encode())
     same = created_at(key, record.create_revision)
     loop = asyncio.get_running_loop()
@@ -58,16 +59,33 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
     while (await transact(Txn((same,), ()))).succeeded:
         if loop.time() - start > ttl_s + MARGIN_S:
             ended = True
-            await _end(store, record.lease)
+            if record.lease:
+                await _end(store, record.lease)
+            else:  # put by hand, or overwritten so: no session's end takes it away
+                await transact(Txn((same,), (Delete(key),)))
         await asyncio.sleep(LOOK_S)
     left = (await transact(Txn((), (Get(mark),)))).responses[0]
-    found = decode_mark(left) if isinstance(left, KeyValue) else None
-    heard = found is not None and found.heard
+    heard = isinstance(left, KeyValue) and _is_heard(left)
     if heard:
         await transact(Txn((), (Delete(mark),)))
     # Else it stays until the name is taken anew: who could not hear must not come back.
     how = "ended" if ended else "left" if heard else "expired"
     return {"node": node, "how": how, "after_s": round(loop.time() - start, 1)}
+
+
+def _is_heard(mark: KeyValue) -> bool:
+    try:
+        return decode_mark(mark).heard
+    except BadState:
+        return False
+
+
+def _ttl_s(record: KeyValue) -> float:
+    """The lease time that a node says it has."""
+    try:
+        return Fields.of(record).seconds("ttl", TTL_MAX_S)
+    except BadState:  # overwritten: it has noticed, or cannot
+        return TTL_DEFAULT_S
 
 
 async def _end(store: Store, lease: int) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from typing import Final, NamedTuple
 
+from dlmfs.engine.fields import Fields, parse
 from dlmfs.engine.records import NODES
 from dlmfs.store.base import KeyValue
 
 EVICT: Final = b"/evict"
+SIZE_MAX: Final = 4096
 
 
 def mark_key(node: str) -> bytes:
@@ -32,12 +34,8 @@ class Mark(NamedTuple):
         return json.dumps(facts | {"heard": True} if self.heard else facts).encode()
 
 
-def decode_mark(kv: KeyValue) -> Mark | None:
-    """None for what is no mark: it was put by hand."""
-    try:
-        facts = json.loads(kv.value)
-    except ValueError:
-        return None
-    if not isinstance(facts, dict) or not isinstance(facts.get("record"), int):
-        return None
-    return Mark(facts["record"], str(facts.get("by")), bool(facts.get("heard")))
+def decode_mark(kv: KeyValue) -> Mark:
+    """Raises BadState for what is no mark: it was put by hand."""
+    fields = Fields(kv.key, parse(kv, SIZE_MAX))
+    by = fields.as_node("by", fields.record.get("by"))
+    return Mark(fields.whole("record", 1), by, fields.flag("heard"))

@@ -188,6 +188,10 @@ class ClusterLock:
         expecting = self.res.phase in (Phase.ASKING, Phase.DROPPING)
         self.view.mail(mail, revision, expecting=expecting)
 
+    def mail_unread(self) -> None:
+        """Somebody has put mail that cannot be read: the head tells what it may have meant."""
+        self.view.mailed = self.view.must_look = True
+
     @contained
     def learned(self) -> None:
         """Knowledge changed: tell the core, then act on it."""

@@ -13,25 +13,24 @@ Rules of this file
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.events import Claim
-from dlmfs.engine import forgetting, leaving
+from dlmfs.engine import forgetting, hearing, leaving
+from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.changes import grants_max
 from dlmfs.engine.contained import contained
 from dlmfs.engine.deaths import Deaths
 from dlmfs.engine.lock import ClusterLock, Done
-from dlmfs.engine.records import FORMAT, Keys, Wish, decode_mail, decode_wish
+from dlmfs.engine.records import Keys, Wish, encode_member
 from dlmfs.engine.sender import Sender
-from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
     Compare,
     Delete,
-    Event,
     Get,
     KeyValue,
     Put,
@@ -51,6 +50,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RETRY_S: Final = 0.1
+NO_LEASE: Final = 0
+"""A key that stands on it was put by hand, or its node's record was overwritten so."""
 
 
 class Host(Protocol):
@@ -139,9 +140,11 @@ class Lockspace:
         self._watch: Watch | None = None
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
-        self._deaths = Deaths(loop, lock_delay_s, self._look_again)
+        self.deaths = Deaths(loop, lock_delay_s, self._look_again)
         self._askers: list[Done] = []
         """Who waits for the join, or the leave, that is under way."""
+        self.bad = BadRecords()
+        """What stands below the domain's keys and cannot be read."""
 
     @property
     def running(self) -> bool:
@@ -152,6 +155,11 @@ class Lockspace:
     def live(self) -> bool:
         return self.life in (Life.JOINED, Life.LEAVING)
 
+    @property
+    def leaving(self) -> bool:
+        """Its own hand may take the membership away."""
+        return self.life is Life.LEAVING
+
     def is_gone(self, node: str, incarnation: int) -> bool:
         """Whether that member of a head has ended. Never said of one younger than our view."""
         return incarnation <= self.revision and self.members.get(node) != incarnation
@@ -160,7 +168,7 @@ class Lockspace:
         """Whether it has ended (`surely`: it has), and its locks may be granted: with `lock_delay_s`,
         only so long after we noticed, so that what it had under way elsewhere can end, too."""
         gone = self.is_gone(node, incarnation)
-        return (gone or surely) and self._deaths.counts(node, incarnation, noticed=gone)
+        return (gone or surely) and self.deaths.counts(node, incarnation, noticed=gone)
 
     @contained
     def _look_again(self) -> None:
@@ -216,8 +224,8 @@ class Lockspace:
     def _putting(self, compare: Compare) -> Txn:
         """Put the membership record, and read who is here and what they wish for."""
         keys = self.keys
-        record = json.dumps({"v": FORMAT, "lease": self.lease}).encode()
-        puts = (Put(keys.mine, record, self.lease), Range(keys.members), Range(keys.wishes))
+        record = Put(keys.mine, encode_member(self.lease), self.lease)
+        puts = (record, Range(keys.members), Range(keys.wishes))
         return Txn((compare,), puts, (Get(keys.mine),))
 
     def give_up_joining(self) -> None:
@@ -241,20 +249,14 @@ class Lockspace:
         if not result.succeeded:
             old = result.responses[0]
             assert isinstance(old, KeyValue)
-            if old.lease == self.lease:
+            if old.lease in (self.lease, NO_LEASE):
                 self._rejoin_own(old, done)
             else:
                 done(Unavailable(f"node {self.node} is still a member of this domain: try again"))
             return
         self.incarnation = self.epoch = result.revision
         _, members, wishes = result.responses
-        try:
-            self._start(members, wishes, result.revision)
-        except BadState as error:  # another version's records: not ours to be among
-            refusal = error
-            delete = Txn((created_at(self.keys.mine, self.incarnation),), (Delete(self.keys.mine),))
-            self.commit(delete, lambda _result: done(refusal))
-            return
+        self._start(members, wishes, result.revision)
         self.life = Life.JOINED
         done(None)
 
@@ -266,26 +268,9 @@ class Lockspace:
         self.commit(txn, lambda _result: self._ask_to_join(done))
 
     def _start(self, members: Any, wishes: Any, revision: int) -> None:
-        self.revision = revision
-        self._deaths.listed()
-        before = self.members
-        self.members = {
-            kv.key[len(self.keys.members) :].decode(): kv.create_revision for kv in members
-        }
-        for node, incarnation in before.items():
-            if self.members.get(node) != incarnation:
-                self._deaths.note(node, incarnation)
-        for queue in self.wishes.values():
-            queue.clear()
-        for kv in wishes:
-            lock, node = self.keys.split_wish(kv.key)
-            self.wishes.setdefault(lock, {})[node] = self.wish_of(kv)
+        hearing.begin(self, members, wishes, revision)
         prefixes = (self.keys.members, self.keys.wishes, self.keys.mails)
         self._watch = self.store.watch(prefixes, revision + 1, self._told)
-
-    def wish_of(self, kv: KeyValue) -> Wish:
-        """The wish in a record. Raises BadState if it is of another format."""
-        return decode_wish(kv, self.keys.split_wish(kv.key)[1])
 
     def leave(self, done: Done) -> None:
         """Give everything back, then the membership (rule 15); what programs hold when they have
@@ -362,74 +347,7 @@ class Lockspace:
             self._watch = None
             self.revive()
             return
-        try:
-            self._note(batch)
-        except BadState as error:
-            self.lose(str(error))
-
-    def _note(self, batch: WatchBatch) -> None:
-        revision = batch.revision
-        keys = self.keys
-        self.revision = revision
-        touched: list[ClusterLock | None] = []
-        # Mail before wishes: the deletion of a granted wish comes in the same batch as its mail,
-        # and alone would mean "refused".
-        for event in batch.events:
-            if event.kv.key.startswith(keys.mails) and event.kind == "put":
-                lock = self.locks.get(event.kv.key[len(keys.mails) :])
-                if lock is not None:
-                    lock.mail(decode_mail(event.kv), revision)
-                    touched.append(lock)
-        gone = False
-        for event in batch.events:
-            if event.kv.key.startswith(keys.wishes):
-                touched.append(self._wish_event(event, revision))
-            elif event.kv.key.startswith(keys.members):
-                gone |= self._member_event(event)
-        for lock in dict.fromkeys(touched):  # a grant of many is one piece of news for each lock
-            if lock is not None and self.live:
-                lock.learned()
-        if gone and self.live:
-            for lock in list(self.locks.values()):
-                lock.member_gone()
-
-    def _wish_event(self, event: Event, revision: int) -> ClusterLock | None:
-        """Note a change of the queue; the lock it is about, if this node knows it."""
-        name, node = self.keys.split_wish(event.kv.key)
-        lock = self.locks.get(name)
-        if event.kind == "put":
-            wish = self.wish_of(event.kv)
-            if lock is not None:
-                lock.wish_put(wish, revision)
-            else:
-                self.wishes.setdefault(name, {})[node] = wish
-        elif lock is not None:
-            lock.wish_gone(node, revision)
-        elif name in self.wishes:
-            self.wishes[name].pop(node, None)
-            if not self.wishes[name]:
-                del self.wishes[name]
-        return lock
-
-    def _member_event(self, event: Event) -> bool:
-        """Follow a membership record; True if somebody is gone."""
-        node = event.kv.key[len(self.keys.members) :].decode()
-        if event.kind == "put":
-            known = self.members.get(node)
-            self.members[node] = event.kv.create_revision
-            if known is None or known == event.kv.create_revision:
-                return False
-            self._deaths.note(node, known)
-            return True
-        if node == self.node and event.kv.mod_revision > self.incarnation:
-            if self.life is not Life.LEAVING:  # else it may be our own doing
-                self.lose("the membership record was removed from the store")
-            return False
-        known = self.members.pop(node, None)
-        if known is None:
-            return False
-        self._deaths.note(node, known)
-        return True
+        hearing.note(self, batch)
 
     # -- transactions of the domain's own ----------------------------------------------------
 
@@ -479,11 +397,7 @@ class Lockspace:
         self.epoch = result.revision
         if self._watch is None:  # after a gap
             _, members, wishes = result.responses
-            try:
-                self._start(members, wishes, result.revision)
-            except BadState as error:
-                self.lose(str(error))
-                return
+            self._start(members, wishes, result.revision)
             for lock in self.locks.values():
                 lock.reread()
         self._unsure = False

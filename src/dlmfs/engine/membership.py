@@ -21,13 +21,14 @@ from functools import partial
 from typing import Final, Protocol
 
 from dlmfs.core.lease import LeaseState, lease_state
+from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.domains import Domains
 from dlmfs.engine.ending import Ending
 from dlmfs.engine.eviction import Mark, decode_mark, mark_key
 from dlmfs.engine.lock import Done
 from dlmfs.engine.lockspace import Host as LockHost
 from dlmfs.engine.lockspace import Lockspace
-from dlmfs.engine.naming import Named, Naming, record_of
+from dlmfs.engine.naming import Named, Naming, is_ours, record_of
 from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import NODES
 from dlmfs.errors import BadState, DlmfsError, LockLost
@@ -54,6 +55,7 @@ log = logging.getLogger("dlmfs.node")
 RETRY_S: Final = 0.5
 
 REMOVED: Final = "the node's record was removed from the store"
+OVERWRITTEN: Final = "the node's record was overwritten in the store"
 
 
 class Host(LockHost, Protocol):
@@ -112,6 +114,8 @@ class Membership:
         self.held_until = 0.0
         """On the loop's clock: this session must not be ended by us before."""
         self.ending = Ending(self)
+        self.bad = BadRecords()
+        """Below our own record."""
         self._domains = Domains(self)
         self.questions = Questions(self)
         self._names = config.names
@@ -360,14 +364,16 @@ class Membership:
             return
         own = NODES + self.name.encode()
         for event in batch.events:
-            if event.kv.key == mark_key(self.name) and event.kind == "put":
+            if event.kv.key == own and event.kv.mod_revision > self.record:
+                # To overwrite it ends this life as to delete it does.
+                if event.kind == "delete":
+                    self._fence(LockLost(REMOVED))
+                elif not is_ours(self, event.kv):
+                    self._fence(LockLost(OVERWRITTEN))
+            elif event.kind == "delete":
+                self.bad.good(event.kv.key)
+            elif event.kv.key == mark_key(self.name):
                 self._marked(event.kv)
-            elif (
-                event.kv.key == own
-                and event.kind == "delete"
-                and event.kv.mod_revision > self.record
-            ):
-                self._fence(LockLost(REMOVED))
             else:
                 self.questions.told(event)
 
@@ -384,6 +390,9 @@ class Membership:
             ours, below = result.responses
             if not isinstance(ours, KeyValue) or ours.create_revision != record:
                 self._fence(LockLost(REMOVED))
+                return
+            if not is_ours(self, ours):
+                self._fence(LockLost(OVERWRITTEN))
                 return
             self._watch = self.store.watch((own,), result.revision + 1, self._told)
             assert isinstance(below, tuple)
@@ -408,6 +417,11 @@ class Membership:
         self.reason = reason
 
     def _evicted_by(self, kv: KeyValue) -> str | None:
-        """Who wants this life of the node out; None if the mark is about another."""
-        mark = decode_mark(kv)
-        return mark.by if mark is not None and mark.record == self.record else None
+        """Who wants this life of the node out; None if the mark is about another, or no mark."""
+        try:
+            mark = decode_mark(kv)
+        except BadState as error:
+            self.bad.note(kv.key, error)
+            return None
+        self.bad.good(kv.key)
+        return mark.by if mark.record == self.record else None

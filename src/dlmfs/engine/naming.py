@@ -16,9 +16,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dlmfs.engine.eviction import mark_key
-from dlmfs.engine.records import FORMAT, NODES
-from dlmfs.errors import DlmfsError, NodeNameInUse, OutcomeUnknown
-from dlmfs.store.base import Delete, Get, KeyValue, Put, Session, Txn, TxnResult, created_at
+from dlmfs.engine.fields import FORMAT
+from dlmfs.engine.records import NODES, decode_node
+from dlmfs.errors import BadState, DlmfsError, NodeNameInUse, OutcomeUnknown
+from dlmfs.store.base import (
+    Delete,
+    Get,
+    KeyValue,
+    Put,
+    Session,
+    Txn,
+    TxnResult,
+    created_at,
+    unchanged,
+)
 
 if TYPE_CHECKING:
     from dlmfs.engine.membership import Membership
@@ -34,13 +45,18 @@ def record_of(member: Membership, *, ending: bool = False) -> bytes:
     return json.dumps(facts | {"ending": True} if ending else facts).encode()
 
 
+def is_ours(member: Membership, kv: KeyValue) -> bool:
+    """Whether this life of the node has put this record n/<name>."""
+    said = (record_of(member), record_of(member, ending=True))
+    return member.session is not None and kv.lease == member.session.lease and kv.value in said
+
+
 def _facts(record: KeyValue) -> dict[str, object]:
     """Empty for what is no record of ours."""
     try:
-        facts = json.loads(record.value)
-    except ValueError:
+        return decode_node(record)
+    except BadState:
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 class Named(NamedTuple):
@@ -86,6 +102,9 @@ class Naming:
         def again(_ended: DlmfsError | None = None) -> None:
             self.take(number)
 
+        def later(_deleted: TxnResult | DlmfsError) -> None:
+            member.loop.call_later(RETRY_S, again)
+
         def answered(result: TxnResult | DlmfsError) -> None:
             if isinstance(result, OutcomeUnknown) and self._going_on():
                 member.loop.call_later(RETRY_S, again)
@@ -98,6 +117,10 @@ class Naming:
                 assert isinstance(record, KeyValue)
                 if record.lease == lease:  # an earlier attempt, after all
                     self._done(Named(name, record.create_revision))
+                elif record.lease == 0:
+                    log.warning("the record of the name %s is on no lease: it is nobody's", name)
+                    delete = Txn((unchanged(key, record.mod_revision),), (Delete(key),))
+                    member.store.txn(delete, later)
                 elif record.lease in self._former or self._is_over(record):
                     log.info("the former node %s is over: its session ends", name)
                     member.store.end_session(record.lease, again)

@@ -16,13 +16,16 @@ Rules of this file
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from dlmfs.engine.records import FORMAT, NODES
-from dlmfs.errors import DlmfsError, OutcomeUnknown, Unavailable
+from dlmfs.engine.fields import FORMAT, Fields, node_name, parse
+from dlmfs.engine.records import NODES
+from dlmfs.errors import BadState, DlmfsError, OutcomeUnknown, Unavailable
 from dlmfs.store.base import (
     Delete,
     Event,
@@ -45,13 +48,26 @@ PATIENCE_S: Final = 2.0
 ASKED_MAX: Final = 48
 """Nodes per question: clearing up takes two operations for each, and etcd's bound is 128."""
 UNDER_WAY_MAX: Final = 8
-ANSWER_MAX: Final = 64 * 1024
+LETTER_MAX: Final = 64 * 1024
+"""Bytes of a question or an answer."""
+ERROR_MAX: Final = 500
+NUMBER: Final = re.compile(rb"[0-9a-f]{1,16}\.[0-9a-f]{1,16}")
 RETRY_S: Final = 0.5
 
 Facts = dict[str, Any]
 Answers = dict[str, Facts | None]
 """By node; None: it is silent. {"gone": True}: there is no such node any more."""
 Asked = Callable[[Answers | DlmfsError], None]
+
+
+def is_letter(key: bytes) -> bool:
+    """Whether a key below n/<node>/ is a question's or an answer's."""
+    node, _, rest = key[len(NODES) :].partition(b"/")
+    what, _, rest = rest.partition(b"/")
+    one, _, other = rest.partition(b"/")
+    number, writer = (other, one) if what == ASK[1:-1] else (one, other)
+    known = what in (ASK[1:-1], ANSWER[1:-1]) and NUMBER.fullmatch(number)
+    return bool(known) and node_name(node) is not None and node_name(writer) is not None
 
 
 class _Question:
@@ -193,38 +209,38 @@ class Questions:
 
     @staticmethod
     def _note(asked: _Question, kv: KeyValue) -> None:
-        node = kv.key.rpartition(b"/")[2].decode("utf-8", "replace")
-        try:
-            facts = json.loads(kv.value)
-        except ValueError:
-            return  # as good as none
-        if node in asked.answers and isinstance(facts, dict):
-            asked.answers[node] = facts
+        node = node_name(kv.key.rpartition(b"/")[2])
+        if node in asked.answers:
+            with contextlib.suppress(BadState):  # as good as none
+                asked.answers[node] = parse(kv, LETTER_MAX)
 
     def _asked(self, kv: KeyValue, rest: bytes) -> None:
         """Answer, unless the question has been taken back meanwhile."""
         asker, _, number = rest.partition(b"/")
-        if not (kv.lease and number):
+        if not (kv.lease and node_name(asker) and NUMBER.fullmatch(number)):
             return  # put by hand: an answer without a lease would stay for ever
         own = self._member.name.encode()
         key = NODES + asker + ANSWER + number + b"/" + own
         answer = self._reply(kv)
-        if len(answer) > ANSWER_MAX:
+        if len(answer) > LETTER_MAX:
             answer = json.dumps({"error": f"an answer of {len(answer)} bytes is too long"}).encode()
         stands = created_at(kv.key, kv.create_revision)
         txn = Txn((stands,), (Delete(kv.key), Put(key, answer, kv.lease)))
         self._member.store.txn(txn, _ignore)
 
     def _reply(self, kv: KeyValue) -> bytes:
-        answer: Facts = {"error": "the question is of another version"}
+        answer: Facts = {"error": "nobody here answers"}
         try:
-            record = json.loads(kv.value)
-            if record["v"] == FORMAT and self.reply is not None:
-                answer = self.reply(record["question"])
+            question = Fields.of(kv, LETTER_MAX).part("question").record
+            if self.reply is not None:
+                answer = self.reply(question)
             return json.dumps(answer).encode()
+        except BadState as error:
+            return json.dumps({"error": str(error)}).encode()
         except Exception as error:
             # Whatever is wrong with a question or with our answer: this node's locks are worth more.
-            return json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+            what = f"{type(error).__name__}: {error}"
+            return json.dumps({"error": what[:ERROR_MAX]}).encode()
 
 
 def _ignore(_result: TxnResult | DlmfsError) -> None:

@@ -6,7 +6,8 @@
     g/<node>/<lock>  mail: "your wish was granted", with the head as it then stood
 
 Values are JSON with a format version, so that an operator can read them and a later version can
-refuse them by name.
+refuse them by name. Each kind has one decoder, which checks every field and raises BadState naming
+the key, whatever is wrong (`fields`); a key of no shape of these is nobody's, and None here.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from __future__ import annotations
 import json
 from typing import Final, NamedTuple
 
-from dlmfs.errors import BadState
-from dlmfs.model import EMPTY_LVB, Mode
+from dlmfs.engine.fields import FORMAT, Fields, node_name
+from dlmfs.model import DOMAIN_NAME_MAX, EMPTY_LVB, LOCK_NAME_MAX, LVB_SIZE, Mode
 from dlmfs.store.base import KeyValue
 
-FORMAT: Final = 1
-
 DOMAINS: Final = b"d/"
+HEADS: Final = b"h/"
 NODES: Final = b"n/"
+
+NODE_SIZE_MAX: Final = 16 * 1024
+TTL_MAX_S: Final = 24 * 3600.0
+"""More than a store grants."""
+_TEXTS: Final = {"host": 256, "machine": 256, "boot": 64, "mount": 4096}
 
 
 class Keys:
@@ -35,7 +40,7 @@ class Keys:
         self.base = base
         self.node = node.encode()
         self.members = base + b"m/"
-        self.heads = b"h/" + domain + b"/"
+        self.heads = HEADS + domain + b"/"
         self.wishes = base + b"w/"
         self.mails = base + b"g/" + self.node + b"/"
         self.mine = self.members + self.node
@@ -55,17 +60,51 @@ class Keys:
     def member(self, node: str) -> bytes:
         return self.members + node.encode()
 
-    def split_wish(self, key: bytes) -> tuple[bytes, str]:
-        lock, node = key[len(self.wishes) :].split(b"/")
-        return lock, node.decode()
+    def split_wish(self, key: bytes) -> tuple[bytes, str] | None:
+        """The lock and the node of a wish's key."""
+        lock, _, node = key[len(self.wishes) :].partition(b"/")
+        name = node_name(node)
+        return (lock, name) if name is not None and _is_lock(lock) else None
+
+    def split_mail(self, key: bytes) -> bytes | None:
+        """The lock of a key in our mail."""
+        lock = key[len(self.mails) :]
+        return lock if _is_lock(lock) else None
+
+    def split_member(self, key: bytes) -> str | None:
+        """The node of a membership record's key."""
+        return node_name(key[len(self.members) :])
+
+
+def _is_lock(name: bytes) -> bool:
+    """Whether a lock can be called so."""
+    return 0 < len(name) <= LOCK_NAME_MAX and b"/" not in name and b"\0" not in name
+
+
+def _is_domain(name: bytes) -> bool:
+    return 0 < len(name) <= DOMAIN_NAME_MAX and b"\0" not in name
 
 
 def member_of(key: bytes) -> tuple[bytes, str] | None:
     """The domain and the node of a membership record's key; None for another key."""
-    parts = key.split(b"/")
-    if len(parts) == 4 and parts[2] == b"m":
-        return parts[1], parts[3].decode()
-    return None
+    parts = key.split(b"/", 4)
+    if len(parts) != 4 or parts[2] != b"m" or not _is_domain(parts[1]):
+        return None
+    node = node_name(parts[3])
+    return None if node is None else (parts[1], node)
+
+
+def lock_of(key: bytes) -> tuple[bytes, bytes] | None:
+    """The domain and the lock of a head's key; None for another key."""
+    domain, _, lock = key[len(HEADS) :].partition(b"/")
+    if not (key.startswith(HEADS) and _is_domain(domain) and _is_lock(lock)):
+        return None
+    return domain, lock
+
+
+def node_of(key: bytes) -> str | None:
+    """The node of the key n/<node>; None for another key, those below it included."""
+    return node_name(key[len(NODES) :]) if key.startswith(NODES) else None
 
 
 class Member(NamedTuple):
@@ -128,38 +167,45 @@ class Mail(NamedTuple):
     head: Head | None
 
 
-def _load(kv: KeyValue) -> dict[str, object]:
-    try:
-        record = json.loads(kv.value)
-        version = record["v"]
-    except (ValueError, TypeError, KeyError):
-        raise BadState(f"the record {kv.key!r} in the store is not of dlmfs") from None
-    if version != FORMAT:
-        raise BadState(
-            f"the record {kv.key!r} in the store has format {version}, this program reads "
-            f"format {FORMAT}: run the same version of dlmfs on every node"
+def _head(fields: Fields, revision: int) -> Head:
+    """The head in a record that was put at `revision`."""
+    members: dict[str, Member] = {}
+    for node, member in fields.part("m").record.items():
+        if type(member) is not list or len(member) != 3:
+            fields.wrong("m")
+        incarnation, level, granted = member
+        members[fields.as_node("m", node)] = Member(
+            fields.as_whole("m", incarnation, 1, revision),
+            Mode(fields.as_whole("m", level, Mode.NL, Mode.EX)),
+            fields.as_whole("m", granted, 0, revision) or revision,
         )
-    assert isinstance(record, dict)
-    return record
+    abandoned = fields.record.get("ab")
+    if abandoned is not None:
+        if type(abandoned) is not list or len(abandoned) != 2:
+            fields.wrong("ab")
+        node, granted = abandoned
+        abandoned = Abandoned(
+            fields.as_node("ab", node), fields.as_whole("ab", granted, 0, revision)
+        )
+    return Head(members, _lvb(fields), abandoned)
 
 
-def _head_of(record: dict[str, object], revision: int) -> Head:
-    members = {
-        node: Member(incarnation, Mode(level), granted or revision)
-        for node, (incarnation, level, granted) in record["m"].items()  # type: ignore[attr-defined]
-    }
-    lvb, abandoned = record["lvb"], record["ab"]
-    assert isinstance(lvb, str)
-    return Head(
-        members,
-        bytes.fromhex(lvb) if lvb else EMPTY_LVB,
-        Abandoned(*abandoned) if isinstance(abandoned, list) else None,
-    )
+def _lvb(fields: Fields) -> bytes:
+    text = fields.text("lvb", 2 * LVB_SIZE)
+    if not text:
+        return EMPTY_LVB
+    try:
+        lvb = bytes.fromhex(text)
+    except ValueError:
+        lvb = b""
+    if len(lvb) != LVB_SIZE:
+        fields.wrong("lvb")
+    return lvb
 
 
 def decode_head(kv: KeyValue) -> Head:
     """Raises BadState for a record that is not ours or has another format."""
-    return _head_of(_load(kv), kv.mod_revision)
+    return _head(Fields.of(kv), kv.mod_revision)
 
 
 def settled(head: Head, revision: int) -> Head:
@@ -172,14 +218,17 @@ def settled(head: Head, revision: int) -> Head:
 
 def decode_wish(kv: KeyValue, node: str) -> Wish:
     """Raises BadState for a record that is not ours or has another format."""
-    record = _load(kv)
-    flags, incarnation, mode = record["flags"], record["inc"], record["mode"]
-    assert isinstance(flags, list)
-    assert isinstance(incarnation, int)
+    fields = Fields.of(kv)
+    if not kv.lease:
+        fields.wrong("lease: it would stand for ever")
+    flags = fields.record.get("flags")
+    if type(flags) is not list or any(flag not in ("try", "convert") for flag in flags):
+        fields.wrong("flags")
     return Wish(
         node,
-        incarnation,
-        Mode(mode),  # type: ignore[arg-type]
+        # Its node was a member before it wished; perhaps where something stood that was put by hand.
+        fields.whole("inc", 1, kv.mod_revision),
+        Mode(fields.whole("mode", Mode.PR, Mode.EX)),
         "try" in flags,
         "convert" in flags,
         kv.create_revision,
@@ -194,8 +243,32 @@ def encode_mail(wish: Wish, head: bytes | None) -> bytes:
 
 def decode_mail(kv: KeyValue) -> Mail:
     """Raises BadState for a record that is not ours or has another format."""
-    record = _load(kv)
-    wish, head = record["wish"], record["head"]
-    assert isinstance(wish, int)
-    assert head is None or isinstance(head, dict)
-    return Mail(wish, None if head is None else _head_of(head, kv.mod_revision))
+    fields = Fields.of(kv)
+    head = None
+    if fields.record.get("head") is not None:
+        head = _head(fields.part("head").of_this_format(), kv.mod_revision)
+    return Mail(fields.whole("wish", 1, kv.mod_revision), head)
+
+
+def encode_member(lease: int) -> bytes:
+    return json.dumps({"v": FORMAT, "lease": lease}).encode()
+
+
+def check_member(kv: KeyValue) -> None:
+    """Raises BadState for a record that its node has not put. Whoever it is stays a member all the same:
+    its incarnation is the record's create revision, and it may well hold locks."""
+    if kv.value != encode_member(kv.lease) or not kv.lease:
+        Fields.of(kv).wrong("lease")
+
+
+def decode_node(kv: KeyValue) -> dict[str, object]:
+    """The facts in the record n/<node>: what a daemon says of itself. Raises BadState."""
+    fields = Fields.of(kv, NODE_SIZE_MAX)
+    for name, most in _TEXTS.items():
+        if name in fields.record:
+            fields.text(name, most)
+    for name in ("pid", "pidns", "start"):
+        if name in fields.record:
+            fields.whole(name)
+    fields.seconds("ttl", TTL_MAX_S)
+    return fields.record

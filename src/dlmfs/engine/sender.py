@@ -125,3 +125,5 @@ class Sender:
         for part in parts:
             part.lock.reread()
             part.lock.resume()
+        if mine.mod_revision != self._space.epoch:  # a put by another hand that looks like ours
+            self._space.revive()

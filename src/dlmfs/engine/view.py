@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
+from dlmfs.engine.hearing import read_wish
 from dlmfs.engine.queue import Pass, bury, grant_pass, ordered
 from dlmfs.engine.records import Head, Mail, Member, Wish, decode_head, settled
 from dlmfs.model import Mode, compatible
@@ -126,8 +127,9 @@ class View:
             self.wishes.clear()
             for kv in queue:
                 assert isinstance(kv, KeyValue)
-                wish = self.space.wish_of(kv)
-                self.wishes[wish.node] = wish
+                wish = read_wish(self.space, kv)
+                if wish is not None:
+                    self.wishes[wish.node] = wish
             self.wishes_at = at
         mine = self.wishes.get(self.space.node)
         if mine is not None and asking:

@@ -15,6 +15,7 @@ LOCK: Final = "engine/lock.py"
 LOCAL: Final = "engine/local.py"
 SENDER: Final = "engine/sender.py"
 SPACE: Final = "engine/lockspace.py"
+HEARING: Final = "engine/hearing.py"
 VIEW: Final = "engine/view.py"
 QUEUE: Final = "engine/queue.py"
 CORE: Final = "core/lockres.py"
@@ -78,11 +79,11 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "waiters-sleep",
-        SPACE,
-        """            lock.wish_gone(node, revision)
+        HEARING,
+        """        lock.wish_gone(node, revision)
 """,
-        """            lock.wish_gone(node, revision)
-            return None
+        """        lock.wish_gone(node, revision)
+        return None
 """,
         100,
         "a waiter does not act when the wish ahead of it vanishes (traps 2)",
@@ -208,13 +209,9 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "late-burial",
-        SPACE,
-        "        if gone and self.live:\n"
-        "            for lock in list(self.locks.values()):\n"
-        "                lock.member_gone()\n",
-        "        if gone and self.live:\n"
-        "            for lock in list(self.locks.values()):\n"
-        "                self.loop.call_later(self.timing.ttl_s, lock.member_gone)\n",
+        HEARING,
+        "            lock.member_gone()\n",
+        "            space.loop.call_later(space.timing.ttl_s, lock.member_gone)\n",
         100,
         "who waits looks after a death, but not at once (promise 5)",
     ),

@@ -94,7 +94,7 @@ def evict(cluster: Cluster, node: SimNode, _rng: Random) -> None:
     if not node.up or member.session is None:
         return
     if NODES + node.name.encode() in cluster.arbiter.data:
-        put = Put(mark_key(node.name), Mark(member.record, "an operator").encode())
+        put = Put(mark_key(node.name), Mark(member.record, "operator").encode())
         cluster.arbiter.apply(Txn((), (put,)))
         # Without a lease nothing fences a daemon that stands still: ended by hand, it may answer one
         # request more when it wakes (docs/simulation.md, "Limits").

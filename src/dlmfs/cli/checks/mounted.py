@@ -69,6 +69,7 @@ def check(entry: MountEntry) -> Iterator[Finding]:
         yield ok(about, "of the locks only your own were looked at: root is told of all")
     if health["heads_max"]:
         yield ok(about, f"only the first {health['heads_max']} locks were looked at")
+    yield from _bad_records(about, [health, status, *status["domains"]])
     for domain in health["domains"]:
         yield from _domain(about, place, domain)
 
@@ -140,6 +141,18 @@ def latency(about: str, worst_ms: float, ttl_s: float | None) -> Finding:
     )
 
 
+def _bad_records(about: str, reports: list[Facts]) -> Iterator[Finding]:
+    """Records that cannot be read, as the daemon met them or found them now."""
+    bad = list(dict.fromkeys(what for report in reports for what in report["bad_records"]))
+    if bad:
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        yield fail(
+            about,
+            f"{plain(bad[0])}{more}: it is skipped, or its lock cannot be had",
+            "find out who wrote it; it may be deleted once no program holds a lock of that name",
+        )
+
+
 def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
     name, silent = node["node"], node["silent"]
     if node["own"]:
@@ -171,7 +184,10 @@ def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
             f"node {name} is of version {node['version']}, node {status['node']} of {status['version']}",
             "run the same version on every node",
         )
-    if node["ttl_s"] != status["lease"]["ttl_s"] and status["lease"]["ttl_s"] is not None:
+    if (
+        node["ttl_s"] not in (None, status["lease"]["ttl_s"])
+        and status["lease"]["ttl_s"] is not None
+    ):
         yield warn(
             about,
             f"node {name} has the lease time {node['ttl_s']:g} s: its locks come free that late",
