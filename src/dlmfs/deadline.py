@@ -92,9 +92,10 @@ class Published:
 class Deadline:
     """A program's end, for what it has been granted by now."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, session: int | None = None) -> None:
+        """`session`: of that one's grants; None: of the present one's."""
         self._fd = fd
-        self._session = self._read()[1]
+        self._session = self._read()[1] if session is None else session
         info = os.fstat(fd)
         self.identity = info.st_dev, info.st_ino, self._session
         """Of the session: no other's while this is open."""
@@ -113,6 +114,10 @@ class Deadline:
                     return cls(fd)
                 os.close(fd)
         return None
+
+    def pass_on(self) -> tuple[int, int]:
+        """What another process needs to make it anew: a descriptor, and the session."""
+        return self._fd, self._session
 
     def at(self) -> float:
         """The deadline in seconds, as `boottime`; inf if there is none as long as the daemon lives;

@@ -11,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from dlmfs.errors import LockLost
 from tests.cli.jobs import Job
 from tests.cli.programs import until
 from tests.fs.nodes import Nodes, dlmfs
@@ -30,6 +32,9 @@ while True:
     time.sleep(0.01)
 """
 NEXT: Final = "import time; print(time.clock_gettime_ns(time.CLOCK_BOOTTIME), flush=True)"
+
+STOPPED: Final = "stopped"
+"""In a name: the process that looks after the command stands still, too."""
 
 End = Callable[[Path, Path], object]
 """Ends the daemon of the first mount; may use the second, of another node."""
@@ -60,6 +65,8 @@ def ways(nodes: Nodes, connections: Path) -> dict[str, End]:
         "force": by_force,
         "abort": abort,
         "evict": evict,
+        f"term-{STOPPED}": send(signal.SIGTERM),
+        f"kill-{STOPPED}": send(signal.SIGKILL),
     }
 
 
@@ -75,6 +82,22 @@ class Case(NamedTuple):
         began = int(self.heir.line())
         last = int(self.log.read_text())
         assert began > last, f"{self.name}: both worked for {(last - began) / 1e6:.0f} ms"
+
+
+def overlap_nowhere(nodes: Nodes, ends: dict[str, End], safe: Path) -> None:
+    """End a node in each of these ways, all at once."""
+    victims = {name: nodes.mount(name) for name in ends}
+    with cases(nodes, victims, safe) as made:
+        threads = [
+            threading.Thread(target=end, args=(victims[name], safe)) for name, end in ends.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for case in made:
+            case.check()
+            assert case.worker.over()[0] == LockLost.exit, case.name
+        for thread in threads:
+            thread.join()
 
 
 @contextlib.contextmanager
@@ -100,11 +123,13 @@ def cases(nodes: Nodes, victims: dict[str, Path], safe: Path) -> Iterator[list[C
         made = []
         for what, log, worker, heir in found:
             assert worker.line() == "works"
+            if STOPPED in what:
+                os.kill(worker.behind(), signal.SIGSTOP)
             made.append(Case(what, log, worker, start(*heir)))
 
         def all_wait() -> bool:
-            (domain,) = nodes.status(safe)["domains"]
-            return sum(len(lock["waiters"]) for lock in domain["locks"]) == len(made)
+            locks = [lock for domain in nodes.status(safe)["domains"] for lock in domain["locks"]]
+            return sum(len(lock["waiters"]) for lock in locks) == len(made)
 
         until(all_wait, "somebody does not wait")
         yield made

@@ -14,6 +14,8 @@ Rules of this file
 * From then on the one in front only passes signals on, and the exit code back. Should the one behind be
   killed, nobody would look after its command: the one in front, which gets its orphans, ends them. Not
   the children that it had before, as of a shell that started something and then became this program.
+* Nor does the one behind hear of a loss while it stands still: the one in front looks at the deadlines
+  then. It must not ask the daemon: what waits for that one cannot end.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import signal
 import struct
 import sys
 import time
-from typing import Final, NoReturn
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from dlmfs import proc
 from dlmfs.cli.signals import (
@@ -39,13 +42,20 @@ from dlmfs.cli.signals import (
     reap,
     suffer,
 )
-from dlmfs.errors import Unavailable
+from dlmfs.errors import LockLost, Unavailable
+
+if TYPE_CHECKING:
+    from dlmfs.deadline import Deadline
 
 ENDS_WITHIN_S: Final = 1.0
 """How long the end of the one behind is awaited. Only a daemon that stands still leaves one longer."""
 ANSWER_S: Final = 15.0
 """Whoever would not wait is answered within this for each lock, unless the daemon stands still: 5 s at
 most where the store does not answer, for domain and lock, and 3 s for another node that is silent."""
+LOOK_S: Final = 0.1
+"""How often the deadlines are looked at in the stead of one that stands still."""
+DEADLINES_MAX: Final = 250
+"""Descriptors that one message takes (SCM_MAX_FD is 253): of so many mounts."""
 PR_SET_PDEATHSIG: Final = 1
 STREAMS_SIZE: Final = struct.calcsize("3i")
 
@@ -69,6 +79,7 @@ class Behind:
         self._others = _children()
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
         self._has_it = False
+        self._deadlines: list[Deadline] = []
         try:
             self.pid = os.fork()
         except OSError as error:
@@ -100,9 +111,14 @@ class Behind:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
-    def over(self) -> None:
-        """The wait is over, whatever came of it. Ends here if the one in front has given up."""
-        self._socket.send(b"?")
+    def over(self, deadlines: Iterable[Deadline] = ()) -> None:
+        """The wait is over, whatever came of it: until when it is good. Ends here if the one in front
+        has given up."""
+        passed_on = [each.pass_on() for each in deadlines]
+        sessions = struct.pack(f"{len(passed_on)}Q", *(session for _, session in passed_on))
+        fds = struct.pack(f"{len(passed_on)}i", *(fd for fd, _ in passed_on))
+        message = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)] if fds else []
+        self._socket.sendmsg([b"?" + sessions], message)
         os.kill(self._front, LOST)
         space = _socket.CMSG_SPACE(STREAMS_SIZE)
         word, messages, _, _ = self._socket.recvmsg(1, space, _socket.MSG_CMSG_CLOEXEC)
@@ -130,7 +146,11 @@ class Behind:
         Raises `late` if the wait is not over within `limit_s`."""
         until = None if limit_s is None else time.monotonic() + limit_s
         while True:
+            if self._has_it:
+                until = self._look_after()
             info = _next(until)
+            if info is None and self._has_it:
+                continue
             if info is None:
                 self._give_up()
                 raise late
@@ -144,7 +164,7 @@ class Behind:
                     _end_by(signal.Signals(-code))
             elif number == LOST:
                 if not self._has_it and self._is_asked():
-                    self._has_it, until = True, None
+                    self._has_it = True
                     become_subreaper()  # first: there must be no command yet that is another's orphan
                     self._answer()
             elif number in ENDS and not self._has_it and not _is_ignored(number):
@@ -157,9 +177,40 @@ class Behind:
 
     def _is_asked(self) -> bool:
         """Whether the signal is the one behind's."""
-        with contextlib.suppress(BlockingIOError):
-            return self._socket.recv(1, _socket.MSG_DONTWAIT) != b""
-        return False
+        space = _socket.CMSG_SPACE(DEADLINES_MAX * 4)
+        flags = _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
+        try:
+            word, messages, _, _ = self._socket.recvmsg(1 + DEADLINES_MAX * 8, space, flags)
+        except BlockingIOError:
+            return False
+        sessions = struct.iter_unpack("Q", word[1:])
+        for _, _, data in messages:
+            from dlmfs.deadline import Deadline
+
+            for fd, session in zip(struct.iter_unpack("i", data), sessions, strict=True):
+                self._deadlines.append(Deadline(fd[0], session[0]))
+        return word != b""
+
+    def _look_after(self) -> float | None:
+        """Should the one behind stand still and a lock be lost, end the command in its stead: it heeds
+        nothing now. When to look again, on time.monotonic; None: when something happens."""
+        if not proc.is_stopped(self.pid):
+            return None  # one that stops tells us, as it would of its end (SIGCHLD)
+        if any(each.passed() for each in self._deadlines):
+            self._end_command()
+        return time.monotonic() + LOOK_S
+
+    def _end_command(self) -> NoReturn:
+        from dlmfs.cli.supervise import GRACE_S, end_all
+
+        print(
+            f"dlmfs: a lock was lost, and pid {self.pid}, which looks after it, is stopped: "
+            "the command is ended",
+            file=sys.stderr,
+        )
+        end_all(GRACE_S, root=self.pid)
+        os.kill(self.pid, signal.SIGKILL)  # last: with it may go the open file, and so the lock
+        self.end(LockLost.exit)
 
     def _answer(self) -> None:
         """Give the one behind the standard streams."""

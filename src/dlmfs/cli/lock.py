@@ -186,13 +186,14 @@ def run(args: list[str]) -> int:
         behind = Behind()
         if not behind.is_here:
             behind.wait(*limit(places, order))
+        until: dict[str, Deadline] = {}
         try:
             fds = take(places, order)
             until = deadlines(places)
             # Asked after that: so it is the session of these grants whose deadline was found.
             tokens = [str(token(fd, where)) for where, fd in fds.items()]
         finally:
-            behind.over()
+            behind.over(until.values())
     except UsageError as error:
         print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit

@@ -221,38 +221,42 @@ def _all_children() -> defaultdict[int, list[int]]:
     return children
 
 
-def _signal_all(others: frozenset[int], *numbers: int) -> None:
-    for pid in descendants(os.getpid(), others):
+def _signal_all(root: int, others: frozenset[int], *numbers: int) -> None:
+    for pid in descendants(root, others):
         for number in numbers:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
 
 
-def _none_left(others: frozenset[int]) -> bool:
+def _none_left(root: int, others: frozenset[int]) -> bool:
     """Reap; whether that was the last. Exact, since orphans become our children; beside `others`, who
-    live on, as exact as the kernel's list of them."""
+    live on, and below another process, as exact as the kernel's list of them."""
+    if root != os.getpid():  # not ours to reap
+        states = map(proc.stat, descendants(root, others))
+        return all(found is None or found.state in ("Z", "X") for found in states)
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
         return True
-    return bool(others) and not any(descendants(os.getpid(), others))
+    return bool(others) and not any(descendants(root, others))
 
 
-def end_all(grace_s: float, others: frozenset[int] = frozenset()) -> None:
-    """SIGTERM to every process below us, SIGKILL after `grace_s` to those that are left and to those
-    that they make meanwhile; not to `others`, children that are not the command's. One more SIGTERM for
-    us is the watchdog's (`-o on-lost=`), or somebody's who is in a hurry, too."""
+def end_all(grace_s: float, others: frozenset[int] = frozenset(), root: int | None = None) -> None:
+    """SIGTERM to every process below us (or below `root`), SIGKILL after `grace_s` to those that are
+    left and to those that they make meanwhile; not to `others`, children that are not the command's.
+    One more SIGTERM for us is the watchdog's (`-o on-lost=`), or somebody's who is in a hurry, too."""
+    root = root or os.getpid()
     killing_at = time.monotonic() + grace_s
-    _signal_all(others, signal.SIGTERM, signal.SIGCONT)  # a stopped process cannot heed the first
-    while not _none_left(others):
+    _signal_all(root, others, signal.SIGTERM, signal.SIGCONT)  # a stopped one cannot heed the first
+    while not _none_left(root, others):
         now = time.monotonic()
         if now >= killing_at + KILLING_S:
-            left = ", ".join(map(str, descendants(os.getpid(), others)))
+            left = ", ".join(map(str, descendants(root, others)))
             print(f"dlmfs: these processes cannot be ended: {left}", file=sys.stderr)
             return
         if now >= killing_at:
-            _signal_all(others, signal.SIGKILL)
+            _signal_all(root, others, signal.SIGKILL)
         info = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], LOOK_S)
         if info is not None and info.si_signo == signal.SIGTERM:
             killing_at = min(killing_at, now + WATCHDOG_GRACE_S)
