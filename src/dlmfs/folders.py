@@ -184,6 +184,19 @@ def make(parent: int, path: str, mode: int) -> int:
     return fd
 
 
+def make_path(paths: list[str], mode: int, *, shared: bool = False) -> int:
+    """The same for several, each in the one before it; the descriptor of the last. `shared`: the first
+    may lie in a folder like /tmp. Raises BadState, OSError."""
+    fd = enter(os.path.dirname(paths[0]), shared=shared)
+    for path in paths:
+        above = fd
+        try:
+            fd = make(above, path, mode)
+        finally:
+            os.close(above)
+    return fd
+
+
 def set_mode(folder: int, name: str, mode: int) -> None:
     """chmod(2) of a file of this user's, never of what a link leads to. Raises NotPermitted, OSError."""
     fd = os.open(name, _LOOK, dir_fd=folder)

@@ -35,6 +35,7 @@ from dlmfs.fuse.device import Device
 from dlmfs.handlers import handlers
 from dlmfs.model import OnLost
 from dlmfs.permission import hides_processes
+from dlmfs.store import highwater
 from dlmfs.store.base import Txn, TxnResult
 from dlmfs.store.sqlite import SqliteStore
 from dlmfs.store.statefile import default_path
@@ -131,7 +132,9 @@ class Node:
             self.store = etcd
         else:
             path = source.path or default_path(source.name)
-            self.store = SqliteStore(path, self.loop, default=source.path is None)
+            self.store = SqliteStore(
+                path, self.loop, default=source.path is None, highwater=highwater.of_user()
+            )
         undo.callback(self.store.close)
 
     async def _join(self, undo: contextlib.AsyncExitStack) -> None:

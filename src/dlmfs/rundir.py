@@ -49,22 +49,9 @@ def make_folder(uid: int) -> str:
     refused = ""
     for folder in places(uid):
         try:
-            _make(folder, mode)
+            os.close(folders.make_path([os.path.dirname(folder), folder], mode, shared=True))
         except (OSError, BadState) as error:
             refused = refused or str(error)
             continue
         return folder
     raise NotPermitted(f"no place for the control socket: {refused}, or mend its mode")
-
-
-def _make(folder: str, mode: int) -> None:
-    """A folder in one of our own in one of the system's. Raises BadState, OSError."""
-    own = os.path.dirname(folder)
-    fd = folders.enter(os.path.dirname(own), shared=True)
-    for path in (own, folder):
-        above = fd
-        try:
-            fd = folders.make(above, path, mode)
-        finally:
-            os.close(above)
-    os.close(fd)

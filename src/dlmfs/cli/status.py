@@ -66,6 +66,8 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
         for session in report["store"].get("sessions", [])
         if session["stopped"]
     ]
+    if report["store"].get("tokens"):
+        lines.append(f"  tokens: {report['store']['tokens']}")
     if report["store"].get("waiting_for_pid"):
         lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
     lines += [f"  {line}" for line in faults(report["faults"])]

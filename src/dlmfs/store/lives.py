@@ -34,6 +34,11 @@ def holder(fd: int, start: int = 0) -> int:
     return 0 if kind == fcntl.F_UNLCK else int(pid) or -1
 
 
+def may_live(pid: int) -> bool:
+    """Whether a session may live of which nothing is there but its row: a dead process is surely over."""
+    return pid != os.getpid() and proc.exists(pid)
+
+
 class Lives:
     """The folder of a state file's sessions, which are known by their leases."""
 
@@ -74,8 +79,7 @@ class Lives:
         try:
             fd = os.open(f"{lease:x}.lock", _READ, dir_fd=self.fd)
         except FileNotFoundError:
-            # Somebody tidied up, or the daemon fenced itself: only a dead process is surely over.
-            return pid != os.getpid() and proc.exists(pid)
+            return may_live(pid)  # somebody tidied up
         except OSError:
             return True  # out of descriptors: look again later
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from dlmfs.errors import BadState, LockLost
+from dlmfs.store import statefile
 from dlmfs.store.base import (
     Compare,
     Delete,
@@ -32,6 +34,8 @@ TICK_US: Final = 32
 """A new state's revision starts at wall-clock time in this unit: tokens must not restart when a
 reboot has wiped a tmpfs. Coarse enough that a token (revision << 16) fits 63 bits until 2112,
 fine enough that no store commits faster than 31,250 times a second for its whole life."""
+
+REVISION_MAX: Final = 1 << 47
 
 _TABLES: Final = """
 CREATE TABLE meta (revision INTEGER NOT NULL, trimmed INTEGER NOT NULL, generation INTEGER NOT NULL);
@@ -64,16 +68,28 @@ class Row(NamedTuple):
     lease: int
 
 
-def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connection:
+Sessions = list[tuple[int, str, int]]
+"""Lease, node and pid of every session on record."""
+Start = Callable[[Sessions | None], int]
+"""The least revision that a state may have which is opened, by its sessions; None: it is a new one."""
+
+
+def clock(known: Sessions | None) -> int:
+    """That of a new state by the clock alone."""
+    return time.time_ns() // 1000 // TICK_US if known is None else 0
+
+
+def connect(
+    path: Path, *, volatile: bool, timeout_s: float, start: Start = clock
+) -> sqlite3.Connection:
     """Open the state file, which exists, filling or checking it. No busy time-out remains afterwards.
 
     Raises BadState for another program's or version's file, which is left as it was, and
     sqlite3.Error for what SQLite finds wrong.
     """
     conn = sqlite3.connect(
-        uri(
-            path, "rw"
-        ),  # to make it, with which mode, is not SQLite's to decide (`statefile.secure`)
+        # To make it, with which mode, is not SQLite's to decide (`statefile.secure`).
+        statefile.uri(path, "rw"),
         uri=True,
         timeout=timeout_s,
         isolation_level=None,
@@ -87,7 +103,9 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
         conn.execute(f"PRAGMA wal_autocheckpoint={_log_pages(path)}")
         conn.execute("BEGIN IMMEDIATE")
         if conn.execute("PRAGMA application_id").fetchone()[0] == 0:
-            _create(conn)
+            _create(conn, start(None))
+        elif (least := start(sessions(conn))) > revision_of(conn):
+            conn.execute("UPDATE meta SET revision = ?", (least,))
         conn.execute("COMMIT")
         if conn.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise BadState(f"the state file {path} is damaged: move it away or name another")
@@ -96,13 +114,6 @@ def connect(path: Path, *, volatile: bool, timeout_s: float) -> sqlite3.Connecti
         conn.close()
         raise
     return conn
-
-
-def uri(path: Path, mode: str) -> str:
-    """A state file's name for SQLite, with how it is to be opened (ro, rw)."""
-    from urllib.parse import quote_from_bytes
-
-    return f"file:{quote_from_bytes(os.fsencode(path))}?mode={mode}"
 
 
 def _log_pages(path: Path) -> int:
@@ -135,12 +146,12 @@ def _check(conn: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _create(conn: sqlite3.Connection) -> None:
+def _create(conn: sqlite3.Connection, start: int) -> None:
     for statement in _TABLES.split(";"):
         if statement.strip():
             conn.execute(statement)
-    start = time.time_ns() // 1000 // TICK_US
-    assert start < 1 << 47
+    if not 0 <= start < REVISION_MAX:
+        raise BadState("the clock of this machine is decades wrong: set it, then mount again")
     conn.execute("INSERT INTO meta VALUES (?, ?, 0)", (start, start))
     conn.execute(f"PRAGMA application_id={APPLICATION_ID}")
     conn.execute(f"PRAGMA user_version={FORMAT}")
@@ -265,6 +276,10 @@ def _stamp(plan: _Plan, responses: list[object], revision: int) -> TxnResult:
 # -- sessions, watches, the log ------------------------------------------------------------------------
 
 
+def revision_of(conn: sqlite3.Connection) -> int:
+    return int(conn.execute("SELECT revision FROM meta").fetchone()[0])
+
+
 def generation(conn: sqlite3.Connection) -> int:
     """Grows whenever a session or a watch comes or goes."""
     row = conn.execute("SELECT generation FROM meta").fetchone()
@@ -294,7 +309,7 @@ def add_session(
     return None, []
 
 
-def sessions(conn: sqlite3.Connection) -> list[tuple[int, str, int]]:
+def sessions(conn: sqlite3.Connection) -> Sessions:
     return conn.execute("SELECT lease, node, pid FROM session ORDER BY started").fetchall()
 
 

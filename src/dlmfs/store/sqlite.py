@@ -35,8 +35,10 @@ from dlmfs.errors import (
 from dlmfs.store import schema, statefile
 from dlmfs.store.base import BOUNDS, Session, Txn, TxnDone, WatchBatch, WatchGap
 from dlmfs.store.check import check, writes
-from dlmfs.store.lives import holder
+from dlmfs.store.highwater import HighWater
+from dlmfs.store.lives import Lives, holder, may_live
 from dlmfs.store.sqlite_session import SqliteSession
+from dlmfs.store.sqlite_watch import AGAIN_S, SqliteWatch
 from dlmfs.store.sqlite_work import Worker, reading, writing
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ T = TypeVar("T")
 OPEN_TIMEOUT_S: Final = 5.0
 REGISTER_AGAIN_S: Final = 0.2
 FAILING_MAX_S: Final = 2.0
-AGAIN_S: Final = 0.005
+MARK_AGAIN_S: Final = 5.0
 SIZE_VALID_S: Final = 1.0
 TRIM_EVERY: Final = 1000
 KEEP_REVISIONS: Final = 10_000
@@ -64,20 +66,29 @@ class SqliteStore:
     bounds = BOUNDS
 
     def __init__(
-        self, path: Path, loop: asyncio.AbstractEventLoop, *, default: bool = False
+        self,
+        path: Path,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        default: bool = False,
+        highwater: HighWater | None = None,
     ) -> None:
         self.loop = loop
         place = statefile.prepare(path, default=default)
         self.path, self.kind, self.folder = place
-        self.volatile = self.kind in ("tmpfs", "ramfs")
+        self.highwater = highwater or HighWater(None)
+        self._mark_at = 0.0
+        self.volatile = self.kind in statefile.VOLATILE
         self.dead: str | None = None
         self._lost: Callable[[DlmfsError], None] | None = None
         self.renewed: Callable[[Session], None] = lambda _session: None
         """Called when a session begins: none needs to be renewed."""
         self.session: SqliteSession | None = None
         try:
+            self.highwater.read()
             statefile.secure(place)
-            self._worker = Worker(self.path, loop, volatile=self.volatile)
+            self._worker = Worker(self.path, loop, volatile=self.volatile, start=self._start)
+            self.highwater.keep_above(schema.revision_of(self._worker.fast))
         except BaseException:
             os.close(self.folder)
             raise
@@ -212,8 +223,31 @@ class SqliteStore:
             if version != self._version and self._is_behind():
                 self.pump_soon()
             self._version = version
+            self._keep_mark(schema.revision_of(self._worker.fast))
         except sqlite3.Error:
             return  # a peer recovers the log just now, or it is damaged: the next transaction says so
+
+    def _start(self, known: schema.Sessions | None) -> int:
+        """The revision from which a state goes on that was lost, or is one of before (from a backup)."""
+        mark = self.highwater.value
+        if known is None:
+            return max(schema.clock(None), mark)
+        return 0 if self._anybody_lives(known) else mark
+
+    def _anybody_lives(self, known: schema.Sessions) -> bool:
+        try:
+            lives = Lives.look(self.path)
+        except OSError:
+            return any(may_live(pid) for _, _, pid in known)
+        with contextlib.closing(lives):
+            return any(lives.alive(lease, pid) for lease, _, pid in known)
+
+    def _keep_mark(self, revision: int) -> None:
+        """Raise the high-water mark in time, in a thread: it waits for a disk."""
+        if self.loop.time() < self._mark_at or not self.highwater.is_due(revision):
+            return
+        self._mark_at = self.loop.time() + MARK_AGAIN_S
+        self.loop.run_in_executor(None, self.highwater.keep_above, revision)
 
     def _is_behind(self) -> bool:
         """Whether a watch was not told what it should have been; if none, all are at the log's end."""
@@ -347,6 +381,11 @@ class SqliteStore:
             "filesystem": self.kind,
             "durable": not self.volatile,
         }
+        if self.highwater.trouble is not None:
+            facts["tokens"] = (
+                "they may go back if this state is lost while the clock is behind: "
+                f"{self.highwater.trouble}"
+            )
         if self.dead is not None:
             return facts | {"lost": self.dead}
         try:
@@ -395,48 +434,6 @@ class SqliteStore:
         folder, self.folder = self.folder, -1
         if folder >= 0:
             os.close(folder)
-
-
-class SqliteWatch:
-    """One watch: a place in the log, and where to deliver what comes after it."""
-
-    def __init__(
-        self,
-        store: SqliteStore,
-        prefixes: tuple[bytes, ...],
-        from_revision: int,
-        sink: Callable[[WatchBatch | WatchGap], None],
-    ) -> None:
-        self.store = store
-        self.prefixes = prefixes
-        self.next = from_revision
-        self.sink = sink
-        self.cancelled = False
-
-    def deliver(self, conn: sqlite3.Connection) -> None:
-        if self.cancelled:
-            return
-        try:
-            revision, trimmed, batches = schema.events_since(conn, self.next, self.prefixes)
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:  # a peer recovers the log
-                self.store.loop.call_later(AGAIN_S, self.store.pump_soon)
-                return
-            self.store.fence(f"the state file cannot be read any more: {error}")
-            return
-        if self.next <= trimmed:
-            self.cancel()
-            self.sink(WatchGap(trimmed + 1))
-            return
-        self.next = max(self.next, revision + 1)
-        for batch in batches:
-            if not self.cancelled:
-                self.sink(batch)
-
-    def cancel(self) -> None:
-        if not self.cancelled:
-            self.cancelled = True
-            self.store.drop_watch(self)
 
 
 def _trim(conn: sqlite3.Connection) -> tuple[None, list[schema.Row]]:

@@ -40,17 +40,19 @@ OPEN_TIMEOUT_S: Final = 5.0
 
 
 class Worker:
-    """The connections to one state file, and the thread. Opens or creates the file.
+    """The connections to one state file, which exists, and the thread.
 
     `fast` is the event loop's connection; `pending` how much waits for the thread. Raises BadState,
     NotPermitted, StoreFull or Unavailable.
     """
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, *, volatile: bool) -> None:
+    def __init__(
+        self, path: Path, loop: asyncio.AbstractEventLoop, *, volatile: bool, start: schema.Start
+    ) -> None:
         self.path = path
         self.loop = loop
         self.volatile = volatile
-        self.fast = _connect(path, volatile=volatile)
+        self.fast = _connect(path, volatile=volatile, start=start)
         self.pending = 0
         self._thread: ThreadPoolExecutor | None = None
         self._slow: sqlite3.Connection | None = None
@@ -111,9 +113,9 @@ class Worker:
         self.fast.close()
 
 
-def _connect(path: Path, *, volatile: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, volatile: bool, start: schema.Start) -> sqlite3.Connection:
     try:
-        made = schema.connect(path, volatile=volatile, timeout_s=OPEN_TIMEOUT_S)
+        made = schema.connect(path, volatile=volatile, timeout_s=OPEN_TIMEOUT_S, start=start)
         if os.access(path, os.W_OK):
             return made
         made.close()

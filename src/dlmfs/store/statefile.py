@@ -27,6 +27,9 @@ NETWORK: Final = frozenset(
 """File systems whose locks and shared memory do not reach across, or not as SQLite needs them."""
 
 
+VOLATILE: Final = ("tmpfs", "ramfs")
+
+
 def fs_type(folder: Path) -> str:
     """The type of the file system that holds `folder`, by the longest mount point above it."""
     where = os.path.realpath(folder)
@@ -104,6 +107,15 @@ def _go(path: Path) -> folders.Found:
         raise UsageError(f"the state folder {folder}: {error.strerror}") from None
 
 
+def lasting(path: Path) -> Place:
+    """The same for a file that must still be there after a reboot."""
+    place = prepare(path, default=False)
+    if place.kind in VOLATILE:
+        os.close(place.folder)
+        raise BadState(f"{place.path.parent} is in memory ({place.kind}): a reboot empties it")
+    return place
+
+
 def _check(place: Place) -> None:
     path, folder = place.path, place.path.parent
     if not path.name or os.path.isdir(path):
@@ -148,11 +160,15 @@ def secure(place: Place) -> None:
 
 def _make_private(folder: Path) -> None:
     """Make the default folder, or make sure that nobody else made it first."""
+    mode = 0o755 if os.getuid() == 0 else 0o700
     try:
-        parent = folders.enter(str(folder.parent), shared=True)
-        try:
-            os.close(folders.make(parent, str(folder), 0o755 if os.getuid() == 0 else 0o700))
-        finally:
-            os.close(parent)
+        os.close(folders.make_path([str(folder)], mode, shared=True))
     except OSError as error:
         raise BadState(f"cannot make the state folder {folder}: {error.strerror}") from None
+
+
+def uri(path: Path, mode: str) -> str:
+    """A file's name for SQLite, with how it is to be opened (ro, rw)."""
+    from urllib.parse import quote_from_bytes
+
+    return f"file:{quote_from_bytes(os.fsencode(path))}?mode={mode}"

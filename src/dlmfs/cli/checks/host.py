@@ -218,7 +218,7 @@ def state_folder(path: Path, *, default: bool) -> Finding:
             return fail(about, what, mend)
         os.close(place.folder)
         kind = place.kind
-    if kind in ("tmpfs", "ramfs"):
+    if kind in statefile.VOLATILE:
         return ok(about, f"{folder} is in memory ({kind}): fast, and empty after a reboot")
     if not default:
         return ok(

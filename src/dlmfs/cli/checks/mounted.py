@@ -107,6 +107,12 @@ def _store(about: str, store: Facts) -> Iterator[Finding]:
     if store.get("path"):
         kind = "outlives a power failure" if store["durable"] else "in memory"
         yield ok(about, f"state in {plain(str(store['path']))}, {kind} ({store['filesystem']})")
+    if store.get("tokens"):
+        yield warn(
+            about,
+            f"tokens: {plain(str(store['tokens']))}",
+            "make that a folder of yours alone on a local disk; see docs/reference.md, Tokens",
+        )
     if store.get("warning"):
         yield warn(about, store["warning"], "upgrade etcd")
     if store.get("trouble"):

@@ -95,7 +95,7 @@ def _node(lives: Lives, lease: int, node: str, pid: int) -> Finding:
 
 def _sessions(path: Path) -> list[tuple[int, str, int]] | None:
     """The sessions on record; None: not a file of ours. Raises sqlite3.Error."""
-    with contextlib.closing(sqlite3.connect(schema.uri(path, "ro"), uri=True)) as conn:
+    with contextlib.closing(sqlite3.connect(statefile.uri(path, "ro"), uri=True)) as conn:
         application = conn.execute("PRAGMA application_id").fetchone()[0]
         version = conn.execute("PRAGMA user_version").fetchone()[0]
         if (application, version) != (schema.APPLICATION_ID, schema.FORMAT):
