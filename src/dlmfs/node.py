@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, identity
+from dlmfs import __version__, facts, identity, proc
 from dlmfs.config import EtcdSource, lock_delay_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
@@ -29,6 +29,7 @@ from dlmfs.errors import DlmfsError, Unavailable, UsageError
 from dlmfs.faults import Faults
 from dlmfs.fence import LeaseTimer, Watchdog
 from dlmfs.fs.filesystem import FileSystem
+from dlmfs.fs.kinship import Kinship
 from dlmfs.fs.tree import Tree
 from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.device import Device
@@ -164,6 +165,10 @@ class Node:
         )
         self.fs.secret = hides_processes()
         self.fs.faults = self.faults
+        self.fs.by_kernel = proc.is_64_bit
+        kinship = Kinship(self.loop, self.faults)
+        undo.callback(kinship.close)
+        self.fs.kinship = kinship.ask
         member.host = self.fs
         self.traffic = Traffic(self)
         member.questions.reply = partial(facts.reply, self)

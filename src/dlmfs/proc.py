@@ -12,6 +12,7 @@ Rules of this file
 from __future__ import annotations
 
 import os
+import re
 import struct
 from itertools import islice
 from typing import Final, NamedTuple
@@ -192,12 +193,13 @@ def own_mounts() -> bytes:
         return file.read()
 
 
-def device_of(pid: Pid, mount: int) -> str | None:
-    """The device number, as in mountinfo, of a mount that a process sees; None if it is not in the
-    first `TABLE_MAX` bytes of its table."""
-    wanted = b"%d" % mount
-    for line in (read(pid, "mountinfo", most=TABLE_MAX) or b"").split(b"\n"):
-        words = line.split(b" ", 3)
-        if words[0] == wanted and len(words) == 4:
-            return words[2].decode("ascii", "replace")
-    return None
+def mount_table(pid: Pid) -> bytes:
+    """The first `TABLE_MAX` bytes of another process's table of mounts; none if it is not told."""
+    return read(pid, "mountinfo", most=TABLE_MAX) or b""
+
+
+def device_of(table: bytes, mount: int) -> str | None:
+    """The device number, "major:minor", of a mount in such a table; None if it is not there."""
+    # Not line by line: that would keep other threads of this process waiting.
+    found = re.search(rb"^%d [0-9]+ ([0-9]+:[0-9]+) " % mount, table, re.MULTILINE)
+    return found[1].decode() if found else None

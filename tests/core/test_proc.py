@@ -20,6 +20,7 @@ SOURCE = Path(proc.__file__).parent
 
 PID, THREAD, HOLDER, INO = 40, 41, 50, 7
 HERE = "0:99"
+ASKED = kin.Question(PID, frozenset({HOLDER}), INO, b"/dom/x", HERE)
 MOUNT = b"31 1 0:99 / /mnt rw - fuse.dlmfs local rw\n"
 
 
@@ -52,7 +53,7 @@ class Played:
         self.write(f"fdinfo/{fd}", told.encode())
 
     def is_kin(self) -> bool:
-        return kin.is_kin(PID, [HOLDER], INO, b"/dom/x", HERE)
+        return kin.is_kin(ASKED)
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_who_holds_it_by_the_daemons_own_account_needs_no_looking(
         raise AssertionError("/proc was asked")
 
     monkeypatch.setattr(proc, "read", nothing)
-    assert kin.is_kin(HOLDER, [HOLDER], INO, b"/dom/x", HERE)
+    assert kin.is_kin(ASKED._replace(pid=HOLDER))
 
 
 ODD = st.one_of(

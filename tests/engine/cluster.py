@@ -14,7 +14,7 @@ Whole clusters from seeds are `dlmfs.sim`'s.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -170,8 +170,10 @@ class SimNode:
     def notify(self, claim: Claim) -> None:
         self.cluster.notices += 1
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
-        return any(h.pid == claim.pid for h in holders)
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
+        done(any(h.pid == claim.pid for h in holders))
 
     def lock_lost(
         self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]

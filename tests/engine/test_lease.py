@@ -65,8 +65,10 @@ class Node:
     def notify(self, claim: Claim) -> None:
         return
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
-        return False
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
+        done(False)
 
     def lock_lost(
         self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]

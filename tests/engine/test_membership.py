@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -72,8 +72,10 @@ class Node:
     def notify(self, claim: Claim) -> None:
         """Nobody sleeps in poll."""
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
-        return False
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
+        done(False)
 
     def lock_lost(
         self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]

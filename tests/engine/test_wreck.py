@@ -92,7 +92,7 @@ def by_a_timer(cluster: HandCluster, a: HandNode, _b: HandNode) -> None:
 def by_a_kinship(cluster: HandCluster, a: HandNode, _b: HandNode) -> None:
     """In the middle of carrying out the core's actions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(a, "is_kin", buggy)
+        patch.setattr(a, "identify", buggy)
         cluster.begin(a, Mode.EX)
 
 

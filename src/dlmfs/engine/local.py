@@ -11,11 +11,14 @@ Rules of this file
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.events import (
     Action,
     Ask,
+    Claim,
     Drop,
     Fail,
     Grant,
@@ -93,8 +96,8 @@ class Local:
                     case Notify(claim):
                         host.notify(claim)
                     case Identify(claim):
-                        kin = host.is_kin(claim, list(lock.res.holders.values()))
-                        self._todo.extend(lock.res.identified(claim, kin=kin))
+                        told = partial(lock.enter, self._identified, claim)
+                        host.identify(claim, list(lock.res.holders.values()), told)
                     case RefuseTry():
                         self._refuse()
                     case Ask() | Drop():
@@ -106,13 +109,31 @@ class Local:
         if self._try_timer is not None and not lock.res.trying:
             self.cancel_try()
 
-    def look_at_converters(self) -> None:
-        """EDEADLK is for who holds the lock shared now, not for who did when it came."""
+    def _identified(self, claim: Claim, kin: bool) -> None:
+        """The host's answer, perhaps later: by then the claim may be gone."""
+        if claim.stage is Stage.WAITING and claim.kin is None:
+            self.run(self._lock.res.identified(claim, kin=kin))
+            self._lock.resume()
+
+    def look_at_converters(self, then: Callable[[], None]) -> None:
+        """EDEADLK is for who holds the lock shared now, not for who did when it came. `then` is called
+        when that is known of all."""
         res, host = self._lock.res, self._lock.space.host
-        holders = list(res.holders.values())
-        for claim in res.converters():
-            if not host.is_kin(claim, holders):
+        holders, asked = list(res.holders.values()), res.converters()
+        left = len(asked)
+
+        def told(claim: Claim, kin: bool) -> None:
+            nonlocal left
+            left -= 1
+            if not kin and claim.stage is Stage.WAITING and claim.kin:
                 res.not_kin(claim)
+            if not left:
+                then()
+
+        for claim in asked:
+            host.identify(claim, holders, partial(self._lock.enter, told, claim))
+        if not asked:
+            then()
 
     # -- what others wish for -------------------------------------------------------------------
 

@@ -430,11 +430,17 @@ class ClusterLock:
             return
         self.view.withdrawn(wish)
         self.local.told = False
+        if self.res.phase is Phase.ASKING and not wish.trying:
+            self.busy = True  # nothing else is begun until it is known who is told EDEADLK
+            self.local.look_at_converters(partial(self._refuse, errno.EDEADLK))
+        else:
+            self._refuse(errno.ETXTBSY)
+
+    def _refuse(self, reason: int) -> None:
+        """The request came to nothing."""
+        self.busy = False
         if self.res.phase is Phase.ASKING:
-            refusal = errno.ETXTBSY if wish.trying else errno.EDEADLK
-            if refusal == errno.EDEADLK:
-                self.local.look_at_converters()
-            self.local.run(self.res.refused(0 if self.res.withdrawing else refusal))
+            self.local.run(self.res.refused(0 if self.res.withdrawing else reason))
         self.learned()
 
     def _refuse_trylocks(self) -> None:

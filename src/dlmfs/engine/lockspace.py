@@ -63,13 +63,16 @@ class Host(Protocol):
 
     def notify(self, claim: Claim) -> None: ...
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
-        """Whether the claim's process, or an ancestor of it, is one of the holders' (rule 11)."""
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
+        """Whether the claim's process, or an ancestor of it, is one of the holders' (rule 11): `done`
+        gets the answer, now or later, and surely."""
 
     def domain_lost(self, domain: bytes, reason: str) -> None: ...
 
     def lock_lost(
-        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
+        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim], /
     ) -> None:
         """The state of one lock was broken: these claims on it have ended, and what else is on it."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -51,8 +51,21 @@ def fate(pid: int) -> int | None:
     return proc.number(told.get(b"Tgid"))
 
 
+class Question(NamedTuple):
+    """Does thread `pid` belong to a process that holds the lock, or descend from one? `holders` are the
+    threads that opened it, `ino` and `path` (below the mount) its file, `device` the mount's device
+    number, as in mountinfo."""
+
+    pid: int
+    holders: frozenset[int]
+    ino: int
+    path: bytes
+    device: str
+
+
 def has_open(group: int, ino: int, path: bytes, device: str) -> bool:
-    """Whether a process has the file open, if only by a descriptor that it inherited. See `is_kin`."""
+    """Whether a process has the file open, if only by a descriptor that it inherited."""
+    table: bytes | None = None
     for fd in proc.numbers(group, "fd", most=DESCRIPTORS_MAX):
         at = proc.link(group, fd)
         if at is None or not at.endswith(path):
@@ -61,27 +74,30 @@ def has_open(group: int, ino: int, path: bytes, device: str) -> bool:
         if found is None or found.ino != ino or found.is_path_only:
             continue
         # Another mount may have the same number under the same name.
-        if proc.device_of(group, found.mount) == device:
+        if table is None:
+            table = proc.mount_table(group)
+        if proc.device_of(table, found.mount) == device:
             return True
     return False
 
 
-def is_kin(pid: int, holder_pids: Iterable[int], ino: int, path: bytes, device: str) -> bool:
-    """Whether thread `pid` belongs to a process that holds the lock, or descends from one.
-
-    `holder_pids` are the threads that opened it, `ino` and `path` (below the mount) its file,
-    `device` the mount's device number, as in mountinfo.
-    """
-    holders = {holder for holder in holder_pids if holder}
-    if pid in holders:
+def is_kin(asked: Question) -> bool:
+    """The answer to the question; what /proc does not tell, or not within the bounds, is "no"."""
+    holders = asked.holders - {0}
+    if asked.pid in holders:
         return True
-    lineage = list(_lineage(pid))
+    lineage = list(_lineage(asked.pid))
     if not holders.isdisjoint(lineage):
         return True
     ancestors = set(lineage)
     if any(proc.group(holder) in ancestors for holder in islice(holders, HOLDERS_MAX)):
         return True
-    return bool(lineage) and has_open(lineage[0], ino, path, device)
+    return bool(lineage) and has_open(lineage[0], asked.ino, asked.path, asked.device)
+
+
+def answer(_user: object, asked: Question, done: Callable[[bool], None]) -> None:
+    """Answer at once, in whatever thread this is."""
+    done(is_kin(asked))
 
 
 class Process(NamedTuple):

@@ -107,6 +107,9 @@ class OpenFiles:
         self.places = Places(loop, readers, self.withdraw, self.fate)
         self.watchdog: Watchdog | None = None
         self.faults = Faults()
+        self.kinship: Callable[[User, kin.Question, Callable[[bool], None]], None] = kin.answer
+        self.by_kernel: Callable[[int], bool] = lambda _thread: False
+        """Whether an open without any flag, for this thread, is the kernel's own."""
         self.last_fh = 0
         self.over: Callable[[], None] = lambda: None
         """Called when nothing that was granted is good any more: fenced, or the node's life ends."""
@@ -124,6 +127,10 @@ class OpenFiles:
             # Refused, but an open all the same: a way to give up one's place without taking a lock.
             self.places.leave(h.pid, file.ino, but=None)
             return errno.EINVAL
+        if not flags and self.by_kernel(h.pid):
+            return (
+                errno.ENOTTY
+            )  # for an ioctl(2) on an open file, as FS_IOC_GETFLAGS: it needs no lock
         if not file.linked:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
             return errno.ESTALE if file.lost else errno.EAGAIN
@@ -365,12 +372,18 @@ class OpenFiles:
         if handle.poll is not None:
             self.device.notify_poll(handle.poll)
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
         """`Host`: whether the claim's process holds this lock already (engine rule 11)."""
         handle = cast("Handle", claim)
-        pids = {holder.pid for holder in holders}
-        path = handle.file.path()
-        return kin.is_kin(claim.pid, pids, handle.file.ino, path, self.mount_device)
+        pids = frozenset(holder.pid for holder in holders)
+        if claim.pid in pids:
+            done(True)
+            return
+        file = handle.file
+        question = kin.Question(claim.pid, pids, file.ino, file.path(), self.mount_device)
+        self.kinship(handle.user, question, done)
 
     def fate(self, pid: int) -> int | None:
         """The thread group of a thread that will go on living; None: it is dying, or not known."""
@@ -383,12 +396,8 @@ class OpenFiles:
             dict.fromkeys(h.file for h in self.handles.values() if h.stage is not Stage.HELD)
         )
 
-    def lock_lost(
-        self, lock: ClusterLock, holders: Sequence[Claim], waiters: Sequence[Claim]
-    ) -> None:
-        """`Host`: the lock's state was broken. Who it belonged to is looked up here, in tables of our
-        own: what the lock itself says of it may be wrong."""
-        del holders, waiters
+    def lock_lost(self, lock: ClusterLock, *_claims: Sequence[Claim]) -> None:
+        """`Host`: the lock is broken. Whose it was is looked up in tables of our own."""
         for answer in [a for a in self.pending.values() if a.lock is lock]:
             answer(errno.EIO)
         held = [h for h in self.handles.values() if h.lock is lock]

@@ -347,6 +347,14 @@ BUGS: Final[tuple[Planted, ...]] = (
         "a level is believed in until its give-up is confirmed (rule 5)",
     ),
     Planted(
+        "kinship-of-the-gone",
+        LOCAL,
+        "        if claim.stage is Stage.WAITING and claim.kin is None:\n",
+        "        if True:\n",
+        100,
+        "the answer to whose process a waiter is comes when it waits no more",
+    ),
+    Planted(
         "deaths-of-others",
         LOCK,
         "elif view.grantable(res.level) or view.front_of_dead():",

@@ -6,7 +6,7 @@ system and a kernel. A node that dies is followed by another life under the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, cast
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dlmfs.sim.cluster import Cluster
 
 RESTART_S = 1.0
+SLOW_KIN_S = (0.0, 0.0, 0.001, 0.5)
 
 
 class NamedStore(MemoryStore):
@@ -55,7 +56,17 @@ class Files(FileSystem):
 
     node: SimNode
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
+        """As the real one, by a thread that takes its time: at once, or a little later."""
+        kin, machine = self._is_kin(claim, holders), self.node.machine
+        if self.node.slow_kin:
+            machine.call_later(self.node.slow_kin * machine.rng.random(), done, kin)
+        else:
+            done(kin)
+
+    def _is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
         handle = cast("Handle", claim)
         pids = {holder.pid for holder in holders}
         process = self.node.processes.get(claim.pid)
@@ -101,6 +112,8 @@ class SimNode:
         self.name = f"n{number}"
         self.owner = Owner(cluster.scenario.owners[number])
         self.rate = cluster.scenario.rates[number]
+        self.slow_kin = Random(f"kin {cluster.scenario.seed}").choice(SLOW_KIN_S)
+        """How long it may take to know whose process another is."""
         self.life = 0
         self.up = False
         """Mounted: programs can use it."""

@@ -284,8 +284,10 @@ class Node:
     def notify(self, claim: Claim) -> None:
         """Seen by `contended` in every state."""
 
-    def is_kin(self, claim: Claim, holders: Sequence[Claim]) -> bool:
-        return any(h.pid == claim.pid for h in holders)
+    def identify(
+        self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
+    ) -> None:
+        done(any(h.pid == claim.pid for h in holders))
 
     def domain_lost(self, domain: bytes, reason: str) -> None:
         raise Bug(f"a node whose lease stands lost {domain!r}: {reason}")
