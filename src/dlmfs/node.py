@@ -122,7 +122,7 @@ class Node:
         """The watchdog process, forked while there is no thread and no lock yet."""
         on_lost = self.config.options.on_lost
         if on_lost is not OnLost.NONE and isinstance(self.config.source, EtcdSource):
-            self.watchdog = Watchdog(on_lost, self.config.options.grace_s)
+            self.watchdog = Watchdog(on_lost, self.config.options.grace_s, self.loop)
             undo.callback(self.watchdog.close)
 
     async def _open_store(self, undo: contextlib.AsyncExitStack) -> None:

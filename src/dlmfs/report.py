@@ -62,6 +62,7 @@ async def status(node: Node, sight: Sight) -> Facts:
         "ending": _ending(node.membership.ending),
         "store": node.store.describe(),
         "faults": node.faults.told(whole=sight.whole),
+        "watchdog": node.watchdog.told() if node.watchdog is not None and sight.whole else None,
         **_bad(node.membership.bad, sight),
         "domains": domains,
         "hidden_domains": len(node.membership.spaces) - len(domains),

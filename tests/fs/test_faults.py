@@ -120,6 +120,9 @@ class Watchdog:
     def lost(self) -> None:
         """Not called."""
 
+    def lost_one(self, pid: int) -> None:
+        """Not called."""
+
 
 def test_an_open_that_fails_in_the_middle_keeps_nothing(mount: Mount) -> None:
     """It is answered EIO: nobody will ever close what it had been granted already."""
@@ -131,6 +134,42 @@ def test_an_open_that_fails_in_the_middle_keeps_nothing(mount: Mount) -> None:
     assert mount.counts() == (0, 0)
     mount.close(mount.hold())
     assert mount.counts() == (0, 0)
+
+
+class Account(Watchdog):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def holds(self, pid: int) -> None:
+        del pid
+        self.said.append("holds")
+
+    def closed(self, pid: int) -> None:
+        del pid
+        self.said.append("closed")
+
+    def lost_one(self, pid: int) -> None:
+        del pid
+        self.said.append("lost")
+
+
+def test_the_watchdog_is_told_of_each_holder_once(mount: Mount) -> None:
+    """The close of a lost lock must take nothing from what its thread has opened since."""
+    account = mount.fs.watchdog = Account()
+    mount.close(mount.hold())
+    assert account.said == ["holds", "closed"]
+    account.said.clear()
+    lost = mount.hold()
+    break_lock(mount)
+    assert account.said == ["holds", "lost"]
+    mount.close(lost)
+    mount.loop.run_for(2 * GRACE_S)
+    mount.file = mount.file.domain.children[mount.file.name]  # type: ignore[assignment]
+    mount.hold()
+    mount.space.lose("taken away")
+    assert account.said == ["holds", "lost", "holds"]
 
 
 # -- a real mount -------------------------------------------------------------------------------------

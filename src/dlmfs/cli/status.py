@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Any
+from typing import Any, Final
 
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.text import age, plain
 from dlmfs.control import ask
 from dlmfs.errors import DlmfsError, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
+
+MISSING_MAX: Final = 8
 
 
 def run(args: list[str]) -> int:
@@ -70,13 +72,27 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
         lines.append(f"  tokens: {report['store']['tokens']}")
     if report["store"].get("waiting_for_pid"):
         lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
-    lines += [f"  {line}" for line in faults(report["faults"])]
+    lines += [f"  {line}" for line in faults(report["faults"]) + unwatched(report["watchdog"])]
     lines += [f"  {what}" for what in _bad(report)]
     for domain in report["domains"]:
         lines += _domain(domain, everything=everything)
     if report["hidden_domains"]:
         lines.append(f"  {report['hidden_domains']} domains are closed to you")
     return "\n".join(lines)
+
+
+def unwatched(told: dict[str, Any] | None) -> list[str]:
+    """Whom `on-lost=` would not reach."""
+    if told is None:
+        return []
+    if told["ended"]:
+        return [f"on-lost={told['on_lost']} is without effect: its process has ended"]
+    missing = told["missing"]
+    if not missing:
+        return []
+    threads = " ".join(map(str, missing[:MISSING_MAX]))
+    whom = f"{len(missing)} holders, whose processes cannot be found (threads {threads})"
+    return [f"on-lost={told['on_lost']} does not reach {whom}"]
 
 
 def faults(told: dict[str, Any]) -> list[str]:

@@ -299,7 +299,7 @@ class OpenFiles:
     def _close(self, handle: Handle) -> None:
         del self.handles[handle.fh]
         handle.user.holders -= 1
-        if self.watchdog is not None:
+        if self.watchdog is not None and handle.stage is Stage.HELD:  # else it knows
             self.watchdog.closed(handle.pid)
         handle.lock.close(handle)
 
@@ -400,17 +400,17 @@ class OpenFiles:
         """`Host`: the lock is broken. Whose it was is looked up in tables of our own."""
         for answer in [a for a in self.pending.values() if a.lock is lock]:
             answer(errno.EIO)
+        opening = self._opening
         held = [h for h in self.handles.values() if h.lock is lock]
         for handle in held:
             handle.stage = Stage.ENDED
             self.notify(handle)
-        for handle in [h for h in self.waiting.values() if h.lock is lock]:
+            if self.watchdog is not None:
+                (self.watchdog.closed if handle is opening else self.watchdog.lost_one)(handle.pid)
+        waiting = [h for h in self.waiting.values() if h.lock is lock]
+        for handle in waiting + self.places.of(lock):
             handle.stage = Stage.ENDED
             self.failed(handle, Unavailable.errno)
-        for handle in self.places.of(lock):
-            handle.stage = Stage.ENDED
-            self.failed(handle, Unavailable.errno)
-        opening = self._opening
         if opening is not None and opening.lock is lock:
             opening.stage = Stage.ENDED
             if self.handles.get(opening.fh) is opening:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from dlmfs import __version__
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
-from dlmfs.cli.status import faults
+from dlmfs.cli.status import faults, unwatched
 from dlmfs.cli.text import plain
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, NotPermitted
@@ -101,6 +101,8 @@ def _lease(about: str, status: Facts) -> Finding:
 def _faults(about: str, status: Facts) -> Iterator[Finding]:
     for line in faults(status["faults"]):
         yield warn(about, line, "see the daemon's log, and report it with that")
+    for line in unwatched(status["watchdog"]):
+        yield warn(about, line, "mount it again, or end those programs by hand if a lock is lost")
 
 
 def _store(about: str, store: Facts) -> Iterator[Finding]:
