@@ -47,6 +47,7 @@ class MountOptions:
     cert: str | None = None
     key: str | None = None
     credentials: str | None = None
+    insecure_password: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ _FLAGS: Final[dict[str, dict[str, bool]]] = {
     "atime": {"noatime": False},
     "allow_other": {"allow_other": True},
     "default_permissions": {"default_permissions": True},
+    "insecure-password": {"insecure_password": True},
 }
 _IGNORED: Final = frozenset(
     "dev suid relatime norelatime strictatime nostrictatime lazytime nolazytime diratime nodiratime"

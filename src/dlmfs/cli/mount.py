@@ -35,6 +35,7 @@ OPTIONS: Final = """\
          ttl=SECONDS       lease time on etcd, 5 to 3600 (default 15)
          ca=, cert=, key=, credentials=
                            files for etcd with TLS; `user:password` for etcd with authentication
+         insecure-password send that password in clear text (else it needs ca=, or a loopback address)
          grace=SECONDS     how long holders have to close their locks when this node ends (default 2)
          lock-delay=SECS   wait so long before a dead node's locks are given to others (default 2 on
                            one host; 0 on etcd, where the lease gives that time)

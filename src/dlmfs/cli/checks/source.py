@@ -108,7 +108,7 @@ def _sessions(path: Path) -> list[tuple[int, str, int]] | None:
 
 def check_etcd(source: EtcdSource, options: MountOptions) -> Iterator[Finding]:
     try:
-        from dlmfs.store.etcd.access import access
+        from dlmfs.store.etcd.access import access, is_here
     except ImportError:
         return  # the host's checks say what is missing
     try:
@@ -116,17 +116,14 @@ def check_etcd(source: EtcdSource, options: MountOptions) -> Iterator[Finding]:
     except DlmfsError as error:
         yield fail("etcd", str(error), "see `dlmfs mount --help`, ca= cert= key= credentials=")
         return
-    if found.ca is None and not all(_is_here(e) for e in found.endpoints):
+    if found.ca is None and not all(map(is_here, found.endpoints)):
+        what = ", the password with it" if found.user is not None else ""
         yield warn(
             "etcd",
-            "what is said to etcd is not encrypted",
+            f"what is said to etcd is not encrypted{what}",
             "-o ca=FILE, on a network you do not own",
         )
     yield from asyncio.run(_etcd(found, source.cluster, options.ttl_s))
-
-
-def _is_here(endpoint: str) -> bool:
-    return endpoint.startswith(("127.", "localhost:", "[::1]"))
 
 
 async def _etcd(access: Access, cluster: str, ttl_s: float) -> list[Finding]:

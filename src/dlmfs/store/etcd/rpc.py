@@ -4,6 +4,7 @@ Rules of this file
 ------------------
 * A call that got no answer is `OutcomeUnknown`: it may have been applied, or be applied later
   (etcd-notes 10). Only what etcd says before it proposes anything is definite.
+* An answer that is none (`answers`) is no answer: so is whatever goes wrong here in reading it.
 * Any failure moves on to the next member, once for all calls that were under way on the old one.
 * An answer whose revision is below one seen before it was asked for is from a store that went back
   in time (restored or wiped): everything we know is void (etcd-notes 11).
@@ -20,12 +21,18 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from dlmfs.errors import BadState, Bug, DlmfsError, LockLost, NotPermitted, OutcomeUnknown
 from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.answers import Nonsense, check, check_jump
 from dlmfs.store.etcd.codec import only_reads
 
 log = logging.getLogger("dlmfs.etcd")
+
+MESSAGE_MAX: Final = 64 << 20
+"""Bytes of an answer. The largest of ours, the wishes of a domain with 1,000 nodes of which each waits
+for 200 locks, is half of it; whatever may be longer is read in pages."""
 
 CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 6000),  # etcd closes connections that ask more often than each 5 s
@@ -35,9 +42,13 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", MESSAGE_MAX),
     ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection
+    ("grpc.enable_http_proxy", 0),  # whatever the environment says, it would be told the password
+    ("grpc.service_config_disable_resolution", 1),  # nor does DNS say how we call
 )
+NO_TOKEN: Final = ""
+"""The cluster has users, and does not ask for them yet."""
 NEEDS_LEADER: Final = ("hasleader", "true")
 """A stream at a member without a leader is ended instead of staying silent."""
 
@@ -63,10 +74,25 @@ def _looked_after(task: asyncio.Task[Any]) -> None:
         task.get_loop().call_exception_handler(context)
 
 
+def report(loop: asyncio.AbstractEventLoop, where: str, error: Exception) -> str:
+    """Have an exception named that nobody expected; what of it may be told."""
+    loop.call_exception_handler(
+        {"message": f"{where} of the etcd store failed", "exception": error}
+    )
+    return f"a fault of this daemon ({type(error).__name__})"
+
+
 class Method(NamedTuple):
     path: str
     request: type[Any]
     response: type[Any]
+
+    def read(self, data: bytes) -> Any:
+        """The answer; the bytes themselves if they are none, which gRPC would log with a traceback."""
+        try:
+            return self.response.FromString(data)
+        except DecodeError:
+            return data
 
 
 RANGE: Final = Method("/etcdserverpb.KV/Range", pb.RangeRequest, pb.RangeResponse)
@@ -142,11 +168,12 @@ class Rpc:
     def _connected(self) -> grpc.aio.Channel:
         if self._channel is None:
             access = self.access
+            target = f"dns:///{self.endpoint}"  # a host may be called as one of gRPC's schemes is
             if access.ca is None:
-                self._channel = grpc.aio.insecure_channel(self.endpoint, CHANNEL_OPTIONS)
+                self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
             else:
                 credentials = grpc.ssl_channel_credentials(access.ca, access.key, access.cert)
-                self._channel = grpc.aio.secure_channel(self.endpoint, credentials, CHANNEL_OPTIONS)
+                self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
         return self._channel
 
     def failed(self, generation: int, why: str) -> None:
@@ -181,14 +208,29 @@ class Rpc:
         """One request and its answer. Raises OutcomeUnknown, or what is definite: LockLost (no such
         lease), NotPermitted, Bug (a request that etcd cannot accept)."""
         assert method is not TXN or not only_reads(request), "it may make the server panic"
-        floor = self.revision
+        floor, generation = self.revision, self.generation
         answer = await self._call(method, request, timeout_s)
+        self.believe(generation, lambda: self._check(request, answer, floor))
         if self.trouble is not None:
             log.info("etcd at %s answers", self.endpoint)
             self.trouble = None
         if method is TXN or method is RANGE:
             self._look_back(answer.header, floor)
         return answer
+
+    def believe(self, generation: int, look: Callable[[], None]) -> None:
+        """Have an answer looked through. Raises OutcomeUnknown if it is none."""
+        try:
+            look()
+        except Nonsense as error:
+            endpoint = self.endpoint
+            self.failed(generation, str(error))
+            raise OutcomeUnknown(f"etcd at {endpoint}: {error}") from None
+
+    @staticmethod
+    def _check(request: Any, answer: Any, floor: int) -> None:
+        check(request, answer)
+        check_jump(floor, answer.header.revision)
 
     async def _call(self, method: Method, request: Any, timeout_s: float) -> Any:
         for attempt in range(2):
@@ -204,6 +246,12 @@ class Rpc:
                 if cancelling():
                     raise
                 raise OutcomeUnknown("the connection was given up") from None
+            except DlmfsError:
+                raise
+            except Exception as error:
+                why = report(self.loop, "a call", error)
+                self.failed(generation, why)
+                raise OutcomeUnknown(f"etcd at {self.endpoint}: {why}") from None
         raise AssertionError
 
     async def _send(self, method: Method, request: Any, timeout_s: float) -> Any:
@@ -211,7 +259,7 @@ class Rpc:
         stub = self._connected().unary_unary(
             method.path,
             request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
+            response_deserializer=method.read,
         )
         return await stub(request, timeout=timeout_s, metadata=metadata)
 
@@ -221,7 +269,7 @@ class Rpc:
         stub = self._connected().stream_stream(
             method.path,
             request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
+            response_deserializer=method.read,
         )
         return stub(metadata=metadata, timeout=timeout_s)
 
@@ -232,19 +280,30 @@ class Rpc:
             stub = self._connected().unary_unary(
                 AUTHENTICATE.path,
                 request_serializer=AUTHENTICATE.request.SerializeToString,
-                response_deserializer=AUTHENTICATE.response.FromString,
+                response_deserializer=AUTHENTICATE.read,
             )
             request = pb.AuthenticateRequest(name=self.access.user, password=self.access.password)
-            self._token = (await stub(request, timeout=timeout_s)).token
-        return (("token", self._token),)
+            generation = self.generation
+            try:
+                answer = await stub(request, timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                if "authentication is not enabled" not in (error.details() or ""):
+                    raise
+                self._token = NO_TOKEN
+            else:
+                self.believe(generation, lambda: check(request, answer))
+                self._token = answer.token
+        return (("token", self._token),) if self._token else ()
 
     # -- answers ------------------------------------------------------------------------------
 
-    @staticmethod
-    def _token_is_old(error: grpc.aio.AioRpcError) -> bool:
+    def _token_is_old(self, error: grpc.aio.AioRpcError) -> bool:
+        """Whether a new token may mend it; the first one of all, where users were not needed before."""
+        details = error.details() or ""
+        first = self._token == NO_TOKEN and "user name is empty" in details
         return error.code() is grpc.StatusCode.UNAUTHENTICATED or (
             error.code() is grpc.StatusCode.INVALID_ARGUMENT
-            and "revision of auth store is old" in (error.details() or "")
+            and (first or "revision of auth store is old" in details)
         )
 
     def _raise(self, error: grpc.aio.AioRpcError, generation: int) -> None:

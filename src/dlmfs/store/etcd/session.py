@@ -18,6 +18,7 @@ import grpc
 from dlmfs.core.lease import Renewal
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
 from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.answers import check
 from dlmfs.store.etcd.codec import Codec
 from dlmfs.store.etcd.rpc import (
     GRANT,
@@ -28,6 +29,7 @@ from dlmfs.store.etcd.rpc import (
     Rpc,
     cancelling,
     look_after,
+    report,
 )
 from dlmfs.timing import Clock, Timing
 
@@ -92,6 +94,9 @@ class EtcdSession:
                 return
             except DlmfsError:
                 wait = RETRY_S
+            except Exception as error:  # without a renewal all would be lost
+                report(self.rpc.loop, "a renewal", error)
+                wait = RETRY_S
             await asyncio.sleep(max(0.0, wait - (self.clock() - sent)) if wait else 0.0)
 
     async def _renew(self, sent: float, timeout_s: float) -> bool:
@@ -114,11 +119,11 @@ class EtcdSession:
 
     async def _keep_alive(self, timeout_s: float) -> int:
         """The seconds left after a renewal; 0 if the lease is gone."""
-        generation = self.rpc.generation
+        generation, request = self.rpc.generation, pb.LeaseKeepAliveRequest(id=self.lease)
         try:
             stream = await self.rpc.stream(KEEP_ALIVE, timeout_s)
             try:
-                await stream.write(pb.LeaseKeepAliveRequest(id=self.lease))
+                await stream.write(request)
                 answer = await stream.read()
             finally:
                 stream.cancel()
@@ -131,9 +136,8 @@ class EtcdSession:
             if cancelling():
                 raise
             raise OutcomeUnknown("the connection was given up") from None
-        if not isinstance(answer, pb.LeaseKeepAliveResponse):
-            self.rpc.failed(generation, "a renewal was not answered")
-            raise OutcomeUnknown("no answer to a renewal")
+        self.rpc.believe(generation, lambda: check(request, answer))
+        assert isinstance(answer, pb.LeaseKeepAliveResponse)
         return answer.ttl
 
     # -- the end ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.store.base import BOUNDS, Get, Range, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
@@ -26,6 +26,7 @@ from dlmfs.store.etcd.rpc import (
     Access,
     Rpc,
     look_after,
+    report,
 )
 from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.watch import EtcdWatch
@@ -37,6 +38,8 @@ SOUND: Final = ((3, 4, 38), (3, 5, 23), (3, 6, 5))
 """The first of each line where a renewal cannot succeed on a revoked lease (etcd PR 20590) and a stuck
 old leader cannot revoke live ones (issue 15247); see etcd-notes 5."""
 SIZE_EVERY_S: Final = 10.0
+
+T = TypeVar("T")
 
 
 def unsound(version: str) -> str | None:
@@ -99,15 +102,20 @@ class EtcdStore:
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
         check(txn, self.bounds)
-        self._start(self._txn(txn, done))
-
-    async def _txn(self, txn: Txn, done: TxnDone) -> None:
         self.commits += 1
+        self._start(self._answer(self._ask(txn), done))
+
+    async def _answer(
+        self, work: Coroutine[Any, Any, T], done: Callable[[T | DlmfsError], None]
+    ) -> None:
+        """Tell `done` what becomes of `work`: whatever goes wrong in it, it is told once."""
+        result: T | DlmfsError
         try:
-            result = await self._ask(txn)
+            result = await work
         except DlmfsError as error:
-            done(error)
-            return
+            result = error
+        except Exception as error:
+            result = OutcomeUnknown(report(self.loop, "a call", error))
         done(result)
 
     async def _ask(self, txn: Txn) -> TxnResult:
@@ -176,31 +184,23 @@ class EtcdStore:
 
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         """End another session, whose owner is known to be over."""
-        self._start(self._end_session(lease, done))
+        self._start(self._answer(self._end_session(lease), done))
 
-    async def _end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
+    async def _end_session(self, lease: int) -> None:
         try:
             await self.rpc.call(REVOKE, pb.LeaseRevokeRequest(id=lease), self.timeout_s)
-        except OutcomeUnknown as error:
-            done(error)
+        except OutcomeUnknown:
+            raise
         except DlmfsError:
-            done(None)  # it had ended
-        else:
-            done(None)
+            return  # it had ended
 
     def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
-        self._start(self._lease_left(lease, done))
+        self._start(self._answer(self._lease_left(lease), done))
 
-    async def _lease_left(
-        self, lease: int, done: Callable[[float | DlmfsError | None], None]
-    ) -> None:
-        try:
-            request = pb.LeaseTimeToLiveRequest(id=lease)
-            answer = await self.rpc.call(TIME_TO_LIVE, request, self.timeout_s)
-        except DlmfsError as error:
-            done(error)
-        else:
-            done(float(max(answer.ttl, 0)))
+    async def _lease_left(self, lease: int) -> float:
+        request = pb.LeaseTimeToLiveRequest(id=lease)
+        answer = await self.rpc.call(TIME_TO_LIVE, request, self.timeout_s)
+        return float(max(answer.ttl, 0))
 
     # -- facts --------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ import grpc
 from dlmfs.errors import DlmfsError
 from dlmfs.store.base import WatchBatch, WatchGap
 from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.answers import Nonsense, check_events, check_jump
 from dlmfs.store.etcd.codec import Codec
-from dlmfs.store.etcd.rpc import WATCH, Rpc, Stream, cancelling, look_after
+from dlmfs.store.etcd.rpc import MESSAGE_MAX, WATCH, Rpc, Stream, cancelling, look_after, report
 
 SILENCE_S: Final = 2.0
 """After this long without a word the server is asked for one; after as long again the stream is
@@ -73,28 +74,35 @@ class EtcdWatch:
                 why = "the watch was ended by the server"
             except (grpc.aio.AioRpcError, DlmfsError) as error:
                 why = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
+            except Nonsense as error:
+                why = str(error)
             except asyncio.CancelledError:
                 if cancelling():
                     raise
                 why = "the connection was given up"
+            except Exception as error:  # of whoever is told: it goes on behind what it has told
+                why = report(self.rpc.loop, "a watch", error)
             if not self.cancelled:
                 self.rpc.failed(generation, why)
                 await asyncio.sleep(RETRY_S)
 
     async def _follow(self, stream: Stream) -> None:
         """Deliver until the stream is of no use any more."""
-        await stream.write(
-            pb.WatchRequest(create_request=self.codec.watch(self.prefixes, self.next))
-        )
+        request = self.codec.watch(self.prefixes, self.next)
+        await stream.write(pb.WatchRequest(create_request=request))
         self._stream = stream
         listening = self.rpc.loop.create_task(self._listen(stream))
         pending: list[pb.Event] = []
+        size = 0
         try:
             while True:
                 response = await stream.read()
                 self._heard = True
+                if isinstance(response, bytes):
+                    raise Nonsense("what it sent is no message")
                 if not isinstance(response, pb.WatchResponse):
                     return  # the end of the stream
+                check_events(request, response)
                 if response.compact_revision:
                     self.cancelled = True
                     self.sink(WatchGap(response.compact_revision))
@@ -102,10 +110,15 @@ class EtcdWatch:
                 if response.canceled:
                     return
                 pending.extend(response.events)
+                size += response.ByteSize()
+                if size > MESSAGE_MAX:
+                    raise Nonsense("a commit that it tells of has no end")
                 if not response.fragment:
+                    if pending:
+                        check_jump(self.next - 1, pending[-1].kv.mod_revision)
                     self._deliver(pending)
                     self.told = max(self.told, response.header.revision)
-                    pending = []
+                    pending, size = [], 0
         finally:
             listening.cancel()
 
