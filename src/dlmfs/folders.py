@@ -15,7 +15,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
+import secrets
 import stat
+import time
 from typing import Final, NamedTuple
 
 from dlmfs import proc
@@ -170,11 +173,15 @@ def _outside() -> int | None:
 def make(parent: int, path: str, mode: int) -> int:
     """Make a folder, or go into it: this user's own, that nobody else can write. `parent`: the descriptor
     of the folder that it lies in. Raises BadState if it is not so, else OSError."""
-    name = os.path.basename(path)
     with contextlib.suppress(FileExistsError):
-        os.mkdir(name, mode, dir_fd=parent)
+        os.mkdir(os.path.basename(path), mode, dir_fd=parent)
+    return _into(parent, path)
+
+
+def _into(parent: int, path: str) -> int:
+    """Go into a folder that must be there."""
     try:
-        fd = os.open(name, _ENTER, dir_fd=parent)
+        fd = os.open(os.path.basename(path), _ENTER, dir_fd=parent)
     except NotADirectoryError:
         raise BadState(f"{path} is not a folder that only this user can write: remove it") from None
     info = os.fstat(fd)
@@ -206,5 +213,100 @@ def set_mode(folder: int, name: str, mode: int) -> None:
             raise NotPermitted(f"{name} is a link, or another user's")
         if stat.S_IMODE(info.st_mode) != mode:
             os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
+
+
+# -- a user's folder where everybody may make folders -----------------------------------------------
+
+
+CONTROL: Final = "ctl"
+"""Where the sockets lie in it; a folder that has it is the user's for good."""
+SETTLE_MAX: Final = 100
+PAUSE_S: Final = 0.02
+
+
+def settle(path: str, mode: int) -> str:
+    """This user's own folder in one like /dev/shm, made if there is none, and the same for all of his
+    processes: it is called `path`, or if others made something of that name, that and a dot and more.
+
+    Nobody else can make a folder that is ours, so those that are ours are looked for, whatever they are
+    called. Who finds none makes one, and looks again: only if there is no other does he settle there. Who
+    finds several, which were begun at the same moment, removes those in which nobody has settled, and
+    begins again. (Of two folders one was there before the other, and who settles in the later one has
+    looked since: he would have seen it.) Raises BadState, OSError.
+    """
+    base, stem = os.path.split(path)
+    fd = enter(base, shared=True)
+    try:
+        for _ in range(SETTLE_MAX):
+            settled = _settled(fd, base, stem, mode)
+            if settled is not None:
+                return settled
+            time.sleep(random.random() * PAUSE_S)
+    finally:
+        os.close(fd)
+    raise BadState(f"no folder {path} of this user's own could be made: others make and remove it")
+
+
+def _settled(fd: int, base: str, stem: str, mode: int) -> str | None:
+    """One attempt: the folder; None: again."""
+    before = _own(fd, stem, os.geteuid())
+    if not before:
+        before = [_made(fd, stem, mode)]
+    now = _own(fd, stem, os.geteuid())
+    if len(now) == 1 and now == before:
+        with contextlib.suppress(FileNotFoundError):  # just removed by another who began
+            path = os.path.join(base, now[0])
+            folder = _into(fd, path)
+            try:
+                os.close(make(folder, f"{path}/{CONTROL}", mode))
+            finally:
+                os.close(folder)
+            return path
+    elif len(now) > 1:
+        for name in now:
+            with contextlib.suppress(OSError):  # somebody has settled there
+                os.rmdir(name, dir_fd=fd)
+    return None
+
+
+def _made(fd: int, stem: str, mode: int) -> str:
+    """A new folder: of that name, or one that nobody can have guessed."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(stem, mode, dir_fd=fd)
+        return stem
+    name = f"{stem}.{secrets.token_hex(8)}"
+    os.mkdir(name, mode, dir_fd=fd)
+    return name
+
+
+def _own(fd: int, stem: str, uid: int) -> list[str]:
+    """The names of a user's folders there. Not those of a file system that somebody mounted there, which
+    may tell what he likes of owners."""
+    here = os.fstat(fd).st_dev
+    found = []
+    listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        for name in os.listdir(listing):
+            if name == stem or name.startswith(f"{stem}."):
+                with contextlib.suppress(OSError):
+                    info = os.lstat(name, dir_fd=fd)
+                    if stat.S_ISDIR(info.st_mode) and info.st_uid == uid and info.st_dev == here:
+                        found.append(name)
+    finally:
+        os.close(listing)
+    return found
+
+
+def owned(path: str, uid: int) -> list[str]:
+    """Where a user's folder `path` is, as `settle` makes it: none, or one. For anybody who asks."""
+    base, stem = os.path.split(path)
+    try:
+        fd = os.open(base, _ENTER)
+    except OSError:
+        return []
+    try:
+        return [os.path.join(base, name) for name in sorted(_own(fd, stem, uid))]
     finally:
         os.close(fd)

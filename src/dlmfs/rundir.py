@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import Final
 
 from dlmfs import folders
 from dlmfs.errors import BadState, NotPermitted
@@ -22,20 +23,28 @@ def owner_of(entry: MountEntry) -> int:
 
 
 def places(uid: int) -> tuple[str, ...]:
-    """Where daemons of this user may have theirs, the best first. /run may be read-only, or another
+    """Where daemons of this user have theirs, or would, the best first. /run may be read-only, or another
     user's where root is not the machine's root (containers)."""
+    path = _user_folder(uid)
+    own = folders.owned(path, uid) or [path]
+    return (*([ROOT] if uid == 0 else []), *(f"{each}/{folders.CONTROL}" for each in own))
+
+
+ROOT: Final = f"/run/dlmfs/{folders.CONTROL}"
+
+
+def _user_folder(uid: int) -> str:
     shm = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-    own = f"{shm}/dlmfs-{uid}/ctl"
-    return ("/run/dlmfs/ctl", own) if uid == 0 else (own,)
+    return f"{shm}/dlmfs-{uid}"
 
 
 def is_safe(folder: str, uid: int) -> bool:
     """Whether only this user or root can have put there what is there. Raises OSError."""
-    for part in (os.path.dirname(folder), folder):
-        info = os.lstat(part)
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid not in (0, uid) or info.st_mode & 0o022:
-            return False
-    return True
+    own, ctl = os.lstat(os.path.dirname(folder)), os.lstat(folder)
+    return own.st_dev == ctl.st_dev and all(
+        stat.S_ISDIR(info.st_mode) and info.st_uid in (0, uid) and not info.st_mode & 0o022
+        for info in (own, ctl)
+    )
 
 
 def name(dev: str, suffix: str) -> str:
@@ -45,13 +54,10 @@ def name(dev: str, suffix: str) -> str:
 
 def make_folder(uid: int) -> str:
     """The first folder that is ours alone, or can be made so. Raises NotPermitted."""
-    mode = 0o755 if uid == 0 else 0o700
     refused = ""
-    for folder in places(uid):
+    for path in (*([os.path.dirname(ROOT)] if uid == 0 else []), _user_folder(uid)):
         try:
-            os.close(folders.make_path([os.path.dirname(folder), folder], mode, shared=True))
+            return f"{folders.settle(path, 0o755 if uid == 0 else 0o700)}/{folders.CONTROL}"
         except (OSError, BadState) as error:
             refused = refused or str(error)
-            continue
-        return folder
-    raise NotPermitted(f"no place for the control socket: {refused}, or mend its mode")
+    raise NotPermitted(f"no place for the control socket: {refused}")

@@ -254,19 +254,30 @@ def test_a_user_without_a_name_is_told_what_is_missing(here: Private) -> None:
     assert "internal error" not in done.stderr
 
 
-@pytest.mark.parametrize("made", ["mkdir -m 700 F", "mkdir -m 777 F", "ln -s /tmp F", ": >F"])
-def test_a_state_folder_that_another_user_made_first_is_refused(here: Private, made: str) -> None:
-    """/dev/shm is everybody's: who was there first must not own our locks."""
+@pytest.mark.parametrize("made", ["mkdir -m 777 -p F/ctl", "ln -s /tmp F", ": >F"])
+def test_nobody_keeps_another_from_mounting(here: Private, made: str) -> None:
+    """/dev/shm is everybody's. Whoever was there first does not own our locks, nor stops us; and all of a
+    user's mounts meet in one lock space, also when the other has gone."""
     uid = USER + 1
     folder = f"/dev/shm/dlmfs-{uid}"
-    where = here.home / "squatted"
-    here.sh(f"rm -rf {folder}; mkdir -p {where}; chown {uid} {where}", uid=0, check=True)
+    here.sh(f"rm -rf {folder}*", uid=0, check=True)
     here.sh(made.replace("F", folder), uid=OTHER, check=True)
-    done = here.dlmfs("mount", "local", where, uid=uid)
-    assert done.returncode == FAILED
-    assert folder in done.stderr
-    assert "internal error" not in done.stderr
-    assert here.sh(f"mountpoint -q {where}", uid=uid).returncode != 0
+    a = here.mount("squatted-a", uid=uid)
+    here.sh(f"rm -rf {folder}", uid=OTHER, check=True)
+    b = here.mount("squatted-b", uid=uid)
+    try:
+        here.sh(f"mkdir {a}/dom {b}/dom; touch {b}/dom/x", uid=uid, check=True)
+        with here.holding(a / "dom/x", uid=uid):
+            assert here.errno(b / "dom/x", os.O_RDWR | os.O_NONBLOCK, uid=uid) == errno.ETXTBSY
+        assert here.status(a, uid=uid)["domains"][0]["members"] == ["squatted-a", "squatted-b"]
+        assert here.dlmfs("status", a, uid=0).returncode == 0
+        (used,) = here.sh(f"ls -d {folder}*", uid=0).stdout.split()
+        assert used.startswith(f"{folder}.")
+        modes = here.sh(f"stat -c '%u %a' {used} {used}/ctl", uid=0).stdout
+        assert modes == f"{uid} 700\n" * 2
+    finally:
+        for where in (a, b):
+            here.dlmfs("umount", "-l", where, uid=uid)
 
 
 @pytest.mark.parametrize("mode", [700, 777])
@@ -310,24 +321,14 @@ def test_only_root_administers_the_mount_of_root(here: Private) -> None:
             here.dlmfs("umount", "-l", where, uid=0)
 
 
-@pytest.mark.parametrize("made", ["mkdir -m 777 F", "mkdir -m 700 F", "mkdir -m 777 F F/ctl"])
-def test_a_control_folder_that_another_user_made_first_is_refused(here: Private, made: str) -> None:
-    """Whoever owns a folder above the socket can put another socket in its place. With a state
-    file elsewhere nothing but the socket is in that folder."""
+def test_a_folder_of_ones_own_that_others_can_write_is_refused(here: Private) -> None:
     uid = USER + 2
     folder = f"/dev/shm/dlmfs-{uid}"
-    where, state = here.home / "ctl-mount", here.home / "ctl-state"
-    here.sh(
-        f"rm -rf {folder}; mkdir -p {where} {state}; chown {uid} {where} {state}", uid=0, check=True
-    )
-    here.sh(made.replace("F", folder), uid=OTHER, check=True)
-    done = here.dlmfs("mount", f"local:{state}/state.db", where, uid=uid)
-    if done.returncode == 0:
-        here.dlmfs("umount", "-l", where, uid=uid)
-        here.run("umount", "-l", where, uid=None)
-    assert done.returncode != 0
-    assert "internal error" not in done.stderr
-    assert folder in done.stderr
+    where = here.home / "ctl-mount"
+    here.sh(f"mkdir {where} && mkdir -m 777 {folder}", uid=uid, check=True)
+    done = here.dlmfs("mount", "local", where, uid=uid)
+    assert done.returncode == FAILED
+    assert f"{folder} is not a folder that only this user can write" in done.stderr
 
 
 FORGE = """

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import os
+import shutil
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,3 +219,76 @@ def test_modes_and_owners_are_changed_in_one_place_only() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("chmod", "chown", "lchown", "lchmod")
     ]
     assert found == []
+
+
+# -- a user's folder where everybody may make folders -----------------------------------------------
+
+
+def settled(shared: Path) -> Path:
+    return Path(folders.settle(str(shared / "dlmfs-1"), 0o700))
+
+
+def test_a_users_folder_is_the_same_for_all_his_processes(shared: Path) -> None:
+    first = settled(shared)
+    assert first == shared / "dlmfs-1"
+    assert [settled(shared) for _ in range(2)] == [first] * 2
+    assert folders.owned(str(first), os.geteuid()) == [str(first)]
+    assert folders.owned(str(first), OTHER) == []
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("what", ["folder", "link", "file"])
+def test_what_others_made_first_stops_nobody(shared: Path, what: str) -> None:
+    """Nor does it change anything for who has settled when it goes."""
+    theirs = shared / "dlmfs-1"
+    match what:
+        case "folder":
+            theirs.mkdir()
+        case "link":
+            theirs.symlink_to("/etc")
+        case "file":
+            theirs.touch()
+    os.lchown(theirs, OTHER, OTHER)
+    first = settled(shared)
+    assert first != theirs
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    theirs.rename(shared / "gone")
+    assert settled(shared) == first
+    assert folders.owned(str(theirs), os.geteuid()) == [str(first)]
+
+
+SETTLE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dlmfs import folders
+print("ready", flush=True)
+sys.stdin.readline()
+print(folders.settle(sys.argv[2], 0o700))
+"""
+
+
+@pytest.mark.root
+def test_processes_that_begin_at_once_meet_whatever_others_do(shared: Path) -> None:
+    """Another user makes and removes the folder's name all the time, to part them."""
+    path = shared / "dlmfs-1"
+    for _ in range(3):
+        command = [sys.executable, "-I", "-c", SETTLE, str(ROOT / "src"), str(path)]
+        children = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(6)
+        ]
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        while any(child.poll() is None for child in children):
+            with contextlib.suppress(OSError):
+                path.mkdir()
+                os.chown(path, OTHER, OTHER)
+                path.rmdir()
+        found = {child.communicate()[0] for child in children}
+        assert len(found) == 1, found
+        shutil.rmtree(found.pop().strip())

@@ -185,29 +185,6 @@ def test_a_default_folder_others_can_write_is_refused(tmp_path: Path, mode: int)
     assert os.listdir(folder) == []
 
 
-def test_a_default_folder_of_another_user_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir(mode=0o700)
-    statefile.prepare(folder / "x.db", default=True)
-    other = os.getuid() + 1
-    monkeypatch.setattr(os, "geteuid", lambda: other)
-    with pytest.raises(BadState, match="only this user"):
-        statefile.prepare(folder / "x.db", default=True)
-
-
-def test_a_default_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
-    """Somebody made it before us, to have our state where it can reach it."""
-    (tmp_path / "target").mkdir(mode=0o700)
-    (tmp_path / "folder").symlink_to(tmp_path / "target")
-    with pytest.raises(BadState, match="only this user"):
-        statefile.prepare(tmp_path / "folder" / "x.db", default=True)
-    (tmp_path / "file").touch(mode=0o600)
-    with pytest.raises(BadState, match="only this user"):
-        statefile.prepare(tmp_path / "file" / "x.db", default=True)
-
-
 def test_the_default_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     statefile.prepare(folder / "x.db", default=True)

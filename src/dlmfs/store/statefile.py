@@ -57,11 +57,14 @@ def default_path(name: str) -> Path:
             f"'{name}' cannot name a lock space: use up to 64 letters, digits, '.', '_', '-', "
             "not starting with '.'"
         )
-    if os.getuid() == 0:
+    uid = os.getuid()
+    if uid == 0:
         base = next((p for p in ("/run", "/dev/shm") if fs_type(Path(p)) == "tmpfs"), "/run")
-        return Path(base, "dlmfs", name + ".db")
-    base = "/dev/shm" if fs_type(Path("/dev/shm")) == "tmpfs" else "/tmp"
-    return Path(base, f"dlmfs-{os.getuid()}", name + ".db")
+        folder = f"{base}/dlmfs"
+    else:
+        base = "/dev/shm" if fs_type(Path("/dev/shm")) == "tmpfs" else "/tmp"
+        folder = f"{base}/dlmfs-{uid}"
+    return Path((folders.owned(folder, uid) or [folder])[0], name + ".db")
 
 
 class Place(NamedTuple):
@@ -80,7 +83,7 @@ def prepare(path: Path, *, default: bool) -> Place:
     Raises UsageError, NotPermitted or BadState with what is wrong and what to do.
     """
     if default:
-        _make_private(path.parent)
+        path = _settle(path.parent) / path.name
     fd, where, name = _go(path)
     try:
         place = Place(Path(where, name), fs_type(Path(where)), fd)
@@ -158,11 +161,13 @@ def secure(place: Place) -> None:
             log.debug("%s: %s", place.path, error)
 
 
-def _make_private(folder: Path) -> None:
-    """Make the default folder, or make sure that nobody else made it first."""
-    mode = 0o755 if os.getuid() == 0 else 0o700
+def _settle(folder: Path) -> Path:
+    """Make the default folder, or one beside it if somebody else has made it first."""
+    stem = folder.name.partition(".")[0]
     try:
-        os.close(folders.make_path([str(folder)], mode, shared=True))
+        return Path(
+            folders.settle(str(folder.with_name(stem)), 0o755 if os.getuid() == 0 else 0o700)
+        )
     except OSError as error:
         raise BadState(f"cannot make the state folder {folder}: {error.strerror}") from None
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from dlmfs import proc
+from dlmfs import folders, proc
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.control import control_folders
 from dlmfs.errors import DlmfsError
@@ -168,6 +168,8 @@ def _control_folder() -> Finding:
             if not part.exists():
                 continue
             info = part.lstat()
+            if info.st_uid not in (0, uid) and part.parent.stat().st_mode & stat.S_ISVTX:
+                continue  # one beside it is made: nobody keeps another from that
             if not stat.S_ISDIR(info.st_mode) or info.st_uid != uid or info.st_mode & 0o022:
                 wrong = wrong or f"{part} is not a folder that only this user can write"
                 break
@@ -203,7 +205,7 @@ def _dead_sockets() -> Iterator[Finding]:
 def state_folder(path: Path, *, default: bool) -> Finding:
     """Whether the embedded engine can keep its state there. Makes nothing."""
     about, folder = "state", path.parent
-    if default and not folder.exists():
+    if default and not folders.owned(str(folder), os.getuid()):
         parent = folder.parent
         if not os.access(parent, os.W_OK | os.X_OK):
             return fail(
