@@ -14,12 +14,17 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from dlmfs import proc, rundir
-from dlmfs.errors import DlmfsError, NotPermitted, Unavailable, UsageError
+from dlmfs import __version__, proc, rundir, shapes
+from dlmfs.errors import DlmfsError, NoAnswer, NotPermitted, Unavailable, UsageError
 from dlmfs.fuse.mount import MountEntry
 
 LOOK_S: Final = 1.0
 """How often an asker looks whether the daemon is stopped: then it need not be waited for."""
+CONNECT_S: Final = 5.0
+ANSWER_MAX: Final = 16 << 20
+"""Bytes of an answer; a daemon's own bounds keep it far below."""
+OTHERS_ANSWER_MAX: Final = 1 << 20
+"""The same of another user's daemon."""
 
 
 def control_folders(uid: int) -> tuple[Path, ...]:
@@ -35,60 +40,124 @@ def control_path(entry: MountEntry) -> Path:
 
 
 def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -> Any:
-    """Ask the daemon of a mount. Raises Unavailable if it is dead or does not answer, or the
-    DlmfsError that it answers."""
+    """The answer of a mount's daemon, which has the shape that this question's has (`shapes`) and is here
+    within `timeout_s`, whole. Raises Unavailable if the daemon is dead or is not understood, NoAnswer
+    if it does not answer (in time), or the DlmfsError that it answers."""
+    deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
-        try:
-            sock.connect(str(control_path(entry)))
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise Unavailable(
-                f"the daemon of {entry.mountpoint} is gone: `dlmfs umount {entry.mountpoint}` "
-                "clears the dead mount"
-            ) from None
-        except PermissionError:
-            raise NotPermitted(f"the daemon of {entry.mountpoint} is another user's") from None
-        pid = _peer(sock, entry)
-        if pid is None:
-            raise NotPermitted(
-                f"what answers for {entry.mountpoint} is not its daemon: another user made "
-                f"{control_path(entry)}"
-            )
+        pid = _connect(sock, entry)
         try:
             sock.sendall(json.dumps(request).encode() + b"\n")
             sock.shutdown(socket.SHUT_WR)
-            _await_answer(sock, pid, timeout_s)
-            with sock.makefile("rb") as file:
-                line = file.readline()
-            answer = json.loads(line)
-        except (OSError, ValueError):
-            raise Unavailable(
+            line = _received(sock, entry, pid, deadline)
+        except OSError:
+            line = b""
+        if not line:
+            raise NoAnswer(
                 f"the daemon of {entry.mountpoint} (pid {pid}{_state(pid)}) does not answer"
-            ) from None
-    if "error" in answer:
-        raise _error(answer["error"])
-    return answer["ok"]
+            )
+    return _understood(entry, str(request["cmd"]), line)
 
 
-def _await_answer(sock: socket.socket, pid: int, timeout_s: float) -> None:
+def _connect(sock: socket.socket, entry: MountEntry) -> int:
+    """The process at the other end. Raises Unavailable, NotPermitted."""
+    try:
+        sock.connect(str(control_path(entry)))
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise Unavailable(
+            f"the daemon of {entry.mountpoint} is gone: `dlmfs umount {entry.mountpoint}` "
+            "clears the dead mount"
+        ) from None
+    except PermissionError:
+        raise NotPermitted(f"the daemon of {entry.mountpoint} is another user's") from None
+    except OSError as error:  # too many wait to be let in: it is stopped, or overrun
+        raise NoAnswer(
+            f"the daemon of {entry.mountpoint} lets nobody in: {error.strerror or error}"
+        ) from None
+    pid = _peer(sock, entry)
+    if pid is None:
+        raise NotPermitted(
+            f"what answers for {entry.mountpoint} is not its daemon: another user made "
+            f"{control_path(entry)}"
+        )
+    return pid
+
+
+def _received(sock: socket.socket, entry: MountEntry, pid: int, deadline: float) -> bytes:
+    """A line, within bounds of size and of the whole time; empty if there is none. Raises OSError,
+    Unavailable."""
+    most = ANSWER_MAX if rundir.is_trusted(entry) else OTHERS_ANSWER_MAX
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        _await_some(sock, pid, deadline)
+        some = sock.recv(1 << 16)
+        if not some:
+            break
+        line += some
+        if len(line) > most:
+            raise _not_understood(entry, f"it is longer than {most} bytes")
+    return bytes(line)
+
+
+def _await_some(sock: socket.socket, pid: int, deadline: float) -> None:
     """Until something can be read. Raises TimeoutError, for a stopped daemon soon."""
-    deadline = time.monotonic() + timeout_s
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    while not poll.poll(1000 * min(LOOK_S, timeout_s)):
-        if _state(pid) or time.monotonic() >= deadline:
+    while True:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        if poll.poll(1000 * min(LOOK_S, left_s)):
+            return
+        if _state(pid):
             raise TimeoutError
 
 
+def _understood(entry: MountEntry, question: str, line: bytes) -> Any:
+    """What a line answers. Raises Unavailable, or the DlmfsError that it tells of."""
+    try:
+        answer = json.loads(line, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise _not_understood(entry, "it is no JSON") from None
+    if not isinstance(answer, dict):
+        raise _not_understood(entry, "it is no object")
+    if "error" in answer:
+        facts = answer["error"]
+        if shapes.misfit(facts, {"class": str, "message": str}) is not None:
+            raise _not_understood(entry, "it tells an error in no words")
+        raise _error(facts)
+    told = answer.get("ok")
+    wrong = shapes.ANSWERS[question](told)
+    if wrong is not None:
+        version = told.get("version") if isinstance(told, dict) else None
+        if isinstance(version, str) and version != __version__:
+            wrong = f"it is of version {version[:32]}, this program of {__version__}"
+        else:
+            wrong += " is not as it should be"
+        raise _not_understood(entry, wrong)
+    return told
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN, Infinity: Python's own, no JSON
+
+
+def _not_understood(entry: MountEntry, why: str) -> Unavailable:
+    return Unavailable(f"the answer of the daemon of {entry.mountpoint} is not understood: {why}")
+
+
 def daemon_pid(entry: MountEntry) -> int | None:
-    """The daemon's process, or None if it is gone. Does not need it to answer."""
+    """The daemon's process, or None if it is gone. Does not need it to answer. Raises NoAnswer if it
+    cannot be told, since too many wait to be let in."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(5.0)
+        sock.settimeout(CONNECT_S)
         try:
-            sock.connect(str(control_path(entry)))
-        except OSError:
+            return _connect(sock, entry)
+        except NoAnswer:
+            raise
+        except DlmfsError:
             return None
-        return _peer(sock, entry)
 
 
 def _peer(sock: socket.socket, entry: MountEntry) -> int | None:

@@ -6,6 +6,7 @@
     ├── NodeNameInUse                EEXIST       32         69     another live node has this name
     ├── MountFailed                  ENODEV       32         69     the kernel or fusermount3 said no
     ├── Unavailable                  ENOLCK       32         69     the store cannot be reached now
+    │   ├── NoAnswer                 ENOLCK       32         69     the daemon says nothing
     │   ├── StoreFull                ENOSPC       32         69     nothing was written
     │   └── OutcomeUnknown           ENOLCK       32         69     it may or may not have happened
     ├── BadState                     EIO          32         78     state file corrupt, foreign, misplaced
@@ -53,6 +54,10 @@ class MountFailed(DlmfsError):
 
 class Unavailable(DlmfsError):
     errno, mount_exit, exit = errno.ENOLCK, 32, 69
+
+
+class NoAnswer(Unavailable):
+    """The daemon of a mount is there, and does not answer: stopped, hung or overrun."""
 
 
 class StoreFull(Unavailable):

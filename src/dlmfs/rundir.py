@@ -22,6 +22,11 @@ def owner_of(entry: MountEntry) -> int:
     return 0
 
 
+def is_trusted(entry: MountEntry) -> bool:
+    """Whether root or this process's user mounted it: what another's daemon says is only his word."""
+    return owner_of(entry) in (0, os.getuid())
+
+
 def places(uid: int) -> tuple[str, ...]:
     """Where daemons of this user have theirs, or would, the best first. /run may be read-only, or another
     user's where root is not the machine's root (containers)."""

@@ -60,7 +60,8 @@ async def why(node: Node, sight: Sight, domain: str, lock: str) -> Facts:
         "trouble": search.trouble,
         "more": len(todo),
         "hidden": len(search.hidden),
-        "nodes": search.nodes | {name: {"silent": s} for name, s in search.silent.items()},
+        "nodes": search.nodes
+        | {name: {**search.nodes.get(name, {}), "silent": s} for name, s in search.silent.items()},
         "locks": list(search.locks.values()),
         "waits": list(search.waits.values()),
     }

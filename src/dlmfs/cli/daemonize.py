@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 
 from dlmfs import errors
+from dlmfs.cli.say import tell_trace
 from dlmfs.errors import Bug, DlmfsError, MountFailed
 
 
@@ -59,7 +59,7 @@ def _child(serve: Callable[[Callable[[], None]], int], writing: int) -> int:
         return error.mount_exit
     except BaseException as error:
         if os.environ.get("DLMFS_DEBUG"):
-            traceback.print_exc()
+            tell_trace()
         _tell(writing, "Bug", f"internal error: {type(error).__name__}: {error}")
         return Bug.mount_exit
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from dlmfs.cli.checks import host, mounted
-from dlmfs.cli.checks.finding import LEVELS, Finding
-from dlmfs.cli.choice import choose
+from dlmfs.cli.checks.finding import LEVELS, Finding, ok
+from dlmfs.cli.choice import choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
-from dlmfs.cli.text import plain
+from dlmfs.cli.say import say, say_json
 from dlmfs.config import EtcdSource, LocalSource, MountOptions, Source, parse_options, parse_source
-from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.mountinfo import MountEntry
 
 EXITS = {"ok": 0, "warn": 1, "fail": 69}
@@ -39,29 +37,28 @@ def run(args: list[str]) -> int:
             continue
         findings.append(finding)
         if not parsed.json:
-            print(render(finding), flush=True)
+            say(*render(finding), flush=True)
     worst = max((finding.level for finding in findings), key=LEVELS.index, default="ok")
     if parsed.json:
-        print(json.dumps([finding._asdict() for finding in findings]))
+        say_json([finding._asdict() for finding in findings])
     else:
         count = {level: sum(f.level == level for f in findings) for level in LEVELS}
-        print(f"failures: {count['fail']}, warnings: {count['warn']}")
+        say(f"failures: {count['fail']}, warnings: {count['warn']}")
     return EXITS[worst]
 
 
-def render(finding: Finding) -> str:
+def render(finding: Finding) -> list[str]:
     """One finding for people."""
-    lines = [f"{finding.level:4}  {finding.about}: {plain(finding.says)}"]
-    if finding.mend:
-        lines.append(f"      -> {plain(finding.mend)}")
-    return "\n".join(lines)
+    lines = [f"{finding.level:4}  {finding.about}: {finding.says}"]
+    return [*lines, f"      -> {finding.mend}"] if finding.mend else lines
 
 
 def _checks(what: str | None, options: MountOptions) -> Iterator[Finding]:
     source: Source | None = LocalSource(None, "default") if what is None else None
     entries: list[MountEntry] = []
+    others: list[MountEntry] = []
     if what is None:
-        entries = [entry for entry in fuse_mount.mounts() if entry.is_dlmfs]
+        entries, others = dlmfs_mounts()
     elif what == "local" or what.startswith(("local:", "etcd:")):
         source = parse_source(what)
     else:
@@ -77,3 +74,5 @@ def _checks(what: str | None, options: MountOptions) -> Iterator[Finding]:
             yield from sources.check_local(source)
     for entry in entries:
         yield from mounted.check(entry)
+    if others:
+        yield ok("mounts", of_others(others))

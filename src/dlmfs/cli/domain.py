@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dlmfs.cli.choice import choose
+from dlmfs.cli.choice import ask, choose
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import say
 from dlmfs.cli.text import plain
-from dlmfs.control import ask
 
 
 def run(args: list[str]) -> int:
@@ -20,5 +20,5 @@ def run(args: list[str]) -> int:
     parsed = parser.parse_args(args)
     entry = choose(parsed.mountpoint)
     count = ask(entry, {"cmd": "remove-domain", "domain": parsed.name}, timeout_s=60.0)
-    print(f"{plain(parsed.name)}: {count} lock resources removed")
+    say(f"{plain(parsed.name)}: {count} lock resources removed")
     return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dlmfs.cli.choice import choose
+from dlmfs.cli.choice import ask, choose
 from dlmfs.cli.parser import Parser
-from dlmfs.control import ask
+from dlmfs.cli.say import say
 
 HOW = {
     "left": "left",
@@ -27,5 +27,5 @@ def run(args: list[str]) -> int:
     parsed = parser.parse_args(args)
     entry = choose(parsed.mountpoint)
     told = ask(entry, {"cmd": "evict", "node": parsed.node}, timeout_s=PATIENCE_S)
-    print(f"{told['node']} {HOW[told['how']]} after {told['after_s']} s")
+    say(f"{told['node']} {HOW[told['how']]} after {told['after_s']} s")
     return 0

@@ -31,6 +31,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from dlmfs import proc
+from dlmfs.cli.say import complain
 from dlmfs.cli.signals import (
     AWAITED,
     ENDS,
@@ -203,10 +204,8 @@ class Behind:
     def _end_command(self) -> NoReturn:
         from dlmfs.cli.supervise import GRACE_S, end_all
 
-        print(
-            f"dlmfs: a lock was lost, and pid {self.pid}, which looks after it, is stopped: "
-            "the command is ended",
-            file=sys.stderr,
+        complain(
+            f"a lock was lost, and pid {self.pid}, which looks after it, is stopped: the command is ended"
         )
         end_all(GRACE_S, root=self.pid)
         os.kill(self.pid, signal.SIGKILL)  # last: with it may go the open file, and so the lock

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from dlmfs.cli.choice import lock_at
+from dlmfs.cli.choice import ask, lock_at
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain
-from dlmfs.control import ask
 
 
 def run(args: list[str]) -> int:
@@ -18,11 +17,14 @@ def run(args: list[str]) -> int:
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
     report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
-    print(json.dumps(report) if parsed.json else render(report))
+    if parsed.json:
+        say_json(report)
+    else:
+        say(*render(report))
     return 0
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: dict[str, Any]) -> list[str]:
     """One lock for people."""
     value = bytes.fromhex(report["lvb_hex"])
     text = value.rstrip(b"\0")
@@ -47,4 +49,4 @@ def render(report: dict[str, Any]) -> str:
         for claim in report[key]:
             who = f"pid {claim['pid']} {plain(claim['command'])}".rstrip()
             lines.append(f"{what:10} {claim['mode']}  {who}  for {age(claim['since_s'])}")
-    return "\n".join(lines)
+    return lines

@@ -13,11 +13,11 @@ import itertools
 import os
 import select
 import signal
-import sys
 import time
 from typing import Final, NoReturn
 
 from dlmfs.cli.front import ANSWER_S, Behind, no_answer
+from dlmfs.cli.say import complain, say
 from dlmfs.cli.text import plain
 from dlmfs.client import logic
 from dlmfs.client.place import Place, place
@@ -178,7 +178,7 @@ def run(args: list[str]) -> int:
     try:
         order = parse(args)
         if order.help:
-            print(HELP, end="")
+            say(*HELP.splitlines())
             return 0
         places = arrange(order.paths)
         _call_oneself(order.command[0])
@@ -195,19 +195,16 @@ def run(args: list[str]) -> int:
         finally:
             behind.over(until.values())
     except UsageError as error:
-        print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
+        complain(str(error))
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
     except NotGranted as error:
         if order.verbose or isinstance(error, Deadlock):
             which = f" {plain(places[0].path)}" if len(places) == 1 else ""
-            print(
-                f"dlmfs: {plain(str(error))} (`dlmfs why{which}` says who is in the way)",
-                file=sys.stderr,
-            )
+            complain(f"{error} (`dlmfs why{which}` says who is in the way)")
         return order.conflict_exit
     if order.verbose:
         waited = time.monotonic() - begun
-        print(f"dlmfs: having the lock took {waited:.6f} s", file=sys.stderr)
+        complain(f"having the lock took {waited:.6f} s")
     environment = {
         "DLMFS_LOCK": "\n".join(p.path for p in places),
         "DLMFS_MODE": "PR" if order.shared else "EX",

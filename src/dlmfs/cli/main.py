@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from dlmfs.cli.text import plain
+from dlmfs.cli.say import complain, say, tell_trace
 from dlmfs.errors import Bug, DlmfsError, OutputFailed, UsageError
 
 VERBS: Final = {
@@ -79,7 +79,7 @@ def _guard(args: list[str]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # at the interpreter's exit nobody could catch what it raises
     except DlmfsError as error:
-        print(f"dlmfs: {plain(str(error))}", file=sys.stderr)
+        complain(str(error))
         return error.mount_exit if mounting else error.exit
     except KeyboardInterrupt:
         return 8 if mounting else 130
@@ -89,16 +89,11 @@ def _guard(args: list[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
             _drop_output()
-            print(f"dlmfs: the output cannot be written: {error.strerror}", file=sys.stderr)
+            complain(f"the output cannot be written: {error.strerror}")
             return OutputFailed.mount_exit if mounting else OutputFailed.exit
         if os.environ.get("DLMFS_DEBUG"):
-            import traceback
-
-            traceback.print_exc()
-        print(
-            f"dlmfs: internal error: {type(error).__name__}: {error} (DLMFS_DEBUG=1 shows where)",
-            file=sys.stderr,
-        )
+            tell_trace()
+        complain(f"internal error: {type(error).__name__}: {error} (DLMFS_DEBUG=1 shows where)")
         return Bug.mount_exit if mounting else Bug.exit
 
 
@@ -109,12 +104,12 @@ def _drop_output() -> None:
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("help", "-h", "--help"):
-        print(usage(), end="")
+        say(*usage().splitlines())
         return 0 if args else 2
     if args[0] == "--version":
         from dlmfs import __version__
 
-        print(f"dlmfs {__version__}")
+        say(f"dlmfs {__version__}")
         return 0
     verb = args.pop(0)
     if verb not in VERBS:

@@ -11,11 +11,13 @@ import stat
 from typing import Final
 
 from dlmfs.cli.daemonize import run_in_background
+from dlmfs.cli.loglines import LogFormatter
 from dlmfs.cli.parser import Parser
 from dlmfs.config import LocalSource, MountConfig, Source, parse_options, parse_source
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
+from dlmfs.rundir import is_trusted
 
 LOOK_S: Final = 1.0
 
@@ -103,11 +105,9 @@ def _log(*, verbose: bool, foreground: bool) -> None:
 
         with contextlib.suppress(OSError):
             handlers.append(SysLogHandler("/dev/log"))
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="dlmfs[%(process)d]: %(levelname)s: %(message)s",
-        handlers=handlers,
-    )
+    for handler in handlers:
+        handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=handlers)
 
 
 def _await_end(mountpoint: str) -> None:
@@ -115,8 +115,10 @@ def _await_end(mountpoint: str) -> None:
     entry = fuse_mount.find(mountpoint)
     if entry is None or entry.mountpoint != mountpoint or not entry.is_dlmfs:
         return
+    if not is_trusted(entry) or not _ends(entry):  # another's daemon might say so for ever
+        return
     pid = daemon_pid(entry)
-    if pid is None or not _ends(entry):
+    if pid is None:
         return
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(pid)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from dlmfs.cli.choice import choose
+from dlmfs.cli.choice import ask, choose
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import plain
-from dlmfs.control import ask
 
 
 def run(args: list[str]) -> int:
@@ -17,7 +16,10 @@ def run(args: list[str]) -> int:
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?")
     parsed = parser.parse_args(args)
     nodes = ask(choose(parsed.mountpoint), {"cmd": "nodes"})
-    print(json.dumps(nodes) if parsed.json else "\n".join(render(node) for node in nodes))
+    if parsed.json:
+        say_json(nodes)
+    else:
+        say(*map(render, nodes))
     return 0
 
 
@@ -26,6 +28,6 @@ def render(node: dict[str, Any]) -> str:
     own = "  (this one)" if node["own"] else ""
     domains = " ".join(plain(name) for name in node["domains"]) or "-"
     return (
-        f"{node['node']:12} host {node['host']}  pid {node['pid']}  {plain(node['mountpoint'])}  "
+        f"{node['node']:12} host {node['host']}  pid {node['pid']}  {plain(node['mountpoint'] or '-')}  "
         f"domains: {domains}{own}"
     )

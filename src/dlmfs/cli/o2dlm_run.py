@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from typing import Final
 
 from dlmfs.cli.choice import choose
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import complain
 from dlmfs.errors import UsageError
 from dlmfs.launch import namespace, seccomp, statfs
 
@@ -61,5 +61,5 @@ def _become(program: list[str]) -> int:
     try:
         os.execvp(program[0], program)
     except OSError as error:
-        print(f"dlmfs: {program[0]}: {error.strerror}", file=sys.stderr)
+        complain(f"{program[0]}: {error.strerror}")
         return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Final
 
 from dlmfs.cli import top, why
-from dlmfs.cli.text import plain
+from dlmfs.cli.text import harmless, plain
 from dlmfs.cli.top import HEADER, NARROW_HEADER, View, heading, line
 from dlmfs.errors import DlmfsError, UsageError
 
@@ -201,7 +201,7 @@ class Screen:
 
         def ask() -> None:
             try:
-                places = [e for e in top.entries(None) if e.mountpoint == row["mountpoint"]]
+                places, _ = top.entries(row["mountpoint"])
                 page.lines = why.story(why.look(places[-1], row["domain"], row["lock"]))
             except (DlmfsError, IndexError) as error:
                 page.lines = [str(error) or "its mount is gone"]
@@ -221,6 +221,7 @@ class Screen:
 
     def _put(self, y: int, text: str, attribute: int = curses.A_NORMAL) -> None:
         height, width = self.window.getmaxyx()
+        text = harmless(text)
         if 0 <= y < height and width > 1:
             with contextlib.suppress(curses.error):  # a terminal may shrink at any moment
                 self.window.addnstr(y, 0, text.ljust(width - 1), width - 1, attribute)

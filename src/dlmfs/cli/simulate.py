@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import progress, remark, say, say_json
 from dlmfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _one(parsed: Namespace) -> int:
     if parsed.save:
         Path(parsed.save).write_text(scenario.to_json() + "\n", "utf-8")
     if parsed.json:
-        print(json.dumps(asdict(outcome)))
+        say_json(asdict(outcome))
     else:
         _tell(scenario, outcome, trace=parsed.trace)
     return FAILED if outcome.failure is not None else 0
@@ -141,30 +141,25 @@ def _shrunk(scenario: Scenario, outcome: Outcome) -> tuple[Scenario, Outcome]:
     from dlmfs.sim.shrink import shrink
 
     rule = outcome.rule
-    print(f"seed {scenario.seed} fails ({rule}); making it smaller ...", file=sys.stderr)
+    remark(f"seed {scenario.seed} fails ({rule}); making it smaller ...")
     smaller, runs = shrink(scenario, lambda candidate: simulate(candidate).rule == rule)
-    print(
+    remark(
         f"{len(scenario.steps)} steps on {scenario.nodes} nodes became {len(smaller.steps)} on "
-        f"{smaller.nodes}, in {runs} runs",
-        file=sys.stderr,
+        f"{smaller.nodes}, in {runs} runs"
     )
     return smaller, simulate(smaller, trace=True)
 
 
 def _tell(scenario: Scenario, outcome: Outcome, *, trace: bool) -> None:
     if outcome.failure is not None or trace:
-        print(
-            f"{scenario.nodes} nodes, owner={','.join(scenario.owners)}, ttl {scenario.ttl_s:g} s,"
-        )
-        print(
-            f"clock rates {', '.join(f'{rate:.2f}' for rate in scenario.rates)}; {scenario.faults}"
-        )
-        print("\n".join(outcome.history))
+        say(f"{scenario.nodes} nodes, owner={','.join(scenario.owners)}, ttl {scenario.ttl_s:g} s,")
+        say(f"clock rates {', '.join(f'{rate:.2f}' for rate in scenario.rates)}; {scenario.faults}")
+        say(*outcome.history)
     how = f"{outcome.seconds:.1f} s simulated, {outcome.events} events, {outcome.faults} faults"
     if outcome.failure is None:
-        print(f"seed {outcome.seed}: every promise kept; {how}")
+        say(f"seed {outcome.seed}: every promise kept; {how}")
     else:
-        print(f"seed {outcome.seed}: {outcome.rule}: {outcome.failure}")
+        say(*f"seed {outcome.seed}: {outcome.rule}: {outcome.failure}".splitlines())
 
 
 # -- many -----------------------------------------------------------------------------------------
@@ -182,14 +177,14 @@ def _campaign(parsed: Namespace) -> int:
         Path(parsed.report).write_text(report.release(totals, hunts, today), "utf-8")
     if parsed.json:
         caught = {hunt.bug.name: hunt.seed for hunt in hunts}
-        print(json.dumps({**asdict(totals), "planted": caught}))
+        say_json({**asdict(totals), "planted": caught})
     else:
         for text in report.failures(totals):
-            print(f"{text}  (`dlmfs simulate --seed` tells how)")
+            say(f"{text}  (`dlmfs simulate --seed` tells how)")
         for bug in missed:
             seeds_of = f"{bug.first} to {bug.first + bug.within - 1}"
-            print(f"planted bug {bug.name} was not caught by seeds {seeds_of}: {bug.what}")
-        print(report.line(totals, hunts))
+            say(f"planted bug {bug.name} was not caught by seeds {seeds_of}: {bug.what}")
+        say(report.line(totals, hunts))
     return FAILED if totals.failures or missed else 0
 
 
@@ -199,14 +194,14 @@ def _progress(seeds: int) -> Callable[[Totals], None]:
 
     def tell(totals: Totals) -> None:
         shown = sys.stderr.isatty()
-        clear = "\r" if shown else ""
         for seed, rule, _ in totals.failures:
             if seed not in told:
                 told.add(seed)
-                print(f"{clear}seed {seed} fails ({rule})", file=sys.stderr)
+                if shown:
+                    progress("", last=False)
+                remark(f"seed {seed} fails ({rule})")
         if shown:
-            end = "\n" if totals.seeds == seeds else ""
-            print(f"\r{totals.seeds} of {seeds} seeds ", end=end, file=sys.stderr, flush=True)
+            progress(f"{totals.seeds} of {seeds} seeds", last=totals.seeds == seeds)
 
     return tell
 
@@ -216,9 +211,9 @@ def _planted(parsed: Namespace) -> int:
 
     hunts = campaign.hunt(parsed.jobs)
     if parsed.json:
-        print(json.dumps({hunt.bug.name: hunt.seed for hunt in hunts}))
+        say_json({hunt.bug.name: hunt.seed for hunt in hunts})
     else:
-        print("\n".join(report.planted(hunts)))
+        say(*report.planted(hunts))
     return FAILED if any(hunt.seed is None for hunt in hunts) else 0
 
 
@@ -236,10 +231,10 @@ def _exhaustive(parsed: Namespace) -> int:
             bad.append(scope.name)
         found = "a violation" if result.violation is not None else "all well"
         how = "complete" if result.complete else "not complete"
-        print(f"{scope.name}: {found}; {result.states} states, {how}, {result.seconds:.1f} s")
+        say(f"{scope.name}: {found}; {result.states} states, {how}, {result.seconds:.1f} s")
         if result.violation is not None:
-            print(result.violation)
-    print(
+            say(*str(result.violation).splitlines())
+    say(
         f"{len(scopes)} scopes, {len(bad)} not proved; {states} states, {transitions} transitions",
         flush=True,
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from typing import Any, Final
 
+from dlmfs.cli.choice import ask, choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain
-from dlmfs.control import ask
-from dlmfs.errors import DlmfsError, NotPermitted, UsageError
-from dlmfs.fuse import mount as fuse_mount
+from dlmfs.errors import DlmfsError, NotPermitted
+from dlmfs.fuse.mountinfo import MountEntry
+
+Facts = dict[str, Any]
 
 MISSING_MAX: Final = 8
 
@@ -23,36 +24,42 @@ def run(args: list[str]) -> int:
     parser.add_argument("-a", "--all", action="store_true", help="idle locks too")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?")
     parsed = parser.parse_args(args)
-    entries = [entry for entry in fuse_mount.mounts() if entry.is_dlmfs]
-    if parsed.mountpoint is not None:
-        wanted = os.path.realpath(parsed.mountpoint)
-        entries = [entry for entry in entries if entry.mountpoint == wanted]
-        if not entries:
-            raise UsageError(f"{wanted} is not a dlmfs mount: `dlmfs status` lists them")
-    reports: list[dict[str, Any]] = []
+    if parsed.mountpoint is None:
+        entries, others = dlmfs_mounts()
+    else:
+        entries, others = [choose(parsed.mountpoint)], []
+    reports: list[Facts] = []
     code = 0 if entries else 1
     for entry in entries:
         try:
             reports.append(ask(entry, {"cmd": "status"}))
         except DlmfsError as error:
-            refused = isinstance(error, NotPermitted)
-            told = {"mountpoint": entry.mountpoint, "error": str(error), "refused": refused}
-            reports.append(told)
+            reports.append(_unanswered(entry, error))
             code = error.exit
     if parsed.json:
-        print(json.dumps(reports))
+        untold = NotPermitted("it is another user's: name it to ask it")
+        say_json(reports + [_unanswered(entry, untold) for entry in others])
+        return code
+    for number, report in enumerate(reports):
+        say(*[""] * bool(number), *render(report, everything=parsed.all))
+    if others:
+        say(*[""] * bool(reports), of_others(others))
     elif not reports:
-        print("no dlmfs is mounted on this host; `dlmfs mount local DIR` mounts one")
-    else:
-        print("\n\n".join(render(report, everything=parsed.all) for report in reports))
+        say("no dlmfs is mounted on this host; `dlmfs mount local DIR` mounts one")
     return code
 
 
-def render(report: dict[str, Any], *, everything: bool = False) -> str:
+def _unanswered(entry: MountEntry, error: DlmfsError) -> Facts:
+    """Of a mount that has not told anything; so is the JSON of one."""
+    refused = isinstance(error, NotPermitted)
+    return {"mountpoint": entry.mountpoint, "error": str(error), "refused": refused}
+
+
+def render(report: Facts, *, everything: bool = False) -> list[str]:
     """One mount for people."""
     if "error" in report:
-        what = "not ours to ask" if report["refused"] else "DEAD or silent"
-        return f"{report['mountpoint']}  {what}: {report['error']}"
+        what = "not ours to ask" if report["refused"] else "no answer"
+        return [f"{report['mountpoint']}  {what}: {report['error']}"]
     lease = report["lease"]
     head = (
         f"{report['mountpoint']}  node {report['node']}  {lease['state']}  source "
@@ -78,10 +85,10 @@ def render(report: dict[str, Any], *, everything: bool = False) -> str:
         lines += _domain(domain, everything=everything)
     if report["hidden_domains"]:
         lines.append(f"  {report['hidden_domains']} domains are closed to you")
-    return "\n".join(lines)
+    return lines
 
 
-def unwatched(told: dict[str, Any] | None) -> list[str]:
+def unwatched(told: Facts | None) -> list[str]:
     """Whom `on-lost=` would not reach."""
     if told is None:
         return []
@@ -95,7 +102,7 @@ def unwatched(told: dict[str, Any] | None) -> list[str]:
     return [f"on-lost={told['on_lost']} does not reach {whom}"]
 
 
-def faults(told: dict[str, Any]) -> list[str]:
+def faults(told: Facts) -> list[str]:
     """What went wrong inside the daemon that nobody had expected, one place a line."""
     if told["count"] and not told["last"]:
         return [f"{told['count']} faults: the one who mounted it is told which"]
@@ -106,14 +113,14 @@ def faults(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def _bad(report: dict[str, Any]) -> list[str]:
+def _bad(report: Facts) -> list[str]:
     """Records that cannot be read."""
     more = report["more_bad_records"]
     hidden = [f"{more} records cannot be read: ask root, or who mounted it"] if more else []
     return [plain(what) for what in report["bad_records"]] + hidden
 
 
-def _domain(domain: dict[str, Any], *, everything: bool) -> list[str]:
+def _domain(domain: Facts, *, everything: bool) -> list[str]:
     busy = [
         k
         for k in domain["locks"]
@@ -146,7 +153,7 @@ def _more(count: int) -> list[str]:
     return [f"{count} more"] if count else []
 
 
-def _claim(what: str, claim: dict[str, Any]) -> str:
+def _claim(what: str, claim: Facts) -> str:
     who = (
         f"pid {claim['pid']} {plain(claim['command'])}".rstrip() if claim["pid"] else "pid unknown"
     )

@@ -17,7 +17,6 @@ import math
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from dlmfs import proc
+from dlmfs.cli.say import complain
 from dlmfs.cli.signals import (
     AWAITED,
     LOST,
@@ -39,7 +39,7 @@ from dlmfs.cli.signals import (
 from dlmfs.cli.text import plain
 from dlmfs.client.logic import is_lost
 from dlmfs.deadline import Deadline, boottime, sleep_until
-from dlmfs.errors import LockLost, Unavailable
+from dlmfs.errors import LockLost, NoAnswer, Unavailable
 
 GRACE_S: Final = 1.0
 """Between SIGTERM and SIGKILL. A fenced node's locks are granted to others after a third of the lease
@@ -116,12 +116,12 @@ def supervise(
     try:
         child = _spawn(command, {**os.environ, **environment}, before)
     except OSError as error:
-        print(f"dlmfs: {plain(command[0])}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        complain(f"{plain(command[0])}: {os.strerror(error.errno or 0)}")
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
     code = _await(child, watch)
     if not watch.lost:
         return code if code is not None else 0
-    print(f"dlmfs: {plain(watch.lost)} was lost: the command is ended", file=sys.stderr)
+    complain(f"{plain(watch.lost)} was lost: the command is ended")
     end_all(watch.grace_s)
     return LockLost.exit
 
@@ -187,8 +187,9 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
 
     for path in locks.values():
         entry = find(path)
-        if entry is not None and daemon_pid(entry) == parent:
-            return path
+        with contextlib.suppress(NoAnswer):
+            if entry is not None and daemon_pid(entry) == parent:
+                return path
     return ""
 
 
@@ -253,7 +254,7 @@ def end_all(grace_s: float, others: frozenset[int] = frozenset(), root: int | No
         now = time.monotonic()
         if now >= killing_at + KILLING_S:
             left = ", ".join(map(str, descendants(root, others)))
-            print(f"dlmfs: these processes cannot be ended: {left}", file=sys.stderr)
+            complain(f"these processes cannot be ended: {left}")
             return
         if now >= killing_at:
             _signal_all(root, others, signal.SIGKILL)

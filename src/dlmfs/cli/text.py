@@ -7,18 +7,21 @@ from typing import Any
 
 def plain(name: str) -> str:
     """A name on one line that any terminal shows: what does not print is written as in a shell's
-    $'...', bytes that are no UTF-8 (os.fsdecode) as \\xHH."""
-    return "".join(_shown(char) for char in name)
+    $'...', bytes that are no UTF-8 (os.fsdecode) as \\xHH, a backslash as two."""
+    return harmless(name.replace("\\", "\\\\"))
+
+
+def harmless(text: str) -> str:
+    """The same for a text in which names may be `plain` already: its backslashes stay as they are."""
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def _shown(char: str) -> str:
+    if char.isprintable():
+        return char
     code = ord(char)
     if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"
-    if char == "\\":
-        return "\\\\"
-    if char.isprintable():
-        return char
     return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char) or char.encode(
         "unicode_escape"
     ).decode()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any, Final
 
-from dlmfs.cli.choice import choose
+from dlmfs.cli.choice import choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain, who
 from dlmfs.control import ask
 from dlmfs.errors import DlmfsError, UsageError
@@ -84,22 +84,23 @@ class View:
 # -- looking ------------------------------------------------------------------------------------------
 
 
-def entries(mountpoint: str | None) -> list[MountEntry]:
-    """The mounts in question, as of now."""
-    found = [entry for entry in fuse_mount.mounts() if entry.is_dlmfs]
+def entries(mountpoint: str | None) -> tuple[list[MountEntry], list[MountEntry]]:
+    """The mounts in question, as of now, and those of other users that are not asked."""
     if mountpoint is None:
-        return found
+        return dlmfs_mounts()
     where = fuse_mount.find(mountpoint)
-    return [entry for entry in found if where is not None and entry.id == where.id]
+    found = [entry for entry in fuse_mount.mounts() if entry.is_dlmfs]
+    return [entry for entry in found if where is not None and entry.id == where.id], []
 
 
 def sample(mountpoint: str | None, view: View) -> Facts:
-    """One look at all mounts: `mounts`, each with its node or the error, and `locks`, those of one
-    lock space as one."""
+    """One look at all mounts: `mounts`, each with its node or the error, `others`, a line on those that
+    are not asked, and `locks`, those of one lock space as one."""
     mounts: list[Facts] = []
     rows: dict[tuple[str, str, str], Facts] = {}
     nodes: dict[str, set[str]] = {}
-    for entry in entries(mountpoint):
+    asked, others = entries(mountpoint)
+    for entry in asked:
         question: dict[str, object] = {"cmd": "top", "filter": view.wanted, "idle": view.idle}
         try:
             told: Facts = ask(entry, question, timeout_s=ASK_S)
@@ -120,7 +121,11 @@ def sample(mountpoint: str | None, view: View) -> Facts:
             away = sorted(set(row["held_by"]) - seen)
             row["node"] = away[0] if away else None
         del row["held_by"]
-    return {"mounts": mounts, "locks": view.ordered(list(rows.values()))}
+    return {
+        "mounts": mounts,
+        "others": of_others(others) if others else None,
+        "locks": view.ordered(list(rows.values())),
+    }
 
 
 def _blank(source: str, domain: str, lock: str) -> Facts:
@@ -185,12 +190,13 @@ def line(row: Facts, *, narrow: bool = False) -> str:
 def heading(seen: Facts, view: View) -> list[str]:
     """What stands above the table: the mounts that are not well, and what is shown."""
     well = [m for m in seen["mounts"] if m["error"] is None]
-    lines = [f"{m['mountpoint']}: {plain(m['error'])}" for m in seen["mounts"] if m["error"]]
+    lines = [f"{m['mountpoint']}: {m['error']}" for m in seen["mounts"] if m["error"]]
     lines += [
         f"{m['mountpoint']}: node {m['node']} is {m['state']}: {m['reason'] or ''}".rstrip(": ")
         for m in well
         if m["state"] != "HEALTHY"
     ]
+    lines += [seen["others"]] if seen["others"] else []
     nodes = ", ".join(m["node"] for m in well) or "none"
     count = len(seen["locks"])
     more = "" if all(m["told"] == m["busy"] for m in well) else " of many"
@@ -211,10 +217,10 @@ def _print(
             time.sleep(delay_s)
             seen = sample(mountpoint, view)
         if as_json:
-            print(json.dumps(seen), flush=True)
+            say_json(seen, flush=True)
         else:
             blank = [""] if number else []
             rows = [line(row) for row in seen["locks"]]
-            print("\n".join([*blank, *heading(seen, view), HEADER, *rows]), flush=True)
+            say(*blank, *heading(seen, view), HEADER, *rows, flush=True)
         number += 1
     return 0 if seen["mounts"] else 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import sys
 
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import complain
 from dlmfs.control import daemon_pid
 from dlmfs.errors import Unavailable, UsageError
 from dlmfs.fuse import mount as fuse_mount
@@ -32,7 +32,7 @@ def run(args: list[str]) -> int:
     pid = daemon_pid(entry)
     if pid is None:
         fuse_mount.unmount(entry.mountpoint, lazy=True)
-        print(f"dlmfs: {entry.mountpoint} was dead, now cleared", file=sys.stderr)
+        complain(f"{entry.mountpoint} was dead, now cleared")
         return 0
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(pid)

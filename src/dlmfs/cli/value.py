@@ -20,11 +20,11 @@ import threading
 import time
 from typing import Any, Final
 
-from dlmfs.cli.choice import lock_at
+from dlmfs.cli.choice import ask, lock_at
 from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import complain, say_bytes
 from dlmfs.cli.text import plain
-from dlmfs.control import ask
 from dlmfs.errors import DlmfsError, LockLost, NotPermitted, StoreFull, Unavailable, UsageError
 from dlmfs.model import EMPTY_LVB, LVB_SIZE
 
@@ -71,7 +71,7 @@ def run(args: list[str]) -> int:
         else:
             _set(parsed)
     except Conflict as conflict:
-        print(f"dlmfs: {plain(str(conflict))}", file=sys.stderr)
+        complain(str(conflict))
         return int(parsed.conflict_exit_code)
     return 0
 
@@ -242,9 +242,8 @@ def _print(
         line = value.hex().encode() if parsed.hex else value.rstrip(b"\0")
         if abandoned:
             node = abandoned["node"]
-            print(f"dlmfs: doubtful: node {node} died having the lock exclusively", file=sys.stderr)
-    sys.stdout.buffer.write(line + b"\n")
-    sys.stdout.buffer.flush()
+            complain(f"doubtful: node {node} died having the lock exclusively")
+    say_bytes(line)
 
 
 def _bytes(parsed: argparse.Namespace, text: str, what: str) -> bytes:
@@ -313,7 +312,7 @@ def _watch(parsed: argparse.Namespace) -> None:
             # No silent state: it may have missed values, and does not know the present one. The
             # mount may be made anew, and be without the domain for a while.
             if not complained:
-                print(f"dlmfs: {plain(str(error))}; trying again", file=sys.stderr, flush=True)
+                complain(f"{error}; trying again")
             complained = True
             time.sleep(BACK_S)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from typing import Any, Final
 
-from dlmfs import waitgraph
-from dlmfs.cli.choice import lock_at
+from dlmfs import control, waitgraph
+from dlmfs.cli.choice import ask, lock_at
 from dlmfs.cli.parser import Parser
+from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain, who
-from dlmfs.control import ask
 from dlmfs.fuse.mountinfo import MountEntry
+from dlmfs.rundir import is_trusted
 
 PATIENCE_S: Final = 60.0
 """A round of questions takes 2 s where a node is silent, and no node is waited for twice."""
@@ -31,19 +32,28 @@ def run(args: list[str]) -> int:
     parser.add_argument("path", metavar="PATH", help="DOMAIN/LOCK, or /dlm/DOMAIN/LOCK")
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
-    report = look(entry, domain, lock)
-    print(json.dumps(report) if parsed.json else "\n".join(story(report)))
+    report = look(entry, domain, lock, ask)
+    if parsed.json:
+        say_json(report)
+    else:
+        say(*story(report))
     silent = any("silent" in node for node in report["nodes"].values())
     return 69 if silent or report["trouble"] else 0
 
 
-def look(entry: MountEntry, domain: str, lock: str) -> Facts:
-    """The daemon's answer, and the deadlocks in it. Raises what `ask` does."""
+def look(
+    entry: MountEntry,
+    domain: str,
+    lock: str,
+    ask: Callable[[MountEntry, dict[str, object], float], Any] = control.ask,
+) -> Facts:
+    """The daemon's answer, and the deadlocks in it; in another user's words none are looked for. Raises
+    what `ask` does."""
     question: dict[str, object] = {"cmd": "why", "domain": domain, "lock": lock}
-    report: Facts = ask(entry, question, timeout_s=PATIENCE_S)
-    deadlocks = waitgraph.deadlocks(report)
+    report: Facts = ask(entry, question, PATIENCE_S)
+    deadlocks = waitgraph.deadlocks(report) if is_trusted(entry) else []
     if deadlocks:
-        report = ask(entry, question, timeout_s=PATIENCE_S)
+        report = ask(entry, question, PATIENCE_S)
         deadlocks = waitgraph.in_both(deadlocks, waitgraph.deadlocks(report))
     return report | {"deadlocks": deadlocks}
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dlmfs.errors import Unavailable, UsageError
 from dlmfs.fuse import mountinfo
 from dlmfs.fuse.mountinfo import MountEntry
-from dlmfs.rundir import owner_of
+from dlmfs.rundir import is_trusted, owner_of
 
 ENVIRONMENT = "DLMFS_MOUNT"
 """Names the mount for programs that do not, where there are several."""
@@ -51,8 +51,8 @@ def space(source: str) -> str:
 
 def find_mount(where: AnyPath | None = None) -> MountEntry:
     """The dlmfs mount that the path `where` lies on; without it the one that $DLMFS_MOUNT names, or
-    else the only one there is. Raises UsageError where the answer is not one mount, Unavailable
-    where nothing is mounted."""
+    else the only one there is of root's and of this user's own: another user's mount must be named.
+    Raises UsageError where the answer is not one mount, Unavailable where nothing is mounted."""
     named = os.fsdecode(where) if where is not None else os.environ.get(ENVIRONMENT, "")
     if named:
         entry = mountinfo.find(named)
@@ -60,9 +60,11 @@ def find_mount(where: AnyPath | None = None) -> MountEntry:
             raise UsageError(f"{named} is not on a dlmfs mount: `dlmfs status` lists them")
         return entry
     # A mount covered by another one at the same place cannot be reached: the later one counts.
-    entries = {entry.mountpoint: entry for entry in mountinfo.mounts() if entry.is_dlmfs}
+    every = {entry.mountpoint: entry for entry in mountinfo.mounts() if entry.is_dlmfs}
+    entries = {where: entry for where, entry in every.items() if is_trusted(entry)}
     if not entries:
-        raise Unavailable("no dlmfs is mounted here: `dlmfs mount SOURCE DIR` mounts one")
+        others = f"; {len(every)} of other users have to be named" if every else ""
+        raise Unavailable(f"no dlmfs is mounted here: `dlmfs mount SOURCE DIR` mounts one{others}")
     if len(entries) > 1:
         raise UsageError(
             f"there are {len(entries)} dlmfs mounts: give an absolute path, or name one in "
@@ -71,17 +73,27 @@ def find_mount(where: AnyPath | None = None) -> MountEntry:
     return next(iter(entries.values()))
 
 
+def near_by(path: str) -> MountEntry | None:
+    """The dlmfs mount that a path from the current folder leads to. Another user's only if we are on it:
+    he must not decide, by a link or a mount in a folder of his, what a relative path means."""
+    entry = mountinfo.find(path)
+    if entry is None or is_trusted(entry):
+        return entry
+    here = mountinfo.find(".")
+    return entry if here is not None and here.id == entry.id else None
+
+
 def place(path: AnyPath, mount: AnyPath | None = None, *, near: bool = False) -> Place:
     """The place of a lock: an absolute path, or DOMAIN/LOCK below `mount` (see `find_mount`).
 
-    `near`: a relative path counts from the current folder first, as a shell's words do.
+    `near`: a relative path counts from the current folder first, as a shell's words do (see `near_by`).
 
     Raises UsageError for what is no lock's path, Unavailable where nothing is mounted.
     """
     text = os.fsdecode(path)
     if "\0" in text:
         raise UsageError("a path cannot contain a NUL character")
-    if os.path.isabs(text) or (near and mountinfo.find(text) is not None):
+    if os.path.isabs(text) or (near and near_by(text) is not None):
         real, entry = mountinfo.resolve(text)
         if entry is None or not entry.is_dlmfs:
             raise UsageError(f"{text} is not on a dlmfs mount: `dlmfs status` lists them")

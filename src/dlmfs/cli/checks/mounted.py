@@ -11,9 +11,10 @@ from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.cli.status import faults, unwatched
 from dlmfs.cli.text import plain
 from dlmfs.control import ask, daemon_pid
-from dlmfs.errors import DlmfsError, NotPermitted
+from dlmfs.errors import DlmfsError, NoAnswer, NotPermitted
 from dlmfs.fuse.mountinfo import MountEntry
 from dlmfs.proc import is_stopped
+from dlmfs.rundir import is_trusted, owner_of
 
 PATIENCE_S: Final = 60.0
 SLOW_READ_MS: Final = 100.0
@@ -24,22 +25,37 @@ Facts = dict[str, Any]
 
 
 def check(entry: MountEntry) -> Iterator[Finding]:
+    """Of another user's mount only whether its daemon lives: the rest would be his word."""
     about = plain(entry.mountpoint)
     place = shlex.quote(entry.mountpoint)
-    pid = daemon_pid(entry)
+    try:
+        pid = daemon_pid(entry)
+    except NoAnswer as error:
+        yield fail(about, str(error), "look again; if that lasts, end it and mount it again")
+        return
     if pid is None:
         yield fail(about, "its daemon is dead", f"dlmfs umount {place}, then mount it again")
-        return
-    if is_stopped(pid):
+    elif is_stopped(pid):
         yield fail(about, f"its daemon (pid {pid}) is stopped", f"kill -CONT {pid}")
-        return
+    elif not is_trusted(entry):
+        yield ok(about, f"user {owner_of(entry)} mounted it; its daemon (pid {pid}) lives")
+    else:
+        yield from _answers(entry, pid)
+
+
+def _answers(entry: MountEntry, pid: int) -> Iterator[Finding]:
+    """What a living daemon says of itself and its lock space."""
+    about, place = plain(entry.mountpoint), shlex.quote(entry.mountpoint)
     try:
         status: Facts = ask(entry, {"cmd": "status"})
     except NotPermitted as error:
         yield warn(about, str(error), "ask as root, or as the user who mounted it")
         return
-    except DlmfsError as error:
+    except NoAnswer as error:
         yield fail(about, str(error), f"kill {pid} if that lasts, then mount it again")
+        return
+    except DlmfsError as error:  # it answers, so it lives, and its locks with it
+        yield fail(about, str(error), "ask again; see its log")
         return
     yield ok(about, f"node {status['node']}, source {status['source']}, pid {pid}")
     yield _version(about, place, status)
@@ -53,6 +69,10 @@ def check(entry: MountEntry) -> Iterator[Finding]:
             about, f"its lock space cannot be looked at: {error}", "see the log of the daemon"
         )
         return
+    yield from _space(about, place, health, status)
+
+
+def _space(about: str, place: str, health: Facts, status: Facts) -> Iterator[Finding]:
     if health["trouble"]:
         yield fail(
             about,
@@ -60,7 +80,7 @@ def check(entry: MountEntry) -> Iterator[Finding]:
             "see that it runs and can be reached: `dlmfs doctor SOURCE`",
         )
         return
-    yield latency(about, max(health["read_ms"]), status["lease"]["ttl_s"])
+    yield latency(about, max(health["read_ms"], default=0.0), status["lease"]["ttl_s"])
     for node in health["nodes"]:
         yield from _node(about, node, status)
     for name in health["evicted"]:
@@ -107,8 +127,9 @@ def _faults(about: str, status: Facts) -> Iterator[Finding]:
 
 def _store(about: str, store: Facts) -> Iterator[Finding]:
     if store.get("path"):
-        kind = "outlives a power failure" if store["durable"] else "in memory"
-        yield ok(about, f"state in {plain(str(store['path']))}, {kind} ({store['filesystem']})")
+        kind = "outlives a power failure" if store.get("durable") else "in memory"
+        place = f"{plain(store['path'])}, {kind} ({store.get('filesystem')})"
+        yield ok(about, f"state in {place}")
     if store.get("tokens"):
         yield warn(
             about,
