@@ -220,7 +220,7 @@ def test_guard_http(nodes: Nodes, tmp_path: Path, stack: ExitStack) -> None:
 FETCH = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
 LATE = """
 import sys, urllib.error, urllib.request as u
-try: u.urlopen(u.Request(sys.argv[1], b"late", {"Dlmfs-Token": "1"}, method="PUT"))
+try: u.urlopen(u.Request(sys.argv[1], b"late", {"DlmfsToken": "1"}, method="PUT"))
 except urllib.error.HTTPError as error: print(error.code, end="")
 """
 
