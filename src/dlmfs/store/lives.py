@@ -35,8 +35,12 @@ def holder(fd: int, start: int = 0) -> int:
 
 
 def may_live(pid: int) -> bool:
-    """Whether a session may live of which nothing is there but its row: a dead process is surely over."""
-    return pid != os.getpid() and proc.exists(pid)
+    """Whether a session may live of which nothing is there but its row: a dead process is surely over,
+    also one that its parent does not reap, as in a container whose first process is no init."""
+    if pid == os.getpid():
+        return False
+    found = proc.stat(pid)
+    return proc.exists(pid) if found is None else found.state not in ("Z", "X")
 
 
 class Lives:
