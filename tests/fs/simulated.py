@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.errors import DlmfsError
+from dlmfs.fs.answer import Reply
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.limits import User
-from dlmfs.fs.openfiles import Reply
+from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import Directory, LockFile, Tree
 from dlmfs.fuse import opcodes, wire
 from dlmfs.fuse.device import Device
@@ -68,6 +69,15 @@ class OneDomain:
         return True
 
 
+class Files(FileSystem):
+    """Whoever is interrupted is so by a signal that it catches, unless a test says otherwise."""
+
+    why = Cause.CAUGHT
+
+    def cause(self, thread: int) -> Cause:
+        return self.why
+
+
 class Mount:
     """One node with one lock file; this very thread is its only user."""
 
@@ -75,7 +85,7 @@ class Mount:
         self.loop = SimLoop()
         self.kernel = Kernel()
         self.domains = OneDomain()
-        self.fs = FileSystem(Tree(), self.domains, self.loop, Timing(TTL_S))
+        self.fs = Files(Tree(), self.domains, self.loop, Timing(TTL_S))
         self.fs.device = self.kernel
         self.space = self._join()
         domain = self.fs.tree.add(self.fs.tree.root, DOMAIN, stat.S_IFDIR | 0o755, 0, 0)
@@ -90,6 +100,7 @@ class Mount:
 
     def _join(self) -> Lockspace:
         store = MemoryStore(MemoryServer(self.loop, start_revision=1000))
+        self.cut = store.cut
         sessions: list[Session | DlmfsError] = []
         store.open_session(NODE, TTL_S, lambda _error: None, sessions.append)
         assert self.loop.run_until(lambda: bool(sessions), 1)
@@ -132,6 +143,13 @@ class Mount:
         reply = self.fs.open(header, flags)
         self.loop.run_for(SOON_S)
         return header.unique, self.kernel.said.get(header.unique) if reply is None else reply
+
+    def open_another(self) -> int:
+        """An open, now, of a lock that nobody has had: the request's number. It must wait."""
+        file = self.fs.tree.add(self.file.domain, b"another", stat.S_IFREG | 0o644, 0, 0)
+        header = self.header(file.ino, opcodes.OPEN)
+        assert self.fs.open(header, os.O_RDWR) is None
+        return header.unique
 
     def hold(self) -> int:
         """An open that must succeed: its handle."""

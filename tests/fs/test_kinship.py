@@ -13,8 +13,8 @@ import pytest
 
 from dlmfs.faults import Faults
 from dlmfs.fs import kin, kinship
+from dlmfs.fs.answer import Reply
 from dlmfs.fs.kinship import Kinship
-from dlmfs.fs.openfiles import Reply
 from dlmfs.fuse import opcodes
 from tests.fs.nodes import PATIENCE_S, Nodes
 from tests.fs.simulated import Mount

@@ -130,6 +130,8 @@ class Side:
         self.member.host = self.fs
         self.kernel = fake.open()
         self.kernel.lossy = made.faults
+        self.kernel.clock = loop.time
+        self.fs.cause = self.kernel.cause  # type: ignore[method-assign]
         self.device = self.fs.device = Device(self.kernel.fd, self.fs, loop)
         self.device.on_bug = lambda request, error: self.bugs.append(f"{request}: {error!r}")
         self.ends: list[str] = []
@@ -263,6 +265,7 @@ class Run:
         for side in self.sides:
             side.pump()
             kernel = side.kernel
+            kernel.dying = True
             for unique, sent in list(kernel.outstanding.items()):
                 if sent.opcode in INTERRUPTIBLE:
                     body = struct.pack("=Q", unique)
@@ -290,6 +293,7 @@ class Run:
             "waiting": fs.waiting,
             "pending": fs.pending,
             "places": fs.places._places,
+            "interrupts": {n: 1 for n in [len(fs.interrupts)] if n},
         }
         for user in fs.usage.users.values():
             left["holders and waiters"] = {n: 1 for n in (user.holders, user.waiters) if n}

@@ -10,8 +10,10 @@ import errno
 import itertools
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from dlmfs.fs.signals import Cause
 from dlmfs.fuse import opcodes as op
 from dlmfs.fuse import wire
 
@@ -20,6 +22,8 @@ HEADER_SIZE: Final = 40
 WAITS: Final = frozenset({op.OPEN, op.READ, op.WRITE, op.MKDIR, op.RMDIR, op.UNLINK})
 """What may be answered later."""
 INTERRUPTIBLE: Final = frozenset({op.OPEN, op.READ, op.WRITE})
+ENDS_S: Final = 1.6
+"""A signal has ended a wait after so long, whatever it waits for."""
 
 KNOWN: Final = frozenset(
     getattr(errno, name)
@@ -51,6 +55,7 @@ class Sent(NamedTuple):
     opcode: int
     node: int
     body: bytes
+    pid: int
 
 
 def room(sent: Sent) -> int:
@@ -67,6 +72,9 @@ class Kernel:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.clock: Callable[[], float] = lambda: 0.0
+        self.dying = False
+        """Every process is being killed."""
         self.queue: deque[bytes | int] = deque()  # an int is the errno of the read
         self.outstanding: dict[int, Sent] = {}
         self.last: list[bytes] = []
@@ -80,7 +88,8 @@ class Kernel:
         self.handles: dict[int, int] = {}
         self.notified: list[int] = []
         self._unique = itertools.count(2, 2)
-        self._interrupted = -1
+        self._interrupted: dict[int, float] = {}
+        self._fatally: set[int] = set()
 
     def unique(self) -> int:
         return next(self._unique)
@@ -99,20 +108,39 @@ class Kernel:
         if length == len(data):
             self._give_back(opcode, unique, node, body)
             if opcode == op.INTERRUPT and len(body) >= 8:
-                (self._interrupted,) = struct.unpack_from("=Q", body)
+                self._interrupt(struct.unpack_from("=Q", body)[0])
         if opcode in op.UNANSWERED or unique in self.outstanding:
             return  # the second of the same number is dropped as long as the first is pending
-        self.outstanding[unique] = Sent(opcode, node, body)
+        (pid,) = struct.unpack_from("=I", data, 32)
+        self.outstanding[unique] = Sent(opcode, node, body, pid)
         if self.next_is_gone:
             self.gone.add(unique)
             self.next_is_gone = False
 
+    def cause(self, thread: int) -> Cause:
+        """Why whatever this thread waits for is interrupted: a played /proc."""
+        return Cause.FATAL if self.dying else list(Cause)[thread % len(Cause)]
+
+    def _interrupt(self, unique: int) -> None:
+        sent = self.outstanding.get(unique)
+        if sent is not None and sent.opcode in INTERRUPTIBLE and unique not in self._interrupted:
+            self._interrupted[unique] = self.clock()
+            if self.cause(sent.pid) is Cause.FATAL:
+                self._fatally.add(unique)
+
     def check_interrupt(self) -> None:
-        """A signal ends a wait before anything else is read."""
-        sent = self.outstanding.get(self._interrupted)
-        if sent is not None and sent.opcode in INTERRUPTIBLE:
-            self.wrong.append(f"opcode {sent.opcode} was interrupted and not answered")
-        self._interrupted = -1
+        """A signal that ends the process ends its wait before anything else is read; one that is caught,
+        or a freezer, does soon."""
+        for unique in self._fatally & self.outstanding.keys():
+            self.wrong.append(f"request {unique} of one that is being killed was not answered")
+        self._fatally.clear()
+        for unique, since in list(self._interrupted.items()):
+            sent = self.outstanding.get(unique)
+            if sent is None:
+                del self._interrupted[unique]
+            elif self.cause(sent.pid) is not Cause.NOTHING and self.clock() > since + ENDS_S:
+                if not self.dying:
+                    self.wrong.append(f"opcode {sent.opcode} was interrupted and not answered")
 
     def _give_back(self, opcode: int, unique: int, node: int, body: bytes) -> None:
         """Note what the daemon need not keep any more, if this is a whole request."""
@@ -169,6 +197,8 @@ class Kernel:
         if unique in self.gone:
             self.gone.discard(unique)
             raise OSError(errno.ENOENT, "the process is gone")
+        if code == errno.EINTR and self.cause(sent.pid) is Cause.NOTHING:
+            self.wrong.append(f"opcode {sent.opcode} was answered EINTR for nothing")
         if code:
             may_fail = self.lossy or self._is_closed(sent)
             if payload or code not in KNOWN | ({errno.EIO} if may_fail else set()):

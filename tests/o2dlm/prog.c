@@ -4,7 +4,7 @@
  *     unlock ID            drop ID                write ID TEXT          read ID
  *     caps                 destroy                statfs PATH            fstatfs PATH
  *     exit N               raise N                fork COMMAND           thread COMMAND
- *     faults PATH          compat PATH            daemon PATH
+ *     faults PATH          compat PATH            daemon PATH            storm ID
  *
  * The answer is "ok ..." or the name of the error.
  */
@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/fsuid.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -153,6 +154,34 @@ static void daemonized(const char *path)
 	_exit(0);
 }
 
+static volatile sig_atomic_t caught;
+
+static void count_it(int number)
+{
+	(void)number;
+	++caught;
+}
+
+/* Writes under a timer that never lets a slow call in peace: how many of them failed. */
+static void storm(char *id)
+{
+	struct sigaction act = { .sa_handler = count_it, .sa_flags = SA_RESTART };
+	struct itimerval every = { { 0, 1000 }, { 0, 1000 } }, never = { { 0, 0 }, { 0, 0 } };
+	int failed = 0;
+	char text[32];
+	unsigned int count;
+
+	caught = 0;
+	sigaction(SIGALRM, &act, NULL);
+	setitimer(ITIMER_REAL, &every, NULL);
+	for (int n = 0; n < 100 || caught < 100; n++) {
+		snprintf(text, sizeof text, "%d", n);
+		failed += o2dlm_write_lvb(context, id, text, strlen(text), &count) != 0;
+	}
+	setitimer(ITIMER_REAL, &never, NULL);
+	printf("ok %d\n", failed);
+}
+
 static void obey(char *line);
 
 static void *in_thread(void *line)
@@ -241,6 +270,8 @@ static void obey(char *line)
 		compat(a);
 	else if (!strcmp(verb, "daemon"))
 		daemonized(a);
+	else if (!strcmp(verb, "storm"))
+		storm(a);
 	else if (!strcmp(verb, "exit"))
 		exit(atoi(a));
 	else if (!strcmp(verb, "raise"))

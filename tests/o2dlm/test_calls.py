@@ -47,6 +47,14 @@ def test_locks(pair: tuple[Run, Run]) -> None:
     until("it is handed over", partial(answers, one, "lock x ex try"))
 
 
+def test_no_signal_makes_a_write_fail(nodes: Nodes, start: Start, at: Path) -> None:
+    """The library does not write again after EINTR, and the kernel's dlmfs gives it none."""
+    run = start(nodes.mount("a"))
+    assert run.ask(f"init {at} dom") == "ok"
+    assert run.ask("lock x ex") == "ok"
+    assert run.ask("storm x") == "ok 0"
+
+
 def test_value(pair: tuple[Run, Run]) -> None:
     """64 bytes, zeros at first, travel with the lock; a shared holder cannot write them."""
     one, other = pair

@@ -110,6 +110,9 @@ class Behind:
         os.close(null)
         if not _is_ignored(signal.SIGINT):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in STOPS:
+            if not _is_ignored(number):
+                signal.signal(number, _stand_still)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def over(self, deadlines: Iterable[Deadline] = ()) -> None:
@@ -126,6 +129,9 @@ class Behind:
         if not word:
             os._exit(1)
         self._socket.close()
+        for number in STOPS:
+            if not _is_ignored(number):
+                signal.signal(number, signal.SIG_DFL)
         for _, _, data in messages:
             for fd, copy in zip(self._streams, struct.iter_unpack("i", data), strict=True):
                 os.dup2(copy[0], fd)
@@ -273,6 +279,15 @@ def _is_open(fd: int) -> bool:
 
 def _is_ignored(number: signal.Signals) -> bool:
     return signal.getsignal(number) is signal.SIG_IGN
+
+
+def _stand_still(number: int, _frame: object) -> None:
+    """Stop, as it does by default. A signal that is caught ends open(2), which a stop alone does not: so
+    the lock is not granted to one that is stopped, and the others wait for nobody (Python opens again
+    when it goes on)."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    signal.signal(number, _stand_still)
 
 
 def _end_by(number: signal.Signals) -> NoReturn:

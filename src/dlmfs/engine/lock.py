@@ -262,6 +262,12 @@ class ClusterLock:
         return "recovering" if self.wreck_left is not None else self.res.phase.name.lower()
 
     @property
+    def undecided(self) -> bool:
+        """Whether those who wait here wait for the store's answer: it is not known yet that anybody is
+        in their way."""
+        return self.res.phase is Phase.ASKING and not self.local.told
+
+    @property
     def forgetting(self) -> bool:
         """An unlink, or a leave of the domain, is under way."""
         return bool(self.forgets)

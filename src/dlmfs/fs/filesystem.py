@@ -17,7 +17,8 @@ from typing import Final, Protocol
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import DlmfsError
 from dlmfs.fs import xattrs
-from dlmfs.fs.openfiles import OpenFiles, Reply
+from dlmfs.fs.answer import Reply
+from dlmfs.fs.openfiles import OpenFiles
 from dlmfs.fs.outside import Watchdog
 from dlmfs.fs.places import Readers
 from dlmfs.fs.tree import Directory, Inode, LockFile, Tree

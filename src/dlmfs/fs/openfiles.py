@@ -3,7 +3,8 @@
 Rules of this file
 ------------------
 * A waiting open is a claim in the lock core and nothing else; only OPEN may wait for ever.
-* Whoever is answered EINTR is answered first and withdrawn after (design, engine rule 8).
+* Whoever is answered EINTR is answered first and withdrawn after (design, engine rule 8). Who is, and
+  when, is told in `interrupts`.
 * RELEASE of a lost descriptor changes no count: its claim has ended ("Lease and fencing").
 """
 
@@ -18,14 +19,17 @@ from dlmfs.core.events import Claim, Stage
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.faults import Faults
-from dlmfs.fs import farewell, kin
+from dlmfs.fs import farewell, kin, signals
+from dlmfs.fs.answer import Answer, Reply
+from dlmfs.fs.interrupts import PATIENCE_S, Interrupts
 from dlmfs.fs.limits import Usage, User
 from dlmfs.fs.outside import Kernel, Watchdog
 from dlmfs.fs.places import Places, Readers
+from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import LockFile, Tree
 from dlmfs.fuse import wire
 from dlmfs.model import LVB_SIZE, Limits, Mode
-from dlmfs.timing import Scheduler, Timer, Timing
+from dlmfs.timing import Scheduler, Timing
 
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
@@ -35,9 +39,6 @@ FMODE_EXEC: Final = 0x20
 """The kernel's own flag of an open by execve(2): a value is no program, whatever its file's mode."""
 POLLIN: Final = 0x001 | 0x040  # POLLIN | POLLRDNORM
 POLLGONE: Final = 0x008 | 0x010  # POLLERR | POLLHUP
-
-Reply = bytes | int | None
-"""A payload, an errno, or None: answered later."""
 
 
 class Handle(Claim):
@@ -105,6 +106,7 @@ class OpenFiles:
         self.pending: dict[int, Answer] = {}
         """Reads and writes that wait for the store, by their requests."""
         self.places = Places(loop, readers, self.withdraw, self.fate)
+        self.interrupts = Interrupts(loop, self._settle)
         self.watchdog: Watchdog | None = None
         self.faults = Faults()
         self.kinship: Callable[[User, kin.Question, Callable[[bool], None]], None] = kin.answer
@@ -261,16 +263,34 @@ class OpenFiles:
                 self._close(handle)
 
     def interrupt(self, unique: int) -> None:
-        """A signal for a waiting open: its place is kept for the case that it is tried again."""
-        self.expire()
-        handle = self.waiting.pop(unique, None)
-        if handle is None:
-            # Answered already, or short, or a read or write that waits for a silent store. Such a
-            # write may still happen; who was interrupted was promised nothing (promise 4).
-            answer = self.pending.pop(unique, None)
-            if answer is not None:
-                answer(errno.EINTR)
-            return
+        """A signal, or something like it, for a request that waits."""
+        self.interrupts.came(unique)
+
+    def _settle(self, unique: int, waited_s: float) -> bool:
+        """Whether a request that was interrupted so long ago is over; ends it if it is time."""
+        handle, answer = self.waiting.get(unique), self.pending.get(unique)
+        if handle is not None:
+            thread, for_store = handle.pid, handle.lock.undecided
+        elif answer is not None:
+            thread, for_store = answer.thread, True
+        else:
+            return True
+        cause = self.cause(thread)
+        if cause is Cause.NOTHING:
+            return False
+        if for_store and cause is not Cause.FATAL and waited_s < PATIENCE_S:
+            return False
+        self.expire()  # which may have answered it
+        if answer is not None:
+            # A write may still happen: who was interrupted was promised nothing (promise 4).
+            answer(errno.EINTR)
+        elif self.waiting.pop(unique, None) is handle:
+            assert handle is not None
+            self._interrupted(handle, unique)
+        return True
+
+    def _interrupted(self, handle: Handle, unique: int) -> None:
+        """A waiting open ends: its place is kept for the case that it is tried again."""
         handle.unique = 0
         # Looked at before the answer: afterwards a dying process may be gone, and its id reused.
         kept = not handle.trying and self.places.keep(handle)
@@ -325,7 +345,7 @@ class OpenFiles:
 
     def read(self, h: wire.Header, fh: int, offset: int, size: int) -> Reply:
         handle = self._held(fh)
-        answer = self._interruptible(h.unique, handle.lock)
+        answer = self._interruptible(h, handle.lock)
 
         def value(lvb: bytes) -> None:
             lost = not self.serving() or handle.stage is not Stage.HELD
@@ -344,7 +364,7 @@ class OpenFiles:
         if handle.mode is not Mode.EX:
             return errno.EBADF
         data = data[: LVB_SIZE - offset]
-        answer = self._interruptible(h.unique, handle.lock)
+        answer = self._interruptible(h, handle.lock)
 
         def written(error: DlmfsError | None) -> None:
             answer(error.errno if error is not None else wire.written(len(data)))
@@ -389,6 +409,10 @@ class OpenFiles:
         """The thread group of a thread that will go on living; None: it is dying, or not known."""
         return kin.fate(pid)
 
+    def cause(self, thread: int) -> Cause:
+        """Why a request of this thread was interrupted."""
+        return signals.cause(thread)
+
     def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
         """`Host`: every descriptor of the domain is lost."""
         # In an order of its own, not a set's: a simulated run must not depend on addresses.
@@ -432,68 +456,12 @@ class OpenFiles:
 
     # -- answers ------------------------------------------------------------------------------
 
-    def _interruptible(self, unique: int, lock: ClusterLock) -> Answer:
-        """An answer that a signal makes EINTR while it is awaited, and the loss of `lock` EIO."""
-        return Answer(self.device, unique, self.pending, lock)
+    def _interruptible(self, h: wire.Header, lock: ClusterLock) -> Answer:
+        """An answer that a signal makes EINTR if the store is silent, and the loss of `lock` EIO."""
+        return Answer(self.device, h.unique, self.pending, lock, h.pid)
 
     def bounded(self, unique: int) -> Answer:
         """An answer that becomes ENOLCK when the store does not come back in time."""
         answer = Answer(self.device, unique)
         answer.timer = self.loop.call_later(self.timing.answer_timeout_s, answer, Unavailable.errno)
         return answer
-
-
-class Answer:
-    """The reply to one request: returned if it is known in time, else sent later, once."""
-
-    __slots__ = (
-        "_deferred",
-        "_device",
-        "_early",
-        "_pending",
-        "_unique",
-        "lock",
-        "open",
-        "take_back",
-        "timer",
-    )
-
-    def __init__(
-        self,
-        device: Kernel,
-        unique: int,
-        pending: dict[int, Answer] | None = None,
-        lock: ClusterLock | None = None,
-    ) -> None:
-        self.lock = lock
-        self._pending = pending
-        self._device = device
-        self._unique = unique
-        self._early: Reply = None
-        self._deferred = False
-        self.open = True
-        self.timer: Timer | None = None
-        self.take_back: Callable[[bytes], None] | None = None
-        """What to do about a reply that reached nobody."""
-
-    def __call__(self, reply: bytes | int) -> None:
-        if not self.open:
-            return
-        self.open = False
-        if self.timer is not None:
-            self.timer.cancel()
-        if self._deferred:
-            if self._pending is not None:
-                self._pending.pop(self._unique, None)
-            told = self._device.answer(self._unique, reply)
-            if not told and isinstance(reply, bytes) and self.take_back is not None:
-                self.take_back(reply)
-        else:
-            self._early = reply
-
-    def reply(self) -> Reply:
-        """What the handler returns: the reply if it is there, None if it will be sent."""
-        self._deferred = True
-        if self._early is None and self._pending is not None:
-            self._pending[self._unique] = self
-        return self._early

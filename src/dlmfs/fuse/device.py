@@ -5,7 +5,8 @@ Rules of this file
 * Whatever arrives and whatever a handler raises, the loop goes on: EINVAL for a malformed
   request, EIO and a traceback in the log for a handler's failure.
 * Every request is answered exactly once. One that its handler left pending is in `_pending` until
-  `answer`; the kernel sends INTERRUPT once for it and never again (fuse-notes, Critical 2).
+  `answer`; the kernel sends INTERRUPT once for it (fuse-notes, Critical 2). That is not answered: EAGAIN
+  would bring it back at once, with no more to tell (`fs.interrupts`).
 * One reader, in order: a RELEASE is seen before any request that was sent after it (Critical 3).
 """
 
@@ -96,7 +97,8 @@ class Operations(Protocol):
     def poll(self, h: Header, fh: int, kh: int, flags: int, events: int, /) -> Reply: ...
 
     def interrupt(self, unique: int, /) -> None:
-        """A signal for the process whose request `unique` is pending: answer it soon."""
+        """A signal, a stop, a debugger or a freezer for the thread whose request `unique` is pending.
+        Told once, whatever comes later: from now on the thread heeds nothing but the answer."""
 
     def undelivered(self, h: Header, payload: bytes, /) -> None:
         """The reply that a handler returned reached nobody: undo what it granted."""

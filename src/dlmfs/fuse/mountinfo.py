@@ -24,7 +24,8 @@ SYMLINKS_MAX: Final = 40
 
 
 class MountEntry(NamedTuple):
-    """One line of mountinfo (proc_pid_mountinfo(5)). `dev` is "major:minor"."""
+    """One line of mountinfo (proc_pid_mountinfo(5)). `dev` is "major:minor", `root` what of the file
+    system is mounted."""
 
     id: int
     parent: int
@@ -34,6 +35,7 @@ class MountEntry(NamedTuple):
     dev: str
     options: tuple[str, ...]
     super_options: tuple[str, ...]
+    root: str = "/"
 
     @property
     def is_dlmfs(self) -> bool:
@@ -68,6 +70,7 @@ def parse(text: bytes) -> list[MountEntry]:
             dev=head[2].decode("ascii", "replace"),
             options=tuple(_unescape(head[5]).split(",")),
             super_options=tuple(_unescape(tail[2]).split(",")),
+            root=_unescape(head[3]),
         )
         entries.append(entry)
     return entries

@@ -4,6 +4,7 @@ generator; one that cannot happen now is left out."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +82,29 @@ def _signal(node: SimNode, rng: Random) -> None:
         rng.choice(waiting).signal()
 
 
+def _stop(node: SimNode, rng: Random) -> None:
+    """SIGSTOP and SIGCONT while it waits, and then perhaps a signal."""
+    waiting = [process for process in node.processes.values() if process.call is not None]
+    if not waiting:
+        return
+    process, cluster = rng.choice(waiting), node.cluster
+    cluster.tell(node.name, f"pid {process.pid} is stopped")
+    process.stop()
+    cluster.loop.call_later(rng.choice([0.0, 0.001, 0.1, 2.0]), process.go_on)
+    after = rng.choice([process.signal, partial(process.kill, unheard=False), None])
+    if after is not None:
+        cluster.loop.call_later(rng.choice([0.0, 0.01, 0.5]), after)
+
+
+def _storm(node: SimNode, rng: Random) -> None:
+    """A process is signalled as it writes."""
+    files = [(p, f) for p in _idle(node) for f in p.files if f.grant.mode is Mode.EX]
+    if files:
+        process, file = rng.choice(files)
+        process.run(process.write(file, rng.randrange(57)))
+        process.signal()
+
+
 def _kill(node: SimNode, rng: Random) -> None:
     if node.processes:
         process = rng.choice(list(node.processes.values()))
@@ -122,6 +146,8 @@ STEPS: Final[dict[str, Callable[[SimNode, Random], None]]] = {
     "open": _open,
     "act": _act,
     "signal": _signal,
+    "stop": _stop,
+    "storm": _storm,
     "kill": _kill,
     "fork": _fork,
     "unlink": _unlink,

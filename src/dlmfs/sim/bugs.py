@@ -24,6 +24,7 @@ LEASE: Final = "core/lease.py"
 MEMBER: Final = "engine/membership.py"
 DOMAINS: Final = "engine/domains.py"
 OPEN: Final = "fs/openfiles.py"
+INTERRUPTS: Final = "fs/interrupts.py"
 FILES: Final = "fs/filesystem.py"
 STORE: Final = "store/memory_store.py"
 
@@ -405,6 +406,30 @@ BUGS: Final[tuple[Planted, ...]] = (
         """        if handle.stage is Stage.WAITING:""",
         100,
         "what was granted while its opener was away is never closed",
+    ),
+    Planted(
+        "looked-at-once",
+        INTERRUPTS,
+        "            self._look_at(_Look(now + FIRST_S, unique, now, FIRST_S))\n",
+        "",
+        100,
+        "who was stopped while it waited can be neither signalled nor killed afterwards (promise 7)",
+    ),
+    Planted(
+        "no-patience",
+        INTERRUPTS,
+        "PATIENCE_S: Final = 1.0",
+        "PATIENCE_S: Final = 0.0",
+        100,
+        "a write fails with EINTR though the store is well (found)",
+    ),
+    Planted(
+        "stop-ends-the-wait",
+        OPEN,
+        "        if cause is Cause.NOTHING:\n            return False\n",
+        "",
+        100,
+        "a stop ends a waiting open with EINTR (found)",
     ),
     Planted(
         "granted-to-the-dead",

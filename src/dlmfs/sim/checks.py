@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 SLACK_S: Final = 0.2
 NEWS_S: Final = 0.01
+SILENT_S: Final = 1.0
+"""A signal ends what waits for the store alone after so long, and not before (promise 7)."""
+ENDS_S: Final = SILENT_S + 0.5
+"""A signal has ended any wait after so long."""
 DATA: Final = 8
 """Bytes of a write; each is unlike every other."""
 
@@ -132,8 +136,10 @@ class Checks:
         self.seen(lock).opens.append(opened)
         return opened
 
-    def refused(self, opened: Open, reason: int) -> None:
+    def refused(self, opened: Open, reason: int, *, signalled: bool) -> None:
         """It failed. Interrupted, it may have been granted in the same instant."""
+        if reason == errno.EINTR and not signalled:
+            raise Violation(f"{self._name(opened)} failed with EINTR, and no signal was caught")
         self.refusals += 1
         opened.returned = self.now
         dead = reason in (errno.EINTR, errno.ENOTCONN, errno.ECONNABORTED)
@@ -155,6 +161,25 @@ class Checks:
             and (node == opened.node.name or not compatible(member.level, opened.mode))
             for node, member in self.oracle.lock(opened.lock).head.members.items()
         )
+
+    def ends(self, process: Process, call: Call) -> None:
+        """Promise 7: a signal that it catches, or its death, ends a wait soon, whatever interrupted it
+        before."""
+        if not self.strict or call.request.op not in ("open", "read", "write"):
+            return
+        machine = process.node.machine
+        stalls = machine.stalls
+
+        def look() -> None:
+            if machine.stalls != stalls:
+                self.ends(process, call)
+            elif process.call is call and not process.dead and not process.stopped:
+                raise Violation(
+                    f"pid {process.pid} on {process.node.name}: a signal does not end its "
+                    f"{call.request.op}"
+                )
+
+        machine.call_later(ENDS_S + SLACK_S, look)
 
     def taken(self, node: SimNode, call: Call) -> None:
         """The daemon takes a request up."""
@@ -288,8 +313,12 @@ class Checks:
         self.oracle.lock(lock).writes.append(write)
         return write
 
-    def wrote(self, write: Write, reply: Reply) -> None:
-        """Promise 4: a write that returned is durable."""
+    def wrote(self, process: Process, write: Write, reply: Reply) -> None:
+        """Promise 4: a write that returned is durable. Promise 7: a signal makes none fail but where the
+        store is silent."""
+        waited = process.node.machine.time() - process.interrupted_at
+        if reply == errno.EINTR and not process.dying and waited < SILENT_S - NEWS_S:
+            raise Violation(f"a write to {write.lock!r} failed with EINTR after {waited:.3f} s")
         if isinstance(reply, int):
             return
         if not write.revision:

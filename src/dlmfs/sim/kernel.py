@@ -2,7 +2,8 @@
 
 As far as a lock file system notices: CREATE is MKNOD and OPEN, names are looked up once, a directory's
 lock is held across MKNOD, MKDIR, UNLINK and RMDIR, ESTALE from OPEN is tried again, INTERRUPT is sent
-once for each request, RELEASE comes when the last descriptor is closed (fuse-notes).
+once for each request (for a stop as for a signal, and nothing else ends the wait but the answer), RELEASE
+comes when the last descriptor is closed (fuse-notes).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Program = Generator[Request | LockDirectory, Reply, Any]
 class Call:
     """One request under way. `gone`: its process died, and the answer will reach nobody."""
 
-    __slots__ = ("gone", "header", "interrupted", "overtaken", "request", "then")
+    __slots__ = ("gone", "header", "interrupted_at", "overtaken", "request", "then")
 
     def __init__(
         self, header: wire.Header, request: Request, then: Callable[[Call, Reply], None]
@@ -57,7 +58,8 @@ class Call:
         self.header = header
         self.request = request
         self.then = then
-        self.interrupted = False
+        self.interrupted_at: float | None = None
+        """By the machine's clock."""
         self.overtaken = False
         """The daemon was paused between its last look at the clock and this answer."""
         self.gone = False
@@ -106,9 +108,9 @@ class Kernel:
         self.machine.call_soon(self._drain)
 
     def interrupt(self, call: Call) -> None:
-        """A signal for the process: told once, whatever comes later."""
-        if not call.interrupted:
-            call.interrupted = True
+        """A signal, or a stop, for the process: told once, whatever comes later."""
+        if call.interrupted_at is None:
+            call.interrupted_at = self.machine.time()
             self._post(("interrupt", call.header.unique, 0))
 
     def release(self, ino: int, fh: int) -> None:

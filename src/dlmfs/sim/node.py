@@ -19,6 +19,7 @@ from dlmfs.engine.membership import Config, Membership
 from dlmfs.errors import DlmfsError
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.openfiles import Handle
+from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import Tree
 from dlmfs.model import Mode, Owner
 from dlmfs.sim.kernel import Call, Kernel, Reply
@@ -81,6 +82,12 @@ class Files(FileSystem):
     def fate(self, pid: int) -> int | None:
         process = self.node.processes.get(pid)
         return None if process is None or process.dying else pid
+
+    def cause(self, thread: int) -> Cause:
+        process = self.node.processes.get(thread)
+        if process is None or process.dying:
+            return Cause.FATAL
+        return Cause.CAUGHT if process.caught else Cause.NOTHING
 
     def domain_lost(self, domain: bytes, reason: str) -> None:
         self.node.checks.lost(self.node, domain)

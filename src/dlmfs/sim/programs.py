@@ -56,6 +56,15 @@ class Process:
         """It sleeps in poll(2) on all that it has open."""
         self.deaf = False
         """It heeds no notices."""
+        self.caught = False
+        """A signal that it catches is pending: its handler runs when its call returns."""
+        self.interrupted_at = 0.0
+        """When its last call was, by the clock of its machine."""
+        self.signalled = False
+        """One came before its last call returned, or its death."""
+        self.stopped = False
+        self._held_back: tuple[Call, Reply] | None = None
+        """What it gets when it goes on."""
         self._then: Callable[[], None] | None = None
 
     # -- running ------------------------------------------------------------------------------
@@ -83,7 +92,11 @@ class Process:
             self.call = self.kernel.call(self.pid, wanted, self._answered)
 
     def _answered(self, call: Call, reply: Reply) -> None:
-        if not call.gone:
+        if self.stopped and not self.dying:
+            self._held_back = call, reply
+        elif not call.gone:
+            self.signalled, self.caught = self.caught or self.dying, False
+            self.interrupted_at = call.interrupted_at or 0.0
             self._advance(reply)
         elif call.request.op == "open" and isinstance(reply, bytes):
             # It was answered already when the process was killed: the kernel closes what it got.
@@ -108,10 +121,27 @@ class Process:
     def signal(self) -> None:
         """A signal that is caught."""
         if self.call is not None:
+            self.caught = True
             self.kernel.interrupt(self.call)
+            self.node.checks.ends(self, self.call)
+
+    def stop(self) -> None:
+        """SIGSTOP. It stands still when its call returns, and not before."""
+        if self.call is not None:
+            self.stopped = True
+            self.kernel.interrupt(self.call)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.stopped = False
+        held_back, self._held_back = self._held_back, None
+        if held_back is not None:
+            self._answered(*held_back)
 
     def kill(self, *, unheard: bool) -> None:
         """SIGKILL. `unheard`: the answer that it waits for will reach nobody."""
+        if self.dead:
+            return
         self.dying = True
         if self.program is None:
             self._exit()
@@ -120,6 +150,9 @@ class Process:
             if unheard and self.waits:
                 self.call.gone = True
                 self._exit()
+            else:
+                self.node.checks.ends(self, self.call)
+            self.go_on()
 
     def _exit(self) -> None:
         self.dead = True
@@ -159,7 +192,7 @@ class Process:
                 self.files.append(file)
                 yield from self.poll(file)
                 return
-            self.node.checks.refused(grant, result)
+            self.node.checks.refused(grant, result, signalled=self.signalled)
             if result != errno.EINTR or self.dying:
                 return
 
@@ -196,7 +229,7 @@ class Process:
     def write(self, file: OpenFile, offset: int) -> Program:
         write = self.node.checks.writing(file, offset)
         reply = yield Request("write", file.ino, (file.fh, offset, write.data), file)
-        self.node.checks.wrote(write, reply)
+        self.node.checks.wrote(self, write, reply)
 
     def unlink(self, domain: bytes, name: bytes) -> Program:
         parent = yield from self.kernel.look_up(ROOT_INO, domain)

@@ -41,6 +41,8 @@ PROGRAMS: Final = {
 }
 """What programs do, and how often."""
 
+STOPS: Final = ("stop", "stop", "storm")
+
 TROUBLE: Final = (
     "crash",
     "cut",
@@ -143,6 +145,18 @@ def _bounds(seed: int) -> Bounds:
     return Bounds(rng.choice([6, 8, 10, 16]), rng.choice([1800, BOUNDS.size]))
 
 
+def _stopped(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]:
+    """In a third of the runs programs are stopped while they wait, and signalled while they write."""
+    rng = Random(f"stops {seed}")
+    if rng.random() < 2 / 3:
+        return steps
+    more = list(steps)
+    for _ in range(len(steps) // 8):
+        step = Step(0.0, rng.choice(STOPS), rng.randrange(nodes), rng.randrange(1 << 32))
+        more.insert(rng.randrange(len(more)), step)
+    return tuple(more)
+
+
 def _rates(rng: Random, nodes: int, *, lenient: bool) -> tuple[float, ...]:
     kind = rng.choice(["true", "near", "edge"])
     if lenient:
@@ -208,6 +222,6 @@ def draw(seed: int) -> Scenario:
         fitful=fitful,
         nap_s=rng.choice([0.01, ttl_s * 0.3, ttl_s * 1.5]),
         faults=faults,
-        steps=_steps(rng, nodes, lenient=lenient, leased=leased),
+        steps=_stopped(_steps(rng, nodes, lenient=lenient, leased=leased), nodes, seed),
         bounds=_bounds(seed),
     )
