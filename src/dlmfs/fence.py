@@ -44,14 +44,16 @@ class LeaseTimer(threading.Thread):
     def run(self) -> None:
         fired: float | None = None
         while not self._stop.is_set():
-            at = self._fence_at()
             left = LOOK_S
-            if at is not None and at != fired:
-                left = at - self._clock()
-                if left <= 0:
-                    fired = at
-                    self._act()
-                    left = LOOK_S
+            try:
+                at = self._fence_at()
+                if at is not None and at != fired:
+                    left = at - self._clock()
+                    if left <= 0:
+                        fired, left = at, LOOK_S
+                        self._act()
+            except Exception:  # without this thread a stalled event loop would go unnoticed
+                log.exception("a fault in the lease's timer")
             self._stop.wait(min(left, LOOK_S))
 
     def close(self) -> None:

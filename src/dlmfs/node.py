@@ -200,11 +200,11 @@ class Node:
         if self.watchdog is None:
             return
         member = self.membership
+        self.loop.call_later(member.timing.renew_every_s / 4, self._feed_watchdog)
         fence_at = member.fence_at
         if fence_at is not None:
             timing = member.timing
             self.watchdog.alive_until(fence_at, fence_at + timing.kill_after_s)
-        self.loop.call_later(member.timing.renew_every_s / 4, self._feed_watchdog)
 
     def _publish(self, undo: contextlib.AsyncExitStack) -> None:
         """Tell programs the deadline, before any of them can be granted something."""

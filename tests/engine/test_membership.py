@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from dlmfs.core.events import Claim
+from dlmfs.engine.eviction import Mark, mark_key
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.engine.membership import REMOVED, Config, Membership
+from dlmfs.engine.records import NODES
 from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store.base import Delete, Txn
+from dlmfs.store.base import Delete, Event, Put, Txn
 from dlmfs.store.memory import MemoryServer
 from dlmfs.store.memory_store import Faults, MemoryStore
 from tests.engine.hand import holds, waits
@@ -197,3 +200,94 @@ def test_a_record_that_was_removed_in_a_gap_of_the_watch_fences(pair: tuple[Node
     server.compact(server.revision)
     assert a.loop.run_until(lambda: bool(a.fences), TTL_S / 2)
     assert a.fences == [REMOVED]
+
+
+# -- exceptions in what belongs to the whole node -------------------------------------------------------
+
+
+class Once:
+    """A bug that comes out once, and then the real thing."""
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self.real = real
+        self.left = 1
+
+    def __call__(self, *args: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            raise KeyError("a bug")
+        return self.real(*args)
+
+
+@pytest.fixture
+def shaky(pair: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch) -> Node:
+    """A node that notes what breaks, and stands."""
+    a, _ = pair
+    a.join()
+    monkeypatch.setattr(a, "broken", lambda where, _error: a.fences.append(where))
+    return a
+
+
+@pytest.mark.allow_warnings
+def test_the_look_at_the_lease_goes_on_after_an_exception(
+    shaky: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a chain of timers: broken once, nobody would have fenced a node whose store is silent."""
+    member = shaky.membership
+    monkeypatch.setattr(member, "serving", Once(member.serving))
+    shaky.loop.run_for(TTL_S)
+    assert shaky.fences == ["the node's membership"]
+    shaky.store.cut(up=True, down=True)
+    shaky.loop.run_for(TTL_S)
+    assert len(shaky.fences) == 2, "fenced by the timer alone"
+
+
+@pytest.mark.allow_warnings
+def test_a_node_comes_back_though_something_breaks_on_its_way(
+    shaky: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = shaky.membership
+    monkeypatch.setattr(member, "_named", Once(member._named))
+    session = member.session
+    assert session is not None
+    shaky.store.server.expire(session.lease)
+    assert shaky.loop.run_until(lambda: len(shaky.fences) == 2, PATIENCE_S)
+    assert shaky.fences[1] == "the node's membership"
+    assert shaky.loop.run_until(lambda: member.up and member.spaces[DOMAIN].live, PATIENCE_S)
+
+
+@pytest.mark.allow_warnings
+def test_what_breaks_at_one_record_costs_that_record(
+    shaky: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator's mark beside it is heard."""
+    member = shaky.membership
+
+    def buggy(_event: Event) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(member.questions, "told", buggy)
+    ask = NODES + member.name.encode() + b"/ask/b"
+    mark = Put(mark_key(member.name), Mark(member.record, "b").encode())
+    shaky.store.server.apply(Txn((), (Put(ask, b"{}"), mark)))
+    assert shaky.loop.run_until(lambda: member.final, PATIENCE_S)
+    assert shaky.fences[0] == "the node's membership"
+
+
+def test_a_beginning_that_breaks_is_told_to_who_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = SimLoop()
+    node = Node.__new__(Node)
+    node.fences, node.claims = [], []
+    store = MemoryStore(MemoryServer(loop, start_revision=1000))
+    config = Config(("a",), {}, lambda _facts: False, ttl_s=TTL_S)
+    member = Membership(store, loop, loop.time, config)
+    member.host = node
+    monkeypatch.setattr(node, "broken", lambda where, _error: node.fences.append(where))
+    monkeypatch.setattr(member, "_named", Once(member._named))
+    said: list[DlmfsError | None] = []
+    member.start(said.append)
+    loop.run_for(1.0)
+    assert len(said) == 1
+    assert isinstance(said[0], Unavailable)

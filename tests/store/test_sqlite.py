@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs.errors import BadState, LockLost, StoreFull, Unavailable, UsageError
+from dlmfs.errors import BadState, Bug, LockLost, StoreFull, Unavailable, UsageError
 from dlmfs.store import schema, sqlite, statefile
 from dlmfs.store.base import (
     Delete,
@@ -603,3 +603,48 @@ def test_sessions_leave_nothing_but_the_state(driver: SqliteDriver) -> None:
     assert os.listdir(f"{driver.path}.d") == []
     assert schema.sessions(_connection(clients[0])) == []
     assert not any(client.lost for client in clients)
+
+
+def test_a_watch_that_breaks_is_begun_anew_and_the_others_are_told(
+    driver: SqliteDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with one must not keep the other from its events, nor pass for "nothing happened"."""
+    client, peer = Client(driver, "a"), Client(driver, "b")
+    faults: list[object] = []
+    driver.loop.set_exception_handler(lambda _loop, context: faults.append(context["exception"]))
+    broken: list[WatchBatch | WatchGap] = []
+    sound: list[WatchBatch | WatchGap] = []
+    revision = client.txn(Txn((), (Put(b"h/x", b""),))).revision
+    client.store.watch([b"w/"], revision, broken.append)
+    client.store.watch([b"m/"], revision, sound.append)
+    events_since = schema.events_since
+
+    def buggy(conn: sqlite3.Connection, start: int, prefixes: tuple[bytes, ...]) -> object:
+        if prefixes == (b"w/",):
+            raise KeyError("a bug")
+        return events_since(conn, start, prefixes)
+
+    monkeypatch.setattr(schema, "events_since", buggy)
+    peer.txn(Txn((), (Put(b"w/x", b""), Put(b"m/x", b""))))
+    driver.run_until(lambda: bool(broken and sound))
+    assert isinstance(broken[0], WatchGap)
+    assert isinstance(sound[0], WatchBatch)
+    assert len(faults) == 1
+
+
+@pytest.mark.allow_warnings
+def test_a_transaction_that_breaks_is_answered(
+    driver: SqliteDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the loop and in the thread: who asked would wait for ever, and so would all behind it."""
+    client = Client(driver)
+
+    def buggy(*_args: object, **_more: object) -> object:
+        raise KeyError("a bug")
+
+    for volatile in (True, False):
+        monkeypatch.setattr(client.store._worker, "volatile", volatile)  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setattr(schema, "evaluate", buggy)
+            assert isinstance(client.fails(Txn((), (Put(b"a", b""),))), Bug)
+        assert client.txn(Txn((), (Put(b"a", b""),))).succeeded

@@ -18,10 +18,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from dlmfs.core.lease import LeaseState, lease_state
 from dlmfs.engine.badrecords import BadRecords
+from dlmfs.engine.contained import contained
 from dlmfs.engine.domains import Domains
 from dlmfs.engine.ending import Ending
 from dlmfs.engine.eviction import Mark, decode_mark, mark_key
@@ -31,7 +32,7 @@ from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.naming import Named, Naming, is_ours, record_of
 from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import NODES
-from dlmfs.errors import BadState, DlmfsError, LockLost
+from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
 from dlmfs.model import Owner
 from dlmfs.store.base import (
     Event,
@@ -121,6 +122,10 @@ class Membership:
         self._names = config.names
         self._former: set[int] = set()
         self._tick: Timer | None = None
+        self._coming: Timer | None = None
+        """When coming back goes on; None while the store is asked for something."""
+        self._asker: Done | None = None
+        """Who waits for the beginning that is under way."""
         self._watch: Watch | None = None
         self._closed = False
 
@@ -130,12 +135,17 @@ class Membership:
         """Begin a session and take a name. Raises through `done`: Unavailable, NodeNameInUse,
         and what the store says of access."""
 
+        def told(error: DlmfsError | None) -> None:
+            if self._asker is told:  # else `wreck` has told it
+                self._asker = None
+                done(error)
+
         def opened(session: Session | DlmfsError) -> None:
             if isinstance(session, DlmfsError):
-                done(session)
+                told(session)
                 return
             if self._closed:
-                session.close(done)
+                session.close(told)
                 return
             self.session = session
             if session.renewed_at is not None:
@@ -146,11 +156,13 @@ class Membership:
                 self._names,
                 former=self._former,
                 going_on=self._may_go_on,
-                done=partial(self._named, done),
+                done=partial(self._named, told),
             )
             naming.take()
 
-        self.store.open_session(self.name, self.config.ttl_s, self._session_lost, opened)
+        self._asker = told
+        begun = partial(self.enter, opened)
+        self.store.open_session(self.name, self.config.ttl_s, self._session_lost, begun)
 
     def _may_go_on(self) -> bool:
         """Whether the session that is being set up is still good."""
@@ -201,12 +213,28 @@ class Membership:
             self._change(state)
         return True
 
+    def wreck(self, error: Exception) -> None:
+        """What broke was to be done for the node as a whole: it is begun again, and nobody is fenced."""
+        self.host.broken("the node's membership", error)
+        if self._asker is not None:
+            self._asker(Unavailable(f"a fault of this daemon: {type(error).__name__}"))
+        elif self.up and self._tick is None:
+            self._tick = self.loop.call_later(RETRY_S, self._look_at_lease)
+        elif not self.up and self._coming is None:
+            self._come_back(RETRY_S, self._rejoin)
+
+    @contained
+    def enter(self, act: Callable[..., None], *args: Any) -> None:
+        """Do a part of this membership's own work: with an answer, or from a timer."""
+        act(*args)
+
     def _change(self, state: LeaseState) -> None:
         log.warning("node %s is %s", self.name, state.value)
         self.state = state
         for space in list(self.spaces.values()):
             space.suspend(state is LeaseState.SUSPECT)
 
+    @contained
     def _look_at_lease(self) -> None:
         """The timer: nobody may be there to ask for `serving`."""
         self._cancel_tick()
@@ -245,30 +273,37 @@ class Membership:
         assert self.session is not None
         self._former.add(self.session.lease)
         self.session.abandon()
-        for space in list(self.spaces.values()):
-            space.lose(str(error))
-        self.host.fenced(str(error))
         left_s = self.held_until - self.loop.time()
-        self.loop.call_later(max(left_s, 0.0 if self.final else RETRY_S), self._after_fence)
+        self._come_back(max(left_s, 0.0 if self.final else RETRY_S), self._after_fence)
+        for space in list(self.spaces.values()):
+            space.enter(space.lose, str(error))
+        self.host.fenced(str(error))
 
     # -- coming back ----------------------------------------------------------------------------
 
+    def _come_back(self, seconds: float, act: Callable[[], None]) -> None:
+        self._coming = self.loop.call_later(seconds, act)
+
+    @contained
     def _after_fence(self) -> None:
         """End the old session if the store can be reached: the others need not wait for it. Nothing of
         it is served any more, and its holders have had their time."""
+        self._coming = None
         assert self.session is not None
         if self._closed or self.ending.begun:
             return
         self.store.end_session(self.session.lease, lambda _error: self._rejoin())
 
+    @contained
     def _rejoin(self) -> None:
+        self._coming = None
         if self.final or self._closed or self.ending.begun:
             return
         self.state = LeaseState.REJOINING
 
         def looked(result: TxnResult | DlmfsError) -> None:
             if isinstance(result, DlmfsError):
-                self.loop.call_later(RETRY_S, self._rejoin)
+                self._come_back(RETRY_S, self._rejoin)
                 return
             found = result.responses[0]
             by = self._evicted_by(found) if isinstance(found, KeyValue) else None
@@ -277,7 +312,7 @@ class Membership:
             else:
                 self.start(self._restarted)
 
-        self.store.txn(Txn((), (Get(mark_key(self.name)),)), looked)
+        self.store.txn(Txn((), (Get(mark_key(self.name)),)), partial(self.enter, looked))
 
     def _restarted(self, error: DlmfsError | None) -> None:
         if self._closed:
@@ -287,7 +322,7 @@ class Membership:
             if self.session is not None and self.session.lease not in self._former:
                 self._former.add(self.session.lease)
                 self.session.abandon()
-            self.loop.call_later(RETRY_S, self._rejoin)
+            self._come_back(RETRY_S, self._rejoin)
             return
         log.warning("node %s is back", self.name)
         for domain in list(self.spaces):
@@ -362,20 +397,23 @@ class Membership:
         if isinstance(batch, WatchGap):
             self._look_anew(self.record)
             return
-        own = NODES + self.name.encode()
         for event in batch.events:
-            if event.kv.key == own and event.kv.mod_revision > self.record:
-                # To overwrite it ends this life as to delete it does.
-                if event.kind == "delete":
-                    self._fence(LockLost(REMOVED))
-                elif not is_ours(self, event.kv):
-                    self._fence(LockLost(OVERWRITTEN))
-            elif event.kind == "delete":
-                self.bad.good(event.kv.key)
-            elif event.kv.key == mark_key(self.name):
-                self._marked(event.kv)
-            else:
-                self.questions.told(event)
+            self.enter(self._heard, event)  # one by one: what one costs, it costs alone
+
+    def _heard(self, event: Event) -> None:
+        own = NODES + self.name.encode()
+        if event.kv.key == own and event.kv.mod_revision > self.record:
+            # To overwrite it ends this life as to delete it does.
+            if event.kind == "delete":
+                self._fence(LockLost(REMOVED))
+            elif not is_ours(self, event.kv):
+                self._fence(LockLost(OVERWRITTEN))
+        elif event.kind == "delete":
+            self.bad.good(event.kv.key)
+        elif event.kv.key == mark_key(self.name):
+            self._marked(event.kv)
+        else:
+            self.questions.told(event)
 
     def _look_anew(self, record: int) -> None:
         """What became of our record, and was put below it, while the watch had a gap."""
@@ -399,7 +437,7 @@ class Membership:
             puts = tuple(Event("put", kv) for kv in below if isinstance(kv, KeyValue))
             self._told(WatchBatch(result.revision, puts))
 
-        self.store.txn(Txn((), (Get(own), Range(own + b"/"))), read)
+        self.store.txn(Txn((), (Get(own), Range(own + b"/"))), partial(self.enter, read))
 
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""

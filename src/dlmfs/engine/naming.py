@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dlmfs.engine.eviction import mark_key
@@ -103,11 +104,11 @@ class Naming:
             self.take(number)
 
         def later(_deleted: TxnResult | DlmfsError) -> None:
-            member.loop.call_later(RETRY_S, again)
+            member.loop.call_later(RETRY_S, member.enter, again)
 
         def answered(result: TxnResult | DlmfsError) -> None:
             if isinstance(result, OutcomeUnknown) and self._going_on():
-                member.loop.call_later(RETRY_S, again)
+                member.loop.call_later(RETRY_S, member.enter, again)
             elif isinstance(result, DlmfsError):
                 self._done(result)
             elif result.succeeded:
@@ -123,13 +124,13 @@ class Naming:
                     member.store.txn(delete, later)
                 elif record.lease in self._former or self._is_over(record):
                     log.info("the former node %s is over: its session ends", name)
-                    member.store.end_session(record.lease, again)
+                    member.store.end_session(record.lease, partial(member.enter, again))
                 elif self._will_be_free(record) and self._going_on():
-                    member.loop.call_later(RETRY_S, again)
+                    member.loop.call_later(RETRY_S, member.enter, again)
                 else:
                     self.take(number + 1)
 
-        member.store.txn(txn, answered)
+        member.store.txn(txn, partial(member.enter, answered))
 
     def _is_over(self, record: KeyValue) -> bool:
         return self._member.config.is_over(_facts(record))

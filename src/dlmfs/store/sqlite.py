@@ -130,10 +130,18 @@ class SqliteStore:
                 return
             result, events, generation = outcome
             if events:
-                self._announce(events, generation)
+                try:
+                    self._announce(events, generation)
+                except Exception as error:  # the sweep tells the others; who asked must hear
+                    self._report("ringing", error)
             done(result)
 
         self._submit(partial(writing, work=work), finished)
+
+    def _report(self, where: str, error: Exception) -> None:
+        """Have an exception named that nobody expected."""
+        context = {"message": f"{where} of the embedded store", "exception": error}
+        self.loop.call_exception_handler(context)
 
     def _judge(self, outcome: object) -> None:
         """A medium that fails and goes on failing will not come back by itself."""
@@ -277,7 +285,11 @@ class SqliteStore:
         """Deliver the log to the watches, from where each stands."""
         self._pumping = False
         for watch in list(self._watches):
-            watch.deliver(self._worker.fast)
+            try:
+                watch.deliver(self._worker.fast)
+            except Exception as error:  # the others are told all the same
+                self._report("a watch", error)
+                watch.begin_anew()
 
     def watch(
         self,

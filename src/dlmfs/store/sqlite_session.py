@@ -63,9 +63,11 @@ class SqliteSession:
         if self.ended:
             return
         self._timer = self.store.loop.call_later(SWEEP_S, self.sweep)
-        self._stay_findable()
-        self.look()
-        self.store.sweep()
+        try:
+            self._stay_findable()
+            self.look()
+        finally:  # whatever is wrong with the others, we are told what they do
+            self.store.sweep()
 
     def _stay_findable(self) -> None:
         """If the folder was deleted, newcomers have made another: be there."""

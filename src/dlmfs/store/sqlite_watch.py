@@ -52,6 +52,12 @@ class SqliteWatch:
             if not self.cancelled:
                 self.sink(batch)
 
+    def begin_anew(self) -> None:
+        """What comes next in the log cannot be told: have everything read from the tables."""
+        if not self.cancelled:
+            self.cancel()
+            self.sink(WatchGap(self.next))
+
     def cancel(self) -> None:
         if not self.cancelled:
             self.cancelled = True

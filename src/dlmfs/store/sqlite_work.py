@@ -9,6 +9,7 @@ behind it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import time
@@ -33,6 +34,8 @@ from dlmfs.store.base import Txn, TxnResult
 
 if TYPE_CHECKING:
     import asyncio
+
+log = logging.getLogger("dlmfs.store")
 
 T = TypeVar("T")
 
@@ -160,6 +163,9 @@ def _guarded(work: Callable[[sqlite3.Connection], T | None], conn: sqlite3.Conne
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return LockLost(f"the state file is damaged: {error}")
         return OutcomeUnknown(f"the state file failed: {error}")
+    except Exception as error:  # rolled back; who asked must hear of it, or would wait for ever
+        log.exception("a fault in a transaction")
+        return Bug(f"a fault of this daemon: {type(error).__name__}")
 
 
 def writing(
