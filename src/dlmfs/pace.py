@@ -60,7 +60,7 @@ def encoded(answer: object) -> Iterator[bytes]:
 
 
 def _parts(value: Any, depth: int) -> Iterator[str]:
-    if depth == DEPTH or not value or not isinstance(value, dict | list | tuple):
+    if depth == DEPTH or not isinstance(value, dict | list | tuple) or _is_row(value):
         yield json.dumps(value)
         return
     is_dict = isinstance(value, dict)
@@ -70,3 +70,12 @@ def _parts(value: Any, depth: int) -> Iterator[str]:
         yield from _parts(value[key] if is_dict else key, depth + 1)
         before = ", "
     yield "}" if is_dict else "]"
+
+
+def _is_row(value: Any) -> bool:
+    """Nothing in it has parts of its own."""
+    if not value:
+        return True
+    return isinstance(value, dict) and not any(
+        isinstance(each, dict | list | tuple) for each in value.values()
+    )
