@@ -30,6 +30,7 @@ from dlmfs.faults import Faults
 from dlmfs.fence import LeaseTimer, Watchdog
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.kinship import Kinship
+from dlmfs.fs.subids import SubordinateIds
 from dlmfs.fs.tree import Tree
 from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.device import Device
@@ -163,6 +164,7 @@ class Node:
             readers=self.loop,
             watchdog=self.watchdog,
         )
+        self.fs.usage.owner_of = SubordinateIds(boottime).owner_of
         self.fs.secret = hides_processes()
         self.fs.faults = self.faults
         self.fs.by_kernel = proc.is_64_bit

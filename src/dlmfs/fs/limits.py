@@ -7,6 +7,7 @@ refusal is told to the program that asked (docs/reference.md, "Limits") and nobo
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Final
 
 from dlmfs.model import Limits
@@ -41,11 +42,13 @@ class User:
 
 
 class Usage:
-    """The sums, and every user that ever came. `own` is the daemon's user id."""
+    """The sums, and every user that ever came. `own` is the daemon's user id; `owner_of`: whose an id is,
+    when it comes for the first time (`subids`)."""
 
     def __init__(self, limits: Limits, own: int) -> None:
         self.limits = limits
         self.own = own
+        self.owner_of: Callable[[int], int] = int
         self.users: dict[int, User] = {}
         self.domains = self.locks = 0
 
@@ -53,7 +56,9 @@ class Usage:
         """The account of a user, made when first asked for."""
         user = self.users.get(uid)
         if user is None:
-            user = self.users[uid] = User(self.limits, exempt=uid in (0, self.own))
+            owner = self.owner_of(uid)
+            user = self.users.get(owner) or User(self.limits, exempt=owner in (0, self.own))
+            self.users[owner] = self.users[uid] = user
         return user
 
     def refuse_domain(self, uid: int) -> int:

@@ -17,6 +17,7 @@ import shutil
 import socket
 import stat
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -159,11 +160,33 @@ def _mount_as_root(name: str, path: str, flags: MountFlags) -> int:
     if flags.allow_other is not False:
         options += ",allow_other"
     bits = sum(bit for field, bit in _MS.items() if getattr(flags, field))
-    code = _libc_mount(name, path, bits, options)
-    if code:
+    try:
+        with _pinned(path) as place:
+            code = _libc_mount(name, place, bits, options)
+        if code:
+            raise _mount_error(path, code)
+    except BaseException:
         os.close(fd)
-        raise _mount_error(path, code)
+        raise
     return fd
+
+
+@contextlib.contextmanager
+def _pinned(path: str) -> Iterator[str]:
+    """A name for the folder of that real path, which leads there whatever becomes of the path: who owns a
+    folder above may put a link in its place. Raises MountFailed if he has done so already."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _mountpoint_error(path, error.errno) from error
+    try:
+        if os.readlink(f"/proc/self/fd/{fd}") != path:
+            raise MountFailed(
+                f"{path} was changed while it was looked at: see by whom, then try again"
+            )
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
 
 
 def _libc_mount(source: str, target: str, bits: int, data: str) -> int:
@@ -315,8 +338,16 @@ def unmount(mountpoint: str, lazy: bool = False) -> None:
             raise _busy(path) if "busy" in text else _refused(path, text)
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)):
+    above, name = os.path.split(path)
+    with _pinned(above) as folder:
+        if resolve(path)[1] != entry:
+            raise MountFailed(
+                f"{path} was changed while it was looked at: see by whom, then try again"
+            )
+        place = os.fsencode(f"{folder}/{name}")
+        failed = libc.umount2(place, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
         code = ctypes.get_errno()
+    if failed:
         raise _busy(path) if code == errno.EBUSY else _refused(path, os.strerror(code))
 
 
