@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from dlmfs.errors import UsageError
-from dlmfs.model import NODE_NAME, Limits, OnLost, Owner
+from dlmfs.model import NODE_NAME, DeadValue, Limits, OnLost, Owner
 from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
@@ -42,6 +42,7 @@ class MountOptions:
     lock_delay_s: float | None = None
     """None: `lock_delay_of` says."""
     grace_s: float = GRACE_S
+    dead_value: DeadValue = DeadValue.KEEP
     on_lost: OnLost = OnLost.NONE
     ca: str | None = None
     cert: str | None = None
@@ -172,6 +173,13 @@ def _parse_on_lost(_name: str, value: str) -> dict[str, object]:
         raise UsageError(f"on-lost={value}: choose none, term or kill") from None
 
 
+def _parse_dead_value(_name: str, value: str) -> dict[str, object]:
+    try:
+        return {"dead_value": DeadValue(value)}
+    except ValueError:
+        raise UsageError(f"dead-value={value}: choose keep or invalid") from None
+
+
 def _seconds(name: str, value: str, least: float, most: float) -> float:
     try:
         seconds = float(value)
@@ -216,6 +224,7 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "ttl": _parse_ttl,
     "lock-delay": _parse_lock_delay,
     "grace": _parse_grace,
+    "dead-value": _parse_dead_value,
     "on-lost": _parse_on_lost,
     "ca": _parse_file,
     "cert": _parse_file,

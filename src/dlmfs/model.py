@@ -55,6 +55,15 @@ class OnLost(enum.Enum):
     """SIGTERM, and SIGKILL before the store can give the lock to somebody else."""
 
 
+class DeadValue(enum.Enum):
+    """What reads say of a value whose last exclusive holder died (`-o dead-value=`)."""
+
+    KEEP = "keep"
+    """The value, as every other."""
+    INVALID = "invalid"
+    """Nothing, until somebody writes: libo2dlm's LVB_INVALID."""
+
+
 _STRONGEST_BESIDE: Final = {Mode.NL: Mode.EX, Mode.PR: Mode.PR, Mode.EX: Mode.NL}
 
 

@@ -152,6 +152,7 @@ class Node:
             options.ttl_s,
             lock_delay_of(self.config.source, options),
             options.grace_s,
+            options.dead_value,
         )
         member = Membership(self.store, self.loop, boottime, config)
         self.membership = member

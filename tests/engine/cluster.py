@@ -155,6 +155,9 @@ class SimNode:
             return
         program = self.programs[claim.fh]
         self.cluster.check_grant(program)
+        if claim.mode is Mode.EX and self.space is not None:
+            lock = self.space.locks[program.lock]
+            lock.view.had_ex = lock.res.revision  # as the file system does
 
     def failed(self, claim: Claim, reason: int) -> None:
         if claim.fh in self.buried:

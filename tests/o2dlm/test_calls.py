@@ -67,6 +67,27 @@ def test_value(pair: tuple[Run, Run]) -> None:
     assert other.ask("write x bye") == "LVB_WRITE"
 
 
+def test_a_value_whose_writer_died(nodes: Nodes, start: Start, at: Path) -> None:
+    """Its node dies having the lock exclusively, before it has written the next version: by default the
+    last one is read as any other, with dead-value=invalid the library says that it is none."""
+    writer = nodes.mount("a", "lock-delay=0")
+    one = start(writer)
+    unsure = start(nodes.mount("b", "lock-delay=0", "dead-value=invalid"))
+    believer = start(nodes.mount("c", "lock-delay=0", "dead-value=keep"))
+    for run in (one, unsure, believer):
+        assert run.ask(f"init {at} dom") == "ok"
+    for line in ("lock x ex", "write x version-1"):
+        assert one.ask(line) == "ok"
+    nodes.kill(writer)
+    for run, says in ((believer, "ok 64 version-1"), (unsure, "LVB_INVALID")):
+        assert run.ask("lock x pr") == "ok"
+        assert run.ask("read x") == says
+        assert run.ask("unlock x") == "ok"
+    assert unsure.ask("lock x ex") == "ok"
+    assert unsure.ask("write x version-2") == "ok"
+    assert unsure.ask("read x") == "ok 64 version-2"
+
+
 def test_notices(pair: tuple[Run, Run]) -> None:
     """lock_with_bast, poll, process_bast: none while nobody waits, one when the other does."""
     one, other = pair

@@ -41,6 +41,9 @@ OPTIONS: Final = """\
          grace=SECONDS     how long holders have to close their locks when this node ends (default 2)
          lock-delay=SECS   wait so long before a dead node's locks are given to others (default 2 on
                            one host; 0 on etcd, where the lease gives that time)
+         dead-value=keep|invalid
+                           what is read of a value whose last exclusive holder died, until somebody
+                           writes: the value (default), or nothing (0 bytes)
          on-lost=none|term|kill
                            on etcd, what is done to processes that hold locks when this node is
                            fenced or ends

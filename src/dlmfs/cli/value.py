@@ -277,7 +277,7 @@ def _set(parsed: argparse.Namespace) -> None:
     expected = None if parsed.expect is None else _bytes(parsed, parsed.expect, "--expect")
     fd = _take(parsed, os.O_RDWR)
     try:
-        if expected is not None and (now := os.pread(fd, LVB_SIZE, 0)) != expected:
+        if expected is not None and _filled(now := os.pread(fd, LVB_SIZE, 0), "") != expected:
             found = now.hex() if parsed.hex else repr(os.fsdecode(now.rstrip(b"\0")))
             raise Conflict(f"{parsed.path} has the value {found}: nothing was written")
         if parsed.token is not None and (token := int(_attribute(fd, "token"))) != parsed.token:

@@ -114,12 +114,26 @@ def change(view: View, *, level: Mode, then: Mode = Mode.NL, lvb: bytes | None =
     head = view.at_level(level)
     if lvb is not None:
         head = head._replace(lvb=lvb, abandoned=None)
+    if then is Mode.NL:
+        return _granting(view, head)
+    return _granting(view, head, _filing(view, then, trying=False, convert=False))
+
+
+def join(view: View) -> Change:
+    """A place at NL for a node that has the lock's file and no place yet: it keeps the value alive."""
+    space = view.space
+    head = bury(view.head, view.is_dead)
+    members = {**head.members, space.node: Member(space.incarnation, Mode.NL, 0)}
+    return _granting(view, head._replace(members=members))
+
+
+def _granting(view: View, head: Head, *more: Op) -> Change:
+    """Put the head that a grant pass makes of `head`."""
     head, granted, cut = view.grant_pass(head)
     record = head.encode()
-    ops = [Put(view.space.keys.head(view.name), record), *_delivery(view, granted, record)]
-    if then is not Mode.NL:
-        ops.append(_filing(view, then, trying=False, convert=False))
-    return Change(Txn(_guards(view, granted), tuple(ops), reading(view)), head, granted, cut)
+    put = Put(view.space.keys.head(view.name), record)
+    ops = (put, *_delivery(view, granted, record), *more)
+    return Change(Txn(_guards(view, granted), ops, reading(view)), head, granted, cut)
 
 
 def take(view: View, mode: Mode, *, trying: bool, convert: bool) -> tuple[Txn, Head | None]:
@@ -187,8 +201,9 @@ def clear(view: View) -> Change:
 def leave(view: View) -> Change:
     """Leave the head, or remove it with the last member (rule 15)."""
     space, keys = view.space, view.space.keys
-    members = {n: m for n, m in view.head.members.items() if n != space.node}
-    head = bury(view.head._replace(members=members), view.is_dead)
+    head = view.marked(bury(view.head, view.is_dead))
+    members = {n: m for n, m in head.members.items() if n != space.node}
+    head = head._replace(members=members)
     head, granted, cut = view.grant_pass(head)
     record = head.encode()
     key = keys.head(view.name)
@@ -197,7 +212,6 @@ def leave(view: View) -> Change:
     living = (n for n, m in head.members.items() if not space.is_gone(n, m.incarnation))
     left = None if granted else next(living, None)
     alive = () if left is None else (created_at(keys.member(left), head.members[left].incarnation),)
-    # A head that tells of a dead exclusive holder stays for whoever comes next (promise 4).
-    keep = head.members or head.abandoned
+    keep = head.members or not head.forgettable()
     ops = (Put(key, record) if keep else Delete(key), *_delivery(view, granted, record))
     return Change(Txn((*_guards(view, granted), *alive), ops, reading(view)), head, granted, cut)

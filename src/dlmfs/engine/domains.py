@@ -118,6 +118,7 @@ class Domains:
             timing=member.timing,
             lock_delay_s=member.config.lock_delay_s,
             grace_s=member.config.grace_s,
+            dead_value=member.config.dead_value,
             serving=member.serving,
             ended=self._space_lost,
         )

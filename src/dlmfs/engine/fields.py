@@ -116,7 +116,10 @@ class Fields:
 
     def text(self, name: str, most: int) -> str:
         """A text of at most so many characters, all of which can be encoded."""
-        text = self.record.get(name)
+        return self.as_text(name, self.record.get(name), most)
+
+    def as_text(self, name: str, text: object, most: int) -> str:
+        """As `text`, for one found somewhere in the field `name`."""
         if type(text) is not str or len(text) > most or not _can_be_encoded(text):
             self.wrong(name)
         return text

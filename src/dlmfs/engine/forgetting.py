@@ -56,7 +56,7 @@ def _left(lock: ClusterLock, result: TxnResult, change: Change, seen: int) -> No
         lock.learned()
         return
     view.committed(change.head, change.granted, result.revision)
-    if not (change.head.members or change.head.abandoned):
+    if not change.head.members and change.head.forgettable():
         view.set_head(NO_HEAD, 0, result.revision)
     finish(lock, None)
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dlmfs.engine import changes
-from dlmfs.model import Mode
+from dlmfs.model import EMPTY_LVB, Mode
 
 if TYPE_CHECKING:
     from dlmfs.engine.changes import Change
@@ -28,9 +28,15 @@ def put(lock: ClusterLock, *, level: Mode, then: Mode = Mode.NL, lvb: bytes | No
     if mine is not None and mine.level > level:
         # From the sending on, what this grant gave us is no longer ours (rule 5).
         lock.view.given_up = mine.revision
-    change = changes.change(lock.view, level=level, then=then, lvb=lvb)
+    send(lock, changes.change(lock.view, level=level, then=then, lvb=lvb), then, lvb)
+
+
+def send(lock: ClusterLock, change: Change, then: Mode = Mode.NL, lvb: bytes | None = None) -> None:
+    """Commit `change`, which files our next wish `then`, and writes `lvb`."""
     lock.cut |= change.cut  # already: if its outcome is never known, a reading tells what is left
-    lock.send(change.txn, partial(_put, lock, change=change, then=then, writing=lvb is not None))
+    first = lvb is not None and lvb != EMPTY_LVB and lock.view.head.lvb == EMPTY_LVB
+    done = partial(_put, lock, change=change, then=then, writing=lvb is not None)
+    lock.send(change.txn, done, first_value=first)
 
 
 def _put(

@@ -80,6 +80,8 @@ def note(space: Lockspace, batch: WatchBatch) -> None:
             touched.append(_wish_event(space, event, revision))
         elif event.kv.key.startswith(keys.members):
             gone |= _member_event(space, event)
+        elif event.kv.key.startswith(keys.news) and event.kind == "put":
+            space.files.told(event.kv)
     for lock in dict.fromkeys(touched):  # a grant of many is one piece of news for each lock
         if lock is not None and space.live:
             lock.learned()

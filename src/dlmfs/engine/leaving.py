@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 from dlmfs.engine.lock import Done
 from dlmfs.engine.records import decode_head
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, Unavailable
-from dlmfs.model import Mode
 from dlmfs.store.base import Delete, KeyValue, Op, Range, Txn, TxnResult, created_at, unchanged
 
 if TYPE_CHECKING:
     from dlmfs.engine.lockspace import Lockspace
 
 BATCH_MAX = 32
-"""Records removed per commit, beside the membership's."""
+"""Records removed per commit, beside our own."""
+OWN = 3
+"""Records of our own that go last: the membership, and the two of `keeping`."""
 RETRY_S = 0.1
 
 
@@ -72,29 +73,25 @@ def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done) -> Non
     assert isinstance(members, tuple)
     assert isinstance(heads, tuple)
     assert isinstance(mails, tuple)
-    # The last one out takes the heads along, but not those that name a dead exclusive
-    # holder: whoever comes next must learn of it (promise 4).
     useless = [kv for kv in heads if len(members) == 1 and _forgettable(kv)]
     litter = [*useless, *(kv for kv in mails if isinstance(kv, KeyValue))]
     guards = [created_at(space.keys.mine, space.incarnation)]
     ops: list[Op] = []
-    batch = min(BATCH_MAX, space.store.bounds.operations - 1)
+    batch = min(BATCH_MAX, space.store.bounds.operations - OWN)
     for kv in litter[:batch]:
         assert isinstance(kv, KeyValue)
         guards.append(unchanged(kv.key, kv.mod_revision))
         ops.append(Delete(kv.key))
     last = len(litter) <= batch
     if last:
-        ops.append(Delete(space.keys.mine))
+        ops += map(Delete, (space.keys.mine, space.keys.my_files, space.keys.my_news))
     txn = Txn(tuple(guards), tuple(ops))
     space.commit(txn, lambda result: _removed(space, result, done, last=last))
 
 
 def _forgettable(kv: object) -> bool:
     assert isinstance(kv, KeyValue)
-    head = decode_head(kv)
-    dead_exclusive = any(m.level is Mode.EX for m in head.members.values())
-    return head.abandoned is None and not dead_exclusive
+    return decode_head(kv).forgettable()
 
 
 def _removed(space: Lockspace, result: TxnResult | DlmfsError, done: Done, *, last: bool) -> None:

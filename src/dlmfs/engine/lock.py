@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.core.lockres import Lockres
-from dlmfs.engine import changes, forgetting, granting
+from dlmfs.engine import changes, forgetting, granting, keeping
+from dlmfs.engine import value as values
 from dlmfs.engine import wreck as wrecks
 from dlmfs.engine.changes import Change
 from dlmfs.engine.contained import contained
 from dlmfs.engine.local import Local
 from dlmfs.engine.records import Head, Mail, Wish
+from dlmfs.engine.sender import Part
 from dlmfs.engine.value import Value
 from dlmfs.engine.view import View
 from dlmfs.errors import DlmfsError, LockLost, Unavailable
@@ -58,6 +60,7 @@ class ClusterLock:
         "forget_waits",
         "forgets",
         "heir",
+        "keeps",
         "local",
         "name",
         "res",
@@ -78,6 +81,8 @@ class ClusterLock:
         self._unresolved = False
         self._patient = False
         self.cut = False
+        self.keeps = False
+        """The node is to have a place in the head for its file's sake (`keeping`)."""
         self.forgets: list[Done] = []
         """Who waits for us to leave the lock."""
         self.wreck_left: Wreck | None = None
@@ -227,7 +232,7 @@ class ClusterLock:
     @contained
     def member_gone(self) -> None:
         """A node died or left: its place in the head may have been in our way (rule 6)."""
-        if self.view.wish is not None or self.res.phase is Phase.ASKING:
+        if self.view.wish is not None or self.res.phase is Phase.ASKING or self.keeps:
             self.view.must_look = True
             self._step()
 
@@ -304,8 +309,10 @@ class ClusterLock:
             granting.put(self, level=res.level)
         elif self.cut:
             granting.rest(self)
+        elif self.keeps and keeping.join(self):
+            pass
         elif self.value.writes:
-            self._write()
+            values.step(self)
         elif self.forgets:
             forgetting.step(self)
         elif res.phase is Phase.ASKING:
@@ -319,7 +326,7 @@ class ClusterLock:
             return False
         if self._unresolved or self.wreck_left is not None:
             return False
-        return not (self.view.must_look or self.view.wishes)
+        return not (self.view.must_look or self.view.wishes or self.keeps)
 
     def _got_it(self) -> bool:
         """Whether the head shows a grant that the core has not been told of."""
@@ -377,11 +384,13 @@ class ClusterLock:
 
     # -- inner workings: transactions ---------------------------------------------------------
 
-    def send(self, txn: Txn, done: Callable[[TxnResult], None]) -> None:
+    def send(
+        self, txn: Txn, done: Callable[[TxnResult], None], *, first_value: bool = False
+    ) -> None:
         """The one transaction of this lock that is under way; `done` gets its answer, by `enter`."""
         assert self.heir is None
         self.busy = True
-        self.space.sender.submit(self, txn, done)
+        self.space.sender.submit(Part(self, txn, done, first_value))
 
     def answered(self) -> None:
         """The transaction's answer is here (or will never be): the next may go."""
@@ -468,22 +477,6 @@ class ClusterLock:
             self.local.wanted = None  # ask the core again about who is left
         self.learned()
 
-    def _write(self) -> None:
-        mine = self.view.mine()
-        if mine is None or mine.level is not Mode.EX:
-            self._finish_write(LockLost("the exclusive lock was lost before the write"))
-            return
-        new = self.value.next()
-        if new is None:
-            self._finish_write(None)
-        else:
-            granting.put(self, level=Mode.EX, lvb=new)
-
-    def _finish_write(self, error: DlmfsError | None) -> None:
-        self.value.written(error)
-        self.value.answer_reads()
-        self._step()
-
     @contained
     def failed(self, error: DlmfsError) -> None:
         """A definite refusal by the store: nothing of the transaction was applied."""
@@ -496,7 +489,7 @@ class ClusterLock:
         elif self.wreck_left is not None:
             self.space.loop.call_later(RETRY_S, self.resume)
         elif self.value.writes and self.res.phase is not Phase.DROPPING:
-            self._finish_write(error)
+            values.finish(self, error)
         elif self.forgets and self.res.phase is Phase.IDLE:
             forgetting.finish(self, error)
         elif self.res.phase is Phase.ASKING and self.view.wish is None:

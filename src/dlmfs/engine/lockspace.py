@@ -23,11 +23,12 @@ from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.changes import grants_max
 from dlmfs.engine.contained import contained
 from dlmfs.engine.deaths import Deaths
+from dlmfs.engine.keeping import Files
 from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import Keys, Wish, encode_member
 from dlmfs.engine.sender import Sender
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, Unavailable
-from dlmfs.model import Owner
+from dlmfs.model import DeadValue, Owner
 from dlmfs.store.base import (
     Compare,
     Delete,
@@ -111,6 +112,7 @@ class Lockspace:
         timing: Timing | None = None,
         lock_delay_s: float = 0.0,
         grace_s: float = GRACE_S,
+        dead_value: DeadValue = DeadValue.KEEP,
         serving: Callable[[], bool] | None = None,
         ended: Callable[[Lockspace], None] | None = None,
     ) -> None:
@@ -124,6 +126,7 @@ class Lockspace:
         self.timing = timing or Timing()
         self.lock_delay_s = lock_delay_s
         self.grace_s = grace_s
+        self.dead_value = dead_value
         self.serving = serving or _always
         self._ended = ended
         self.keys = Keys(domain, node)
@@ -140,6 +143,7 @@ class Lockspace:
         self.commits = 0
         self.answers = 0
         self.sender = Sender(self)
+        self.files = Files(self)
         self._watch: Watch | None = None
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
@@ -196,6 +200,7 @@ class Lockspace:
     def drop(self, name: bytes) -> None:
         """Forget a lock that this node has left: its file is unlinked."""
         self.locks.pop(name, None)
+        self.files.gone(name)
         if not self.wishes.get(name, True):
             del self.wishes[name]
 
@@ -272,14 +277,17 @@ class Lockspace:
 
     def _start(self, members: Any, wishes: Any, revision: int) -> None:
         hearing.begin(self, members, wishes, revision)
-        prefixes = (self.keys.members, self.keys.wishes, self.keys.mails)
+        keys = self.keys
+        prefixes = (keys.members, keys.wishes, keys.mails, keys.news)
         self._watch = self.store.watch(prefixes, revision + 1, self._told)
+        self.files.look_again()
 
     def leave(self, done: Done) -> None:
         """Give everything back, then the membership (rule 15); what programs hold when they have
         closed it. With an error the domain stays joined.
         """
         self.life = Life.LEAVING
+        self.files.stop()
         self.enter(leaving.leave, self, self._once(done))
 
     def keep(self) -> None:
@@ -339,6 +347,7 @@ class Lockspace:
             self._watch.cancel()
             self._watch = None
         self.sender.clear()
+        self.files.stop()
 
     # -- the watch ---------------------------------------------------------------------------
 

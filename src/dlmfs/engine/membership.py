@@ -33,7 +33,7 @@ from dlmfs.engine.naming import Named, Naming, is_ours, record_of
 from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import NODES
 from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
-from dlmfs.model import Owner
+from dlmfs.model import DeadValue, Owner
 from dlmfs.store.base import (
     Event,
     Get,
@@ -88,6 +88,7 @@ class Config:
     ttl_s: float = Timing().ttl_s
     lock_delay_s: float = 0.0
     grace_s: float = GRACE_S
+    dead_value: DeadValue = DeadValue.KEEP
 
 
 class Membership:

@@ -4,6 +4,7 @@
     h/<lock>         head: members with their levels, the LVB, the abandonment mark
     w/<lock>/<node>  wish: a request that could not be granted at once
     g/<node>/<lock>  mail: "your wish was granted", with the head as it then stood
+    f/<node>, v/<node>  files that are only made, and first values: see `keeping`
 
 Values are JSON with a format version, so that an operator can read them and a later version can
 refuse them by name. Each kind has one decoder, which checks every field and raises BadState naming
@@ -13,6 +14,8 @@ the key, whatever is wrong (`fields`); a key of no shape of these is nobody's, a
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from dlmfs.engine.fields import FORMAT, Fields, node_name
@@ -33,7 +36,19 @@ class Keys:
     """The keys of one domain: all that nodes watch in one range, and the heads, which they do not,
     in another, so that a store with one range per watch wakes nobody for a head (engine rule 1)."""
 
-    __slots__ = ("base", "heads", "mails", "members", "mine", "node", "wishes")
+    __slots__ = (
+        "base",
+        "files",
+        "heads",
+        "mails",
+        "members",
+        "mine",
+        "my_files",
+        "my_news",
+        "news",
+        "node",
+        "wishes",
+    )
 
     def __init__(self, domain: bytes, node: str) -> None:
         base = DOMAINS + domain + b"/"
@@ -44,6 +59,10 @@ class Keys:
         self.wishes = base + b"w/"
         self.mails = base + b"g/" + self.node + b"/"
         self.mine = self.members + self.node
+        self.files = base + b"f/"
+        self.my_files = self.files + self.node
+        self.news = base + b"v/"
+        self.my_news = self.news + self.node
 
     def head(self, lock: bytes) -> bytes:
         return self.heads + lock
@@ -117,10 +136,12 @@ class Member(NamedTuple):
 
 
 class Abandoned(NamedTuple):
-    """The node that died having the lock exclusively, and the revision of its grant."""
+    """The node that died having the lock exclusively, and the revision of its grant. `seen`: a later
+    exclusive holder has had the lock, so the head need not outlive its members for the mark's sake."""
 
     node: str
     revision: int
+    seen: bool = False
 
 
 class Head(NamedTuple):
@@ -128,13 +149,19 @@ class Head(NamedTuple):
     lvb: bytes = EMPTY_LVB
     abandoned: Abandoned | None = None
 
+    def forgettable(self) -> bool:
+        """Whether nothing need be left of it when nobody has the lock's file any more: a head that tells
+        of a dead exclusive holder stays for whoever comes next (promise 4)."""
+        marked = self.abandoned is not None and not self.abandoned.seen
+        return not marked and all(m.level is not Mode.EX for m in self.members.values())
+
     def encode(self) -> bytes:
         return json.dumps(
             {
                 "v": FORMAT,
                 "m": self.members,
                 "lvb": self.lvb.hex() if self.lvb != EMPTY_LVB else "",
-                "ab": self.abandoned,
+                "ab": self.abandoned and self.abandoned[: 3 if self.abandoned.seen else 2],
             },
             separators=(",", ":"),
         ).encode()
@@ -181,11 +208,13 @@ def _head(fields: Fields, revision: int) -> Head:
         )
     abandoned = fields.record.get("ab")
     if abandoned is not None:
-        if type(abandoned) is not list or len(abandoned) != 2:
+        if type(abandoned) is not list or abandoned[2:] not in ([], [True]):
             fields.wrong("ab")
-        node, granted = abandoned
+        node, granted = (*abandoned, None, None)[:2]
         abandoned = Abandoned(
-            fields.as_node("ab", node), fields.as_whole("ab", granted, 0, revision)
+            fields.as_node("ab", node),
+            fields.as_whole("ab", granted, 0, revision),
+            seen=abandoned[2:] == [True],
         )
     return Head(members, _lvb(fields), abandoned)
 
@@ -272,3 +301,21 @@ def decode_node(kv: KeyValue) -> dict[str, object]:
             fields.whole(name)
     fields.seconds("ttl", TTL_MAX_S)
     return fields.record
+
+
+def encode_news(locks: Iterable[bytes]) -> bytes:
+    """The locks whose first values a commit writes."""
+    names = [os.fsdecode(lock) for lock in locks]
+    return json.dumps({"v": FORMAT, "locks": names}, separators=(",", ":")).encode()
+
+
+def decode_news(kv: KeyValue) -> list[bytes]:
+    """Raises BadState for a record that is not ours or has another format."""
+    fields = Fields.of(kv)
+    names = fields.record.get("locks")
+    if type(names) is not list:
+        fields.wrong("locks")
+    locks = [os.fsencode(fields.as_text("locks", name, LOCK_NAME_MAX)) for name in names]
+    if not all(map(_is_lock, locks)):
+        fields.wrong("locks")
+    return locks

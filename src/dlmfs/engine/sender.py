@@ -13,8 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from dlmfs.engine.records import encode_news
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
-from dlmfs.store.base import Get, KeyValue, Txn, TxnResult, unchanged
+from dlmfs.store.base import Compare, Get, KeyValue, Put, Txn, TxnResult, unchanged
 from dlmfs.store.check import operations, size
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Part(NamedTuple):
     lock: ClusterLock
     txn: Txn
     done: Callable[[TxnResult], None]
+    first_value: bool = False
+    """It writes a value where there was none."""
 
 
 class Sender:
@@ -49,9 +52,9 @@ class Sender:
         self._flushing = False
         self._in_flight = 0
 
-    def submit(self, lock: ClusterLock, txn: Txn, done: Callable[[TxnResult], None]) -> None:
+    def submit(self, part: Part) -> None:
         """Send one lock's transaction, with what else comes in this turn."""
-        self._queue.append(Part(lock, txn, done))
+        self._queue.append(part)
         if not self._flushing:
             self._flushing = True
             self._space.loop.call_soon(self._space.enter, self.flush)
@@ -68,17 +71,30 @@ class Sender:
             del self._queue[:count]
             guard = unchanged(space.keys.mine, space.epoch)
             txn = Txn((guard,), tuple(p.txn for p in parts), (Get(space.keys.mine),))
+            txn = self._with_news(txn, parts)
             space.commit(txn, partial(self._answered, parts))
 
     def _fitting(self) -> int:
         """How many of the first fit into one commit (engine rule 17): one at least."""
-        bounds, deepest, total = self._space.store.bounds, 0, ROOM
+        bounds, deepest, total, news = self._space.store.bounds, 0, ROOM, False
         for count, part in enumerate(self._queue[:BATCH_MAX]):
+            news |= part.first_value
             deepest = max(deepest, operations(part.txn))
             total += size(part.txn)
-            if count and (count + 1 + deepest > bounds.operations or total > bounds.size):
+            total += len(encode_news([part.lock.name])) if part.first_value else 0
+            if count and (count + 1 + news + deepest > bounds.operations or total > bounds.size):
                 return count
         return min(len(self._queue), BATCH_MAX)
+
+    def _with_news(self, txn: Txn, parts: list[Part]) -> Txn:
+        """With word of first values, if some node wants to hear of them (`keeping`)."""
+        locks = [part.lock.name for part in parts if part.first_value]
+        if not locks:
+            return txn
+        keys = self._space.keys
+        nobody = Compare(keys.files, "create", "=", 0, prefix=True)
+        put = Put(keys.my_news, encode_news(locks), self._space.lease)
+        return txn._replace(then=(*txn.then, Txn((nobody,), (), (put,))))
 
     def clear(self) -> None:
         """Forget what was not sent yet."""
@@ -111,7 +127,7 @@ class Sender:
         elif not result.succeeded:
             self._guard_failed(result, parts)
         else:
-            for part, response in zip(parts, result.responses, strict=True):
+            for part, response in zip(parts, result.responses, strict=False):  # news come last
                 assert isinstance(response, TxnResult)
                 part.lock.enter(part.done, response)
 

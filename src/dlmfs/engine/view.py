@@ -32,12 +32,14 @@ class View:
     """See the rules at the head of the file.
 
     `wish` is our own one that stands in the queue, `vanished` one that was removed without a
-    grant that we know of; `given_up` the revision of a grant that we are handing back; `mailed`
-    whether our mail slot has to be emptied; `must_look` whether only a reading can tell more.
+    grant that we know of; `given_up` the revision of a grant that we are handing back; `had_ex` that of
+    the last one under which a program here had the lock exclusively; `mailed` whether our mail slot
+    has to be emptied; `must_look` whether only a reading can tell more.
     """
 
     __slots__ = (
         "given_up",
+        "had_ex",
         "head",
         "head_at",
         "head_revision",
@@ -60,6 +62,7 @@ class View:
         self.head_revision = 0  # 0: none, or not known: the first take guesses "none"
         self.head_at = -1
         self.given_up = 0
+        self.had_ex = 0
         self.wish: Wish | None = None
         self.vanished: Wish | None = None
         self.mailed = False
@@ -190,9 +193,18 @@ class View:
         mine = self._own(head)
         if mine is None or mine.level <= level:
             return head
+        head = self.marked(head)
         members = dict(head.members)
         members[self.space.node] = mine._replace(level=level)
         return head._replace(members=members)
+
+    def marked(self, head: Head) -> Head:
+        """The head, whose mark of a death is seen if a program here has had the lock exclusively since.
+        The dead one's grant excludes ours: if ours is later, it came after the death was known."""
+        mark, mine = head.abandoned, self._own(head)
+        if mark is None or mine is None or mine.level is not Mode.EX or self.had_ex < mark.revision:
+            return head
+        return head._replace(abandoned=mark._replace(seen=True))
 
     def others(self) -> list[Wish]:
         """The other nodes' wishes, in their order."""

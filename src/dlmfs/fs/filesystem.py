@@ -158,6 +158,7 @@ class FileSystem(OpenFiles):
         if refusal:
             return refusal
         self.usage.count_lock(h.uid, 1)
+        self.spaces[parent.ino].files.made((name,))
         return self._entry(self.tree.add(parent, name, mode, h.uid, h.gid))
 
     def _refuse_growth(self) -> int:
@@ -314,8 +315,9 @@ class FileSystem(OpenFiles):
     def rejoined(self, space: Lockspace) -> None:
         """`membership.Host`: the directory's domain has a new membership; new opens use it."""
         directory = self.tree.root.children.get(space.domain)
-        if directory is not None:
+        if isinstance(directory, Directory):
             self.spaces[directory.ino] = space
+            space.files.made(directory.children)
 
     # -- extended attributes ------------------------------------------------------------------
 

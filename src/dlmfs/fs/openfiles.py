@@ -219,6 +219,8 @@ class OpenFiles:
     def _serve(self, handle: Handle) -> bytes:
         handle.user.holders += 1
         self.handles[handle.fh] = handle
+        if handle.mode is Mode.EX:  # a program has it now, and sees what is to be seen
+            handle.lock.view.had_ex = handle.lock.res.revision
         if self.watchdog is not None:
             self.watchdog.holds(handle.pid)
         return wire.opened(handle.fh, wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH)

@@ -128,6 +128,13 @@ def _unlink(node: SimNode, rng: Random) -> None:
         process.run(process.unlink(domain, name), lambda: process.kill(unheard=False))
 
 
+def _touch(node: SimNode, rng: Random) -> None:
+    if len(node.processes) < PROCESSES_MAX:
+        process = node.new_process()
+        domain, name = rng.choice(node.cluster.domains), rng.choice(node.cluster.names)
+        process.run(process.touch(domain, name), lambda: process.kill(unheard=False))
+
+
 def _rmdir(node: SimNode, rng: Random) -> None:
     """The files in it first, as people do."""
     if len(node.processes) < PROCESSES_MAX:
@@ -151,5 +158,6 @@ STEPS: Final[dict[str, Callable[[SimNode, Random], None]]] = {
     "kill": _kill,
     "fork": _fork,
     "unlink": _unlink,
+    "touch": _touch,
     "rmdir": _rmdir,
 }

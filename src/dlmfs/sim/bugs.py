@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from dlmfs.sim.planted import Planted
+from dlmfs.sim.rare import RARE
 
 CHANGES: Final = "engine/changes.py"
 LOCK: Final = "engine/lock.py"
@@ -64,11 +65,51 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "mark-dropped-by-unlink",
         CHANGES,
-        "keep = head.members or head.abandoned",
+        "keep = head.members or not head.forgettable()",
         "keep = head.members",
         100,
         "the last unlink removes a head that tells of a death (rule 15)",
         first=300,
+    ),
+    Planted(
+        "seen-by-nobody",
+        VIEW,
+        "or self.had_ex < mark.revision:",
+        "or False:",
+        100,
+        "a mark counts as seen by an exclusive grant that reached no program (promise 4)",
+    ),
+    Planted(
+        "never-seen",
+        VIEW,
+        "or self.had_ex < mark.revision:",
+        "or True:",
+        100,
+        "a head that tells of a death outlives all who know of it (found)",
+    ),
+    Planted(
+        "file-keeps-nothing",
+        FILES,
+        "        self.spaces[parent.ino].files.made((name,))\n",
+        "",
+        100,
+        "a value dies although a node has the lock's file, which it has not opened (promise 4; found)",
+    ),
+    Planted(
+        "first-values-untold",
+        SENDER,
+        "        if not locks:\n            return txn\n",
+        "        if True:\n            return txn\n",
+        100,
+        "a file that was made before the value was written does not keep it (promise 4)",
+    ),
+    Planted(
+        "dead-value-mixed",
+        "engine/value.py",
+        "old = EMPTY_LVB if self._invalid() else head.lvb",
+        "old = head.lvb",
+        100,
+        "with dead-value=invalid a write brings the rest of a dead holder's value back",
     ),
     Planted(
         "write-hides-nothing",
@@ -443,71 +484,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         first=200,
     ),
 )
-
-RARE: Final[tuple[Planted, ...]] = (
-    Planted(
-        "told-nothing",
-        LOCK,
-        "            self.local.wanted = None\n",
-        "            self.local.wanted = NOTHING\n",
-        100,
-        "the core is not told that nobody wants the lock any more (found)",
-    ),
-    Planted(
-        "gap-hides-wishes",
-        LOCK,
-        "            self.local.tell_wanted(self.view)\n\n    @contained\n    def resume",
-        "            pass\n\n    @contained\n    def resume",
-        100,
-        "who comes between a gap and the reading after it passes the wishes it told of (found)",
-    ),
-    Planted(
-        "half-a-member",
-        DOMAINS,
-        """        if member.state is LeaseState.SUSPECT:
-            member.loop.call_later(RETRY_S, self.join_again, domain)
-            return
-""",
-        """        if member.state is LeaseState.SUSPECT:
-            return
-""",
-        100,
-        "a node that is suspect when it would rejoin a domain never does (found)",
-    ),
-    Planted(
-        "joined-though-fenced",
-        DOMAINS,
-        "            if error is None and not member.up:  # fenced meanwhile;",
-        "            if False:  # fenced meanwhile;",
-        100,
-        "a join that is answered after the fence stands for the domain (found)",
-    ),
-    Planted(
-        "late-timer",
-        LOCAL,
-        "left = [c for c in later if c.stage is Stage.WAITING]",
-        "left = later",
-        100,
-        "a trylock is put off by another's grant (found)",
-    ),
-    Planted(
-        "made-while-removed",
-        FILES,
-        "if parent.removing or self.spaces[parent.ino].life is Life.LEAVING:",
-        "if self.spaces[parent.ino].life is Life.LEAVING:",
-        100,
-        "a file is made in a directory whose removal goes on after its answer (found)",
-    ),
-    Planted(
-        "left-though-fenced",
-        "engine/leaving.py",
-        "        if not space.live:\n            # Fenced",
-        "        if False:\n            # Fenced",
-        100,
-        "a leave that a fence overtakes goes on as a clean one (found)",
-    ),
-)
-"""Shown by a scenario that is kept (tests/sim/seeds); no seed within reach shows them."""
 
 
 def by_name(name: str) -> Planted | None:

@@ -11,7 +11,9 @@ import errno
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, Mode, Owner, compatible
+from dlmfs.engine.lockspace import Life
+from dlmfs.engine.records import Head
+from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, DeadValue, Mode, Owner, compatible
 from dlmfs.sim.history import Op, judge
 from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.oracle import Lock, Oracle, Violation, Write
@@ -29,6 +31,8 @@ SILENT_S: Final = 1.0
 """A signal ends what waits for the store alone after so long, and not before (promise 7)."""
 ENDS_S: Final = SILENT_S + 0.5
 """A signal has ended any wait after so long."""
+PLACE_S: Final = 1.0
+"""In so long a file that is only made has its place."""
 DATA: Final = 8
 """Bytes of a write; each is unlike every other."""
 
@@ -102,6 +106,8 @@ class Checks:
         """The least share of a lease time between a node's last answer and its lease's end."""
         self._files: dict[tuple[str, int, int], Open] = {}
         self._numbers = 0
+        self._valued: dict[Lock, float] = {}
+        oracle.valued, oracle.forgotten = self.valued, self.forgotten
 
     def seen(self, lock: Lock) -> Seen:
         record = self.locks.get(lock)
@@ -309,7 +315,8 @@ class Checks:
         self.writes += 1
         lock = file.grant.lock
         data = (b"%08d" % self.writes)[:DATA]
-        write = Write(lock, file.grant.node.name, offset, data)
+        node = file.grant.node
+        write = Write(lock, node.name, offset, data, node.dead_value is DeadValue.INVALID)
         self.oracle.lock(lock).writes.append(write)
         return write
 
@@ -336,8 +343,11 @@ class Checks:
     def read(self, file: OpenFile, lvb: bytes, floor: int) -> None:
         """Promise 4: a whole value, and none that is older than `floor`."""
         self.reads += 1
-        assert len(lvb) == LVB_SIZE
         lock = file.grant.lock
+        if not lvb and file.grant.node.dead_value is DeadValue.INVALID:
+            self._invalid(file)
+            return
+        assert len(lvb) == LVB_SIZE
         values = self.oracle.lock(lock).values
         at_floor = max(v.revision for v in values if v.revision <= floor)
         found = [v.revision for v in values if v.revision >= at_floor and v.lvb == lvb]
@@ -352,6 +362,36 @@ class Checks:
         if self.strict:
             seen = self.seen(lock)
             seen.floor = max(seen.floor, found[0])
+
+    def _invalid(self, file: OpenFile) -> None:
+        """Nothing is read only if a holder died, and nobody has written since."""
+        lock, node = file.grant.lock, file.grant.node
+        if self.strict and self.oracle.lock(lock).head.abandoned is None:
+            raise Violation(f"{lock} on {node.name}: nothing is read, and no holder died")
+
+    def valued(self, lock: Lock) -> None:
+        """A first value is written."""
+        self._valued[lock] = self.now
+
+    def made(self, node: SimNode, lock: Lock) -> None:
+        """A lock's file is made, or its domain joined again."""
+        node.files[lock] = self.now
+
+    def forgotten(self, lock: Lock, head: Head, author: str | None) -> None:
+        """Promise 4: a value lives as long as some node has the lock's file, and has for a second."""
+        faults = self.cluster.scenario.faults
+        slack = 10 * faults.delay_s + 2 * faults.watch_delay_s + SLACK_S
+        for node in self.cluster.nodes:
+            space = node.space(lock[0])
+            if not self.cluster.calm or node.name in (author, *head.members) or not node.up:
+                continue
+            if space is None or space.life is not Life.JOINED or not node.has_file(lock):
+                continue
+            since = max(node.files[lock], self._valued.get(lock, 0.0))
+            if self.now > since + PLACE_S / node.machine.rate + slack:
+                raise Violation(
+                    f"{author} forgets the value of {lock}, and {node.name} has the file"
+                )
 
     # -- ends -----------------------------------------------------------------------------------
 

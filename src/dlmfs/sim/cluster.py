@@ -6,8 +6,8 @@ Phases
 2. Everything heals. Whoever holds a lock closes it when poll(2) tells that it is wanted, and not before:
    a lost notice shows as somebody who waits for ever (promise 5).
 3. Each node takes each lock once more, exclusively, and reads and writes its value.
-4. Many wait, and one of them stands still (`crowd`); one node dies with a lock that others wait for
-   (`recovery`).
+4. Many wait, and one of them stands still (`crowd`); one node writes a value and goes (`kept`); one dies
+   with a lock that others wait for (`recovery`).
 5. All files are unlinked, domains left, nodes unmounted: the store must be empty but for marks, and no
    timer may be left.
 """
@@ -22,16 +22,17 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.lockspace import Life
-from dlmfs.engine.records import NODES
+from dlmfs.engine.records import NODES, decode_head
 from dlmfs.model import Mode
 from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open
 from dlmfs.sim.crowd import crowd
+from dlmfs.sim.kept import kept
 from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.loop import SimLoop
 from dlmfs.sim.machine import Machine
 from dlmfs.sim.node import SimNode
-from dlmfs.sim.oracle import Arbiter, Oracle, Violation
+from dlmfs.sim.oracle import HEADS, Arbiter, Oracle, Violation
 from dlmfs.sim.programs import OpenFile, Process
 from dlmfs.sim.recovery import recover
 from dlmfs.sim.scenario import Scenario, Step
@@ -111,6 +112,7 @@ class Cluster:
         self._heal()
         self._probe()
         crowd(self)
+        kept(self)
         recover(self)
         self._settle()
         self._leave()
@@ -307,7 +309,7 @@ class Cluster:
         for node in self.nodes:
             if not node.machine.dead:
                 raise Violation(f"{node.name} did not leave")
-        left = [kv.key for kv in self.arbiter.data.values() if not _may_stay(kv)]
+        left = [kv.key for kv in self.arbiter.data.values() if not self._may_stay(kv)]
         if left:
             raise Violation(f"left in the store: {left}")
         if self.arbiter.leases:
@@ -318,14 +320,19 @@ class Cluster:
         if pending:
             raise Violation(f"{pending} timers left")
 
+    def _may_stay(self, kv: KeyValue) -> bool:
+        """Heads that tell of a death which no exclusive holder knows of, or whose last members crashed;
+        and marks that a node could not hear."""
+        if kv.key.startswith(NODES):
+            return kv.key.endswith(EVICT)
+        if not kv.key.startswith(HEADS):
+            return False
+        head = decode_head(kv)
+        domain, name = kv.key[len(HEADS) :].split(b"/", 1)
+        seen = head.forgettable() or bool(self.oracle.lock((domain, name)).seers)
+        return bool(head.members) or not seen
+
 
 def vars_of(user: object) -> dict[str, int]:
     """What is counted for a user."""
     return {name: getattr(user, name) for name in ("holders", "waiters", "locks", "domains")}
-
-
-def _may_stay(kv: KeyValue) -> bool:
-    """Heads that tell of a death at EX, and marks that a node could not hear."""
-    if kv.key.startswith(NODES):
-        return kv.key.endswith(EVICT)
-    return kv.key.startswith(b"h/")

@@ -20,8 +20,9 @@ from dlmfs.errors import DlmfsError
 from dlmfs.fs.filesystem import FileSystem
 from dlmfs.fs.openfiles import Handle
 from dlmfs.fs.signals import Cause
-from dlmfs.fs.tree import Tree
-from dlmfs.model import Mode, Owner
+from dlmfs.fs.tree import Directory, Tree
+from dlmfs.fuse.wire import Header
+from dlmfs.model import DeadValue, Mode, Owner
 from dlmfs.sim.kernel import Call, Kernel, Reply
 from dlmfs.sim.machine import Machine
 from dlmfs.sim.oracle import Arbiter, Lock
@@ -79,6 +80,23 @@ class Files(FileSystem):
             process = process.parent
         return False
 
+    def mknod(self, h: Header, name: bytes, mode: int, umask: int, rdev: int) -> Reply | None:
+        reply = super().mknod(h, name, mode, umask, rdev)
+        if isinstance(reply, bytes):
+            self.node.checks.made(self.node, (self._directory(h.node).name, name))
+        return reply
+
+    def rejoined(self, space: Lockspace) -> None:
+        super().rejoined(space)
+        for lock in [lock for lock in self.node.files if lock[0] == space.domain]:
+            self.node.checks.made(self.node, lock)
+
+    def _serve(self, handle: Handle) -> bytes:
+        if handle.mode is Mode.EX:
+            lock = (handle.file.domain.name, handle.file.name)
+            self.node.cluster.oracle.had_ex(lock, self.node.name)
+        return super()._serve(handle)
+
     def fate(self, pid: int) -> int | None:
         process = self.node.processes.get(pid)
         return None if process is None or process.dying else pid
@@ -121,10 +139,14 @@ class SimNode:
         self.rate = cluster.scenario.rates[number]
         self.slow_kin = Random(f"kin {cluster.scenario.seed}").choice(SLOW_KIN_S)
         """How long it may take to know whose process another is."""
+        dead_values = cluster.scenario.dead_values
+        self.dead_value = DeadValue(dead_values[number]) if dead_values else DeadValue.KEEP
         self.life = 0
         self.up = False
         """Mounted: programs can use it."""
         self.leaving = False
+        self.files: dict[Lock, float] = {}
+        """The lock files made here in this life, and since when its present membership knows of them."""
         self.processes: dict[int, Process] = {}
         self.last_served: dict[int, float] = {}
         """By lease: when something was last served under it."""
@@ -153,7 +175,13 @@ class SimNode:
         self.store.node = self
         facts = {"node": self.name, "life": self.life}
         config = Config(
-            (self.name,), facts, self._is_over, self.owner, scenario.ttl_s, scenario.lock_delay_s
+            (self.name,),
+            facts,
+            self._is_over,
+            self.owner,
+            scenario.ttl_s,
+            scenario.lock_delay_s,
+            dead_value=self.dead_value,
         )
         self.membership = Membership(self.store, machine, machine.clock, config)
         self.fs = Files(Tree(), self.membership, machine, Timing(scenario.ttl_s))
@@ -161,7 +189,7 @@ class SimNode:
         self.membership.host = self.fs
         self.kernel = Kernel(machine, self.fs, self._watch)
         self.fs.device = self.kernel
-        self.processes = {}
+        self.processes, self.files = {}, {}
         self.membership.start(partial(self._started, self.life))
 
     def _started(self, life: int, error: DlmfsError | None) -> None:
@@ -230,6 +258,11 @@ class SimNode:
 
     def space(self, domain: bytes) -> Lockspace | None:
         return self.membership.spaces.get(domain)
+
+    def has_file(self, lock: Lock) -> bool:
+        """Whether its lock's file stands here."""
+        directory = self.fs.tree.root.children.get(lock[0])
+        return isinstance(directory, Directory) and lock[1] in directory.children
 
     def lock(self, lock: Lock) -> ClusterLock | None:
         space = self.space(lock[0])

@@ -35,9 +35,12 @@ class Write:
     node: str
     offset: int
     data: bytes
+    anew: bool
+    """On a value that a dead holder left it begins with zeros (dead-value=invalid)."""
     revision: int = 0
 
-    def onto(self, lvb: bytes) -> bytes:
+    def onto(self, head: Head) -> bytes:
+        lvb = EMPTY_LVB if self.anew and head.abandoned is not None else head.lvb
         return lvb[: self.offset] + self.data + lvb[self.offset + len(self.data) :]
 
 
@@ -57,6 +60,8 @@ class LockRecord:
     granted: dict[int, set[str]] = field(default_factory=dict)
     """By revision: the nodes that were granted something in that commit."""
     writes: list[Write] = field(default_factory=list)
+    seers: set[str] = field(default_factory=set)
+    """The nodes on which a program has had the lock exclusively since the present mark was made."""
 
 
 class Oracle:
@@ -65,6 +70,10 @@ class Oracle:
     def __init__(self, *, lock_delay: bool) -> None:
         self.lock_delay = lock_delay
         self.locks: dict[Lock, LockRecord] = {}
+        self.valued: Callable[[Lock], None] = lambda _lock: None
+        """Told of each first value."""
+        self.forgotten: Callable[[Lock, Head, str | None], None] = lambda *_: None
+        """Told of each value that went with its head, and who removed it."""
         self.members: dict[bytes, dict[str, int]] = {}
         self.commits = 0
 
@@ -73,6 +82,12 @@ class Oracle:
         if record is None:
             record = self.locks[lock] = LockRecord()
         return record
+
+    def had_ex(self, lock: Lock, node: str) -> None:
+        """A program on `node` has the lock exclusively."""
+        record = self.lock(lock)
+        if record.head.abandoned is not None:
+            record.seers.add(node)
 
     def alive(self, domain: bytes, node: str, incarnation: int) -> bool:
         return self.members.get(domain, {}).get(node) == incarnation
@@ -106,9 +121,10 @@ class Oracle:
             record = self.lock(lock)
             old, new = record.head, NONE if kv is None else decode_head(kv)
             record.head, record.head_revision = new, 0 if kv is None else revision
-            _Change(self, lock, old, new, revision, author, before.get(lock, record.wishes)).check(
-                deleted=kv is None
-            )
+            wishes = before.get(lock, record.wishes)
+            _Change(self, lock, old, new, revision, author, wishes).check(deleted=kv is None)
+            if _named(new.abandoned) != _named(old.abandoned):
+                record.seers.clear()
 
     def _member(self, domain: bytes, node: str, kv: KeyValue | None, author: str | None) -> None:
         members = self.members.setdefault(domain, {})
@@ -148,7 +164,7 @@ class _Change:
         self._members()
         self._order()
         self._value()
-        self._mark()
+        self._mark(deleted=deleted)
 
     def _fail(self, what: str) -> None:
         name = b"/".join(self.lock).decode(errors="replace")
@@ -238,19 +254,22 @@ class _Change:
             return
         if self.new == NONE:
             record.values.append(Value(self.revision, EMPTY_LVB))
+            self.oracle.forgotten(self.lock, self.old, self.author)
             return
         member = self.old.members.get(self.author or "")
         if member is None or member.level is not Mode.EX:
             self._fail("a value was put by one who does not have the lock exclusively")
         for write in record.writes:
             if write.node == self.author and not write.revision:
-                if write.onto(self.old.lvb) == self.new.lvb:
+                if write.onto(self.old) == self.new.lvb:
                     write.revision = self.revision
+                    if self.old.lvb == EMPTY_LVB:
+                        self.oracle.valued(self.lock)
                     record.values.append(Value(self.revision, self.new.lvb))
                     return
         self._fail(f"a value that nobody wrote: {self.new.lvb!r}")
 
-    def _mark(self) -> None:
+    def _mark(self, *, deleted: bool) -> None:
         """Promise 4: a death at EX is marked until somebody writes; no other mark appears."""
         dead = [
             Abandoned(node, member.revision)
@@ -266,12 +285,21 @@ class _Change:
         elif dead:
             if mark not in dead:
                 self._fail(f"{dead[0].node} died at EX, and the mark says {mark}")
-        elif mark != self.old.abandoned:
+        elif mark != self.old.abandoned and not deleted and not self._seen(mark):
             self._fail(f"the mark went from {self.old.abandoned} to {mark}")
 
+    def _seen(self, mark: Abandoned | None) -> bool:
+        """Whether all that changed is that an exclusive holder has seen the mark."""
+        old, member = self.old.abandoned, self.old.members.get(self.author or "", NO_MEMBER)
+        if old is None or mark != old._replace(seen=True) or member.level is not Mode.EX:
+            return False
+        return self.author in self.oracle.lock(self.lock).seers
+
     def _deletion(self) -> None:
-        """Rule 15: only the last living member removes a head, and not one that tells of a death."""
-        if self.old.abandoned is not None:
+        """Rule 15: only the last living member removes a head, and not one that tells of a death which no
+        exclusive holder has seen."""
+        mark = self.old.abandoned
+        if mark is not None and not mark.seen and not self._seen(mark._replace(seen=True)):
             self._fail("a head with a mark was removed")
         for node, member in self.old.members.items():
             if node == self.author:
@@ -283,6 +311,11 @@ class _Change:
 
 
 NO_MEMBER: Final = Member(0, Mode.NL, 0)
+
+
+def _named(mark: Abandoned | None) -> tuple[object, ...] | None:
+    """The death that it tells of."""
+    return mark and mark[:2]
 
 
 class Arbiter(MemoryServer):

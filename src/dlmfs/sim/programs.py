@@ -231,6 +231,12 @@ class Process:
         reply = yield Request("write", file.ino, (file.fh, offset, write.data), file)
         self.node.checks.wrote(self, write, reply)
 
+    def touch(self, domain: bytes, name: bytes) -> Program:
+        """Make the lock's file, and its domain; nothing is opened."""
+        parent = yield from self.kernel.find(ROOT_INO, domain, "mkdir")
+        if parent > 0:
+            yield from self.kernel.find(parent, name, "mknod")
+
     def unlink(self, domain: bytes, name: bytes) -> Program:
         parent = yield from self.kernel.look_up(ROOT_INO, domain)
         if parent > 0 and (yield from self.kernel.look_up(parent, name)) > 0:

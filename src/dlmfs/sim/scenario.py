@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from dlmfs.model import Owner
+from dlmfs.model import DeadValue, Owner
 from dlmfs.store.base import BOUNDS, Bounds
 from dlmfs.store.memory_store import Faults
 
@@ -91,6 +91,8 @@ class Scenario:
     faults: Faults
     steps: tuple[Step, ...]
     bounds: Bounds = BOUNDS
+    dead_values: tuple[str, ...] = ()
+    """By node, `dead-value=`; empty: it is kept everywhere."""
 
     @property
     def nodes(self) -> int:
@@ -108,8 +110,8 @@ class Scenario:
         record["faults"] = Faults(**record["faults"])
         record["steps"] = tuple(Step(*step) for step in record["steps"])
         record["bounds"] = Bounds(*record.get("bounds", BOUNDS))
-        for name in ("owners", "rates"):
-            record[name] = tuple(record[name])
+        for name in ("owners", "rates", "dead_values"):
+            record[name] = tuple(record.get(name, ()))
         return Scenario(**record)
 
 
@@ -137,6 +139,18 @@ def _in_time(faults: Faults, seed: int) -> Faults:
     return replace(faults, late_from_s=0.0, late_s=rng.choice([0.1, 1.0, 3.0]))
 
 
+def _touched(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]:
+    """In half of the runs files are made, too, that are not opened."""
+    rng = Random(f"touches {seed}")
+    share = rng.choice([0.0, 0.0, 0.05, 0.2])
+    out: list[Step] = []
+    for step in steps:
+        if rng.random() < share:
+            out.append(Step(0.0, "touch", rng.randrange(nodes), rng.randrange(1 << 32)))
+        out.append(step)
+    return tuple(out)
+
+
 def _bounds(seed: int) -> Bounds:
     """In a third of the runs a commit is so small that few waiters, members and mails fit into one."""
     rng = Random(f"bounds {seed}")
@@ -155,6 +169,13 @@ def _stopped(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]
         step = Step(0.0, rng.choice(STOPS), rng.randrange(nodes), rng.randrange(1 << 32))
         more.insert(rng.randrange(len(more)), step)
     return tuple(more)
+
+
+def _dead_values(nodes: int, seed: int) -> tuple[str, ...]:
+    rng = Random(f"dead values {seed}")
+    if rng.random() < 0.5:
+        return ()
+    return tuple(rng.choice([dead.value for dead in DeadValue]) for _ in range(nodes))
 
 
 def _rates(rng: Random, nodes: int, *, lenient: bool) -> tuple[float, ...]:
@@ -192,6 +213,11 @@ def _steps(rng: Random, nodes: int, *, lenient: bool, leased: bool) -> tuple[Ste
     return tuple(steps)
 
 
+def _more(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]:
+    """What was thought of later, drawn by generators of its own."""
+    return _touched(_stopped(steps, nodes, seed), nodes, seed)
+
+
 def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = Random(f"scenario {seed}")
@@ -222,6 +248,7 @@ def draw(seed: int) -> Scenario:
         fitful=fitful,
         nap_s=rng.choice([0.01, ttl_s * 0.3, ttl_s * 1.5]),
         faults=faults,
-        steps=_stopped(_steps(rng, nodes, lenient=lenient, leased=leased), nodes, seed),
+        steps=_more(_steps(rng, nodes, lenient=lenient, leased=leased), nodes, seed),
         bounds=_bounds(seed),
+        dead_values=_dead_values(nodes, seed),
     )

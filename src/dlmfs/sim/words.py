@@ -32,6 +32,9 @@ def _change(event: Event) -> str:
         wish = decode_wish(event.kv, node)
         flags = (" try" if wish.trying else "") + (" convert" if wish.convert else "")
         return f"{node} wishes {wish.mode.name}{flags} of {domain}/{name}"
+    if kind in ("f", "v"):
+        tells = "has files without places in" if kind == "f" else "tells of first values in"
+        return f"{rest} {tells} {domain}" if put else f"{rest} tells nothing in {domain}"
     node, name = rest.split("/")
     return f"mail to {node} about {domain}/{name}" if put else f"{node} took its mail"
 

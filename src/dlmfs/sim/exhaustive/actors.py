@@ -271,6 +271,9 @@ class Node:
 
     def granted(self, claim: Claim) -> None:
         assert isinstance(claim, Descriptor)
+        if claim.mode is Mode.EX:  # as the file system does
+            lock = self._lock(claim)
+            lock.view.had_ex = lock.res.revision
         self.seen.append(self._of("granted", claim, token=claim.token))
 
     def failed(self, claim: Claim, reason: int) -> None:

@@ -40,9 +40,11 @@ class Record(NamedTuple):
     places: dict[str, Place]
     value: bytes
     mark: str
+    seen: bool
+    """A later exclusive holder knows of the death."""
 
 
-NO_RECORD: Final = Record({}, EMPTY_LVB, "")
+NO_RECORD: Final = Record({}, EMPTY_LVB, "", False)
 
 
 class Asked(NamedTuple):
@@ -57,7 +59,8 @@ def _head(value: bytes) -> Record:
     record = json.loads(value)
     places = {node: Place(inc, level) for node, (inc, level, _) in record["m"].items()}
     lvb = bytes.fromhex(record["lvb"]) if record["lvb"] else EMPTY_LVB
-    return Record(places, lvb, json.dumps(record["ab"]) if record["ab"] else "")
+    mark = record["ab"] or []
+    return Record(places, lvb, json.dumps(mark[:2]) if mark else "", any(mark[2:]))
 
 
 def heads(data: Data) -> dict[bytes, Record]:
@@ -158,13 +161,16 @@ def _value(
     place = was.places.get(actor, Place(0, 0))
     may = place.level == Mode.EX and alive.get(actor) == place.incarnation
     if gone:
-        if was.mark or any(
+        unseen = was.mark and not was.seen and not may
+        if unseen or any(
             alive.get(n) == p.incarnation for n, p in was.places.items() if n != actor
         ):
             yield f"{actor} removes the head of {name}, which somebody still needs"
         return
     if was.value != now.value and not may:
         yield f"{actor} changes the value of {name} and does not have it exclusively"
+    if now.seen and not may and not (was.seen and was.mark == now.mark):
+        yield f"{actor} calls the mark of {name} seen and does not have it exclusively"
     if was.mark and not now.mark and not may:
         yield f"{actor} takes the mark of {name} away and does not have it exclusively"
 
