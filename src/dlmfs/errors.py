@@ -15,6 +15,7 @@
     │   ├── Cancelled                ECANCELED    32         1      ... or was ended by the program itself
     │   └── Deadlock                 EDEADLK      32         1      ... or would never have ended
     ├── LockLost                     EIO          32         75     the lease or the state is gone
+    │   ├── StoreRestored            EIO          32         75     the store went back in time
     │   └── StaleToken               ESTALE       32         75     a later holder has been here already
     ├── OutputFailed                 EIO          32         74     standard output takes no more
     └── Bug                          EIO          4          70     a broken invariant of ours
@@ -78,6 +79,11 @@ class LockLost(DlmfsError):
     """This incarnation is over: lease expired, membership removed, or state deleted."""
 
     errno, mount_exit, exit = errno.EIO, 32, 75
+
+
+class StoreRestored(LockLost):
+    """The store went back to an earlier state, or is another one: what it granted since may be granted
+    anew. Another incarnation may begin once all of those of before are over."""
 
 
 class StaleToken(LockLost):

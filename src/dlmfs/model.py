@@ -24,8 +24,8 @@ EMPTY_LVB: Final = bytes(LVB_SIZE)
 NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 TOKEN_SHIFT: Final = 16
-"""A token is `revision << TOKEN_SHIFT | local counter`, under either owner rule, so that nodes
-with different owner rules hand out comparable tokens."""
+"""A token is `(revision + offset) << TOKEN_SHIFT | local counter` (`core.tokens`), under either owner
+rule, so that nodes with different owner rules hand out comparable tokens."""
 
 REVISION_MAX: Final = (1 << (63 - TOKEN_SHIFT)) - 1
 """The largest revision of which tokens can be made that fit 63 bits."""

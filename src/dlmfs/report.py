@@ -25,7 +25,6 @@ from dlmfs.engine.queue import ordered
 from dlmfs.engine.records import NODES, Head, decode_head, member_of, node_of
 from dlmfs.errors import UsageError
 from dlmfs.inquiry import facts_of
-from dlmfs.model import TOKEN_SHIFT
 from dlmfs.pace import PROCESS, ROW, Pace
 from dlmfs.permission import Sight
 from dlmfs.proc import command
@@ -84,6 +83,7 @@ def _lease(member: Membership) -> Facts:
         "ttl_s": member.timing.ttl_s if fence_at is not None else None,
         "left_s": round(fence_at - member.clock(), 2) if fence_at is not None else None,
         "fences": member.fences,
+        "stamped": member.stamped,
     }
 
 
@@ -270,12 +270,12 @@ async def info(node: Node, sight: Sight, domain: str, name: str) -> Facts:
         "lvb_hex": head.lvb.hex(),
         "abandoned": None
         if head.abandoned is None
-        else {"node": head.abandoned.node, "token": head.abandoned.revision << TOKEN_SHIFT},
+        else {"node": head.abandoned.node, "token": space.tokens.of(head.abandoned.revision)},
         "members": [
             {
                 "node": member,
                 "level": m.level.name,
-                "token": m.revision << TOKEN_SHIFT,
+                "token": space.tokens.of(m.revision),
                 "alive": alive.get(keys.member(member)) == m.incarnation,
             }
             for member, m in sorted(head.members.items())

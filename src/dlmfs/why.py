@@ -19,12 +19,13 @@ from dlmfs.engine.questions import ASKED_MAX, Answers
 from dlmfs.engine.queue import ordered
 from dlmfs.engine.records import NODES, Head, Keys, Wish, decode_head, decode_wish, node_of
 from dlmfs.errors import BadState, DlmfsError, UsageError
-from dlmfs.model import TOKEN_SHIFT, Mode
+from dlmfs.model import Mode
 from dlmfs.pace import ROW, Pace
 from dlmfs.permission import Sight
 from dlmfs.store.base import Get, KeyValue, Range, Txn
 
 if TYPE_CHECKING:
+    from dlmfs.core.tokens import Tokens
     from dlmfs.node import Node
 
 ROUNDS_MAX: Final = 16
@@ -129,7 +130,11 @@ class _Search:
             if node is not None:
                 self._records[node] = kv
         for i, name in enumerate(names):
-            self.locks[name] = _stored(name, *rest[3 * i : 3 * i + 3])
+            self.locks[name] = _stored(name, self._tokens, *rest[3 * i : 3 * i + 3])
+
+    @property
+    def _tokens(self) -> Tokens:
+        return self.node.membership.tokens
 
     def _from_here(self, name: Name) -> Facts:
         """What this node has heard of a lock, for want of something better."""
@@ -143,7 +148,7 @@ class _Search:
         }
         return blank | {
             "nodes": sorted(space.members),
-            "members": _members(lock.view.head, members),
+            "members": _members(lock.view.head, members, self._tokens),
             "queue": [
                 _wish(w.node, w.mode, w.trying, w.convert)
                 for w in ordered(lock.view.wishes.values())
@@ -230,12 +235,12 @@ class _Search:
 # -- what the store says ------------------------------------------------------------------------------
 
 
-def _members(head: Head, alive: dict[str, bool]) -> list[Facts]:
+def _members(head: Head, alive: dict[str, bool], tokens: Tokens) -> list[Facts]:
     return [
         {
             "node": name,
             "level": member.level.name,
-            "token": member.revision << TOKEN_SHIFT,
+            "token": tokens.of(member.revision),
             "alive": alive[name],
         }
         for name, member in sorted(head.members.items())
@@ -255,7 +260,7 @@ def _wishes(keys: Keys, queue: tuple[Any, ...]) -> Iterator[Wish]:
                 yield decode_wish(kv, split[1])
 
 
-def _stored(name: Name, record: object, queue: object, members: object) -> Facts:
+def _stored(name: Name, tokens: Tokens, record: object, queue: object, members: object) -> Facts:
     """A lock as its records tell it."""
     assert record is None or isinstance(record, KeyValue)
     assert isinstance(queue, tuple)
@@ -271,8 +276,8 @@ def _stored(name: Name, record: object, queue: object, members: object) -> Facts
         "domain": name[0],
         "lock": name[1],
         "nodes": sorted(born),
-        "members": _members(head, alive),
+        "members": _members(head, alive, tokens),
         "queue": [_wish(w.node, w.mode, w.trying, w.convert) for w in wishes],
-        "abandoned": mark and {"node": mark.node, "token": mark.revision << TOKEN_SHIFT},
+        "abandoned": mark and {"node": mark.node, "token": tokens.of(mark.revision)},
         "claims": {},
     }

@@ -26,7 +26,8 @@ from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import BOUNDS, Bounds, Session
 from dlmfs.store.memory import MemoryServer
-from dlmfs.store.memory_store import Faults, MemorySession, MemoryStore
+from dlmfs.store.memory_session import MemorySession
+from dlmfs.store.memory_store import Faults, MemoryStore
 from dlmfs.timing import Timing
 
 TTL_S = 15.0

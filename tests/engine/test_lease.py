@@ -138,7 +138,7 @@ def test_the_states_follow_the_age_of_the_last_good_renewal() -> None:
     assert lease_state(TIMING, None, 1e9) is LeaseState.HEALTHY
 
 
-def test_a_cut_off_node_is_suspect_then_fenced_before_the_lease_is_over(
+def test_a_cut_off_node_is_unproved_then_fenced_before_the_lease_is_over(
     server: MemoryServer, loop: SimLoop
 ) -> None:
     node, other = Node(server, "n").start(), Node(server, "o").start()
@@ -149,7 +149,7 @@ def test_a_cut_off_node_is_suspect_then_fenced_before_the_lease_is_over(
     loop.run_for(1.0)
     cut = loop.time()
     node.store.cut()
-    run(loop, lambda: node.member.state is LeaseState.SUSPECT)
+    run(loop, lambda: node.member.state is LeaseState.UNPROVED)
     assert loop.time() - cut <= TIMING.suspect_after_s + TIMING.renew_every_s
     assert not node.failed_with
     heir = other.open(2)

@@ -173,7 +173,7 @@ def test_under_any_loss_every_question_ends_and_nothing_stays(loop: SimLoop) -> 
         run(loop, lambda asking=asking: asking.result is not None)  # type: ignore[misc]
         assert asking.took <= PATIENCE_S + 2.0, "waited for longer than the store takes to fail"
         heard += isinstance(asking.result, dict) and any(asking.result.values())
-    assert heard > 10
+    assert heard > 5
     for n in (a, b, c):
         n.store.faults = Faults()
     loop.run_for(20)

@@ -214,9 +214,10 @@ class Etcd:
 
     # -- what an operator does ------------------------------------------------------------------
 
-    def ctl(self, *args: str, timeout_s: float = 10.0) -> str:
-        """etcdctl at the members that run. Raises CalledProcessError, TimeoutExpired."""
+    def ctl(self, *args: str, timeout_s: float = 10.0, at: Member | None = None) -> str:
+        """etcdctl at the members that run, or at one. Raises CalledProcessError, TimeoutExpired."""
         running = [m for m in self.members if m.process and state_of(m.process.pid) != "T"]
+        running = running if at is None else [at]
         scheme = self.members[0].scheme
         endpoints = ",".join(f"{scheme}://{m.endpoint}" for m in running)
         command = [*self.enter, str(CONTROL), f"--endpoints={endpoints}", *self.control, *args]
@@ -231,10 +232,11 @@ class Etcd:
         return None
 
     def all_keys(self, prefix: str = "") -> list[str]:
-        """All keys there are, not only ours: nothing may be left anywhere."""
+        """All keys there are, not only ours: nothing may be left anywhere but a lock space's stamp, by
+        which a node that was away knows it again."""
         where = [prefix] if prefix else [""]
         lines = self.ctl("get", *where, "--prefix", "--keys-only").splitlines()
-        return [line for line in lines if line]
+        return [line for line in lines if line and not line.endswith("/t/stamp")]
 
     def leases(self) -> list[str]:
         return self.ctl("lease", "list").splitlines()[1:]
@@ -272,18 +274,21 @@ class Etcd:
     def snapshot(self) -> Path:
         path = self.folder / "snapshot.db"
         path.unlink(missing_ok=True)
-        self.ctl("snapshot", "save", str(path))
+        self.ctl("snapshot", "save", str(path), at=self.members[0])
         return path
 
-    def restore(self, snapshot: Path | None) -> None:
-        """Back to a snapshot, or to nothing. One member only."""
-        (member,) = self.members
-        member.kill()
-        shutil.rmtree(member.data)
-        if snapshot is not None:
+    def restore(self, snapshot: Path | None, *, bumped_by: Path | None = None) -> None:
+        """Back to a snapshot, or to nothing; with revisions that go on where those of before cannot have
+        been, as etcd's documents advise, if there is an etcdutl that can (`bumped_by`)."""
+        for member in self.members:
+            member.kill()
+            shutil.rmtree(member.data)
+        program = [str(bumped_by or CONTROL), "snapshot", "restore", str(snapshot)]
+        if bumped_by is not None:
+            program += ["--bump-revision", "1000000000", "--mark-compacted"]
+        for member in self.members if snapshot is not None else ():
             command = [
-                *(str(CONTROL), "snapshot", "restore", str(snapshot)),
-                *("--name", member.name, "--data-dir", str(member.data)),
+                *(*program, "--name", member.name, "--data-dir", str(member.data)),
                 *("--initial-cluster", self._initial),
                 *("--initial-advertise-peer-urls", member.peer_url),
             ]

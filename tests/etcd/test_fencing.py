@@ -120,7 +120,7 @@ def test_promise_fencing_nodes_that_are_cut_off(
 
 
 def test_a_short_silence_harms_nothing(nodes: EtcdNodes) -> None:
-    """SUSPECT and back: what is held stays held, what was asked meanwhile is answered."""
+    """UNPROVED and back: what is held stays held, what was asked meanwhile is answered."""
     with closing(Proxy(nodes.etcd.members[0].endpoint)) as proxy:
         a = nodes.mount("a", "ttl=10", source=f"etcd://{proxy.endpoint}/{nodes.cluster}")
         b = nodes.mount("b")
@@ -128,12 +128,15 @@ def test_a_short_silence_harms_nothing(nodes: EtcdNodes) -> None:
             (where / "dom").mkdir()
         fd = os.open(a / "dom/x", os.O_RDWR | os.O_CREAT)
         proxy.silence()
-        until(lambda: nodes.lease(a) == "SUSPECT")
-        os.close(os.open(a / "dom/x", os.O_RDWR))
+        until(lambda: nodes.lease(a) == "UNPROVED")
+        cached = nodes.hold(a / "dom/x")
+        assert cached.waits, "served before the store is known to be the one that it was"
         waiter = nodes.hold(a / "dom/y")
         wanted = nodes.hold(b / "dom/x")
         proxy.heal()
         assert waiter.wait() == "held"
+        assert cached.wait() == "held"
+        cached.release()
         assert os.pwrite(fd, b"fine", 0) == 4
         os.close(fd)
         assert wanted.wait() == "held"

@@ -8,7 +8,8 @@ from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavai
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Delete, Get, Put, Txn, WatchBatch, WatchGap
 from dlmfs.store.memory import MemoryServer
-from dlmfs.store.memory_store import Faults, MemorySession, MemoryStore
+from dlmfs.store.memory_session import MemorySession
+from dlmfs.store.memory_store import Faults, MemoryStore
 
 WRITE = Txn((), (Put(b"a", b"1"),))
 

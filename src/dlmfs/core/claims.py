@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from dlmfs.core.events import Claim, Stage
+from dlmfs.core.tokens import PLAIN, Tokens
 from dlmfs.model import TOKEN_SHIFT, Mode, Owner
 
 COUNTER_MAX: Final = (1 << TOKEN_SHIFT) - 1
@@ -15,14 +16,17 @@ COUNTER_MAX: Final = (1 << TOKEN_SHIFT) - 1
 
 class Claims:
     """`holders` by open file, `ex` and `pr` of them by mode; `waiters` by number, in order of arrival.
-    `revision` is that of the node's grant."""
+    `revision` is that of the node's grant; `frozen`: nobody is served (`lockres`)."""
 
     __slots__ = (
         "_counter",
         "_kin_waiting",
         "_last_exclusive",
+        "_token",
+        "_tokens",
         "_trying_waiting",
         "ex",
+        "frozen",
         "grants",
         "holders",
         "owner",
@@ -31,9 +35,12 @@ class Claims:
         "waiters",
     )
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, tokens: Tokens = PLAIN) -> None:
         self.owner = owner
         self.revision = 0
+        self.frozen = False
+        self._tokens = tokens
+        self._token = 0
         self.holders: dict[int, Claim] = {}
         self.ex = 0
         self.pr = 0
@@ -99,7 +106,7 @@ class Claims:
             # in or out, needs a larger one (promise 2).
             self._counter += exclusive or self._last_exclusive
             self._last_exclusive = exclusive
-        claim.token = (self.revision << TOKEN_SHIFT) + self._counter
+        claim.token = self._token + self._counter
         claim.stage = Stage.HELD
         self.grants += 1
         self.holders[claim.fh] = claim
@@ -116,5 +123,6 @@ class Claims:
         """The node has a new grant: tokens count from its revision."""
         assert revision > self.revision, (revision, self.revision)
         self.revision = revision
+        self._token = self._tokens.of(revision)
         self._counter = 0
         self._last_exclusive = False

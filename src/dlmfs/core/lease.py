@@ -2,6 +2,8 @@
 
 HEALTHY     everything
 SUSPECT     what it holds and has cached is served; nothing new is asked of the store
+UNPROVED    a connection to the store was lost: nothing is served before the store has been shown to be
+            the one that it was (`engine.timeline`)
 FENCED      nothing is served; final for this incarnation
 REJOINING   a new session is being begun; until then as FENCED
 """
@@ -16,6 +18,7 @@ from dlmfs.timing import Timing
 class LeaseState(enum.Enum):
     HEALTHY = "HEALTHY"
     SUSPECT = "SUSPECT"
+    UNPROVED = "UNPROVED"
     FENCED = "FENCED"
     REJOINING = "REJOINING"
 
@@ -42,7 +45,7 @@ class Renewal:
     read from one and renew at another (docs/track-record.md).
     """
 
-    __slots__ = ("connection", "renewed_at", "term")
+    __slots__ = ("connection", "renewed_at", "ruled", "term")
 
     def __init__(self, sent: float, term: int, connection: int | None) -> None:
         """The lease was asked for at `sent` (on the node's clock) and read under `term`. A leader that
@@ -51,6 +54,8 @@ class Renewal:
         self.renewed_at = sent
         self.term = term
         self.connection = connection
+        self.ruled = 0
+        """The last term that two reads in a row were served under: the store knows that it was."""
 
     def confirmed(self, sent: float, term: int, connection: int | None) -> bool:
         """A renewal sent at `sent` was answered, and a read after that found the lease there under
@@ -59,5 +64,5 @@ class Renewal:
         same = term == self.term and connection is not None and connection == self.connection
         self.term, self.connection = term, connection
         if same:
-            self.renewed_at = sent
+            self.renewed_at, self.ruled = sent, term
         return same

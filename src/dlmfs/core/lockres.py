@@ -5,6 +5,7 @@ Rules of this file
 * Pure: no clock, no I/O, no logging. Events come in as method calls, actions go out as a list.
 * `level` is what the node may serve *now*. It falls when a give-up is sent, not when it is
   confirmed (design, engine rule 5), and rises only with `granted`.
+* While it is `frozen` nobody is served from it: whether the store still knows of it is not proved.
 * At most one cluster operation is under way: `phase` says which. Which event is possible in which
   phase is the table `POSSIBLE`; anything else is a bug, and costs this lock (`engine.wreck`).
 * Every public event ends in `_settle`, so the outcome depends on the state, not on the path.
@@ -34,6 +35,7 @@ from dlmfs.core.events import (
     Stage,
     Withdraw,
 )
+from dlmfs.core.tokens import PLAIN, Tokens
 from dlmfs.model import Mode, Owner, compatible, strongest_beside
 
 
@@ -58,8 +60,8 @@ class Lockres(Claims):
         "withdrawing",
     )
 
-    def __init__(self, owner: Owner) -> None:
-        super().__init__(owner)
+    def __init__(self, owner: Owner, tokens: Tokens = PLAIN) -> None:
+        super().__init__(owner, tokens)
         self.phase = Phase.IDLE
         self.level = Mode.NL
         self.asked = Mode.NL
@@ -219,6 +221,11 @@ class Lockres(Claims):
         self.phase = Phase.LOST
         return self._leave()
 
+    def thaw(self) -> list[Action]:
+        """The store has been shown to know of the level: those are served who waited for that."""
+        self.frozen = False
+        return self._settle() if self.waiters and self.phase is not Phase.LOST else self._out
+
     def surrender(self) -> None:
         """The lock is being left: what no holder needs is believed in no longer (rule 5)."""
         self._enter(Event.SURRENDER)
@@ -284,9 +291,11 @@ class Lockres(Claims):
                 self._fail(claim, errno.ETXTBSY)
 
     def _servable(self, claim: Claim) -> bool:
-        if claim.mode > self.level or (self._counter >= COUNTER_MAX and self.owner is Owner.FILE):
+        if claim.mode > self.level or self.frozen:
             return False
         if self.owner is Owner.FILE:
+            if self._counter >= COUNTER_MAX:
+                return False
             if self.ex or (claim.mode is Mode.EX and self.pr):
                 return False
             if claim.kin and claim.mode is Mode.PR:
@@ -341,6 +350,8 @@ class Lockres(Claims):
         """A trylock that could only be served by waiting for a *user* of the lock (promise 6)."""
         if self._blocked(claim):
             return True
+        if self.frozen and claim.mode <= self.level:
+            return not claim.kin and self.in_conflict(claim)
         if self.phase is Phase.ASKING:
             return self._queued and not self.asked_trying
         if self.phase is Phase.DROPPING:

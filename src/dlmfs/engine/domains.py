@@ -47,7 +47,7 @@ class Domains:
             if error is not None:
                 done(error)
                 return
-            self.spaces[domain] = space
+            self._add(space)
             done(space)
 
         space.join(joined)
@@ -56,6 +56,7 @@ class Domains:
         """Give back every lock of a domain, then the membership."""
 
         def left(error: DlmfsError | None) -> None:
+            self._member.timeline.left_keys |= space.left_keys
             over = error is None or isinstance(error, LockLost) or space.life is Life.LOST
             # A late leave must not take the name from one that was joined meanwhile.
             if over and self.spaces.get(space.domain) is space:
@@ -95,10 +96,14 @@ class Domains:
             elif error is not None:
                 member.loop.call_later(RETRY_S, self.join_again, domain)
             else:
-                self.spaces[domain] = space
+                self._add(space)
                 member.host.rejoined(space)
 
         space.join(joined)
+
+    def _add(self, space: Lockspace) -> None:
+        self.spaces[space.domain] = space
+        space.suspend(self._member.state)
 
     def _space(self, domain: bytes) -> Lockspace:
         """A new membership of a domain, to be joined; at most one at a time is."""
@@ -119,6 +124,7 @@ class Domains:
             lock_delay_s=member.config.lock_delay_s,
             grace_s=member.config.grace_s,
             dead_value=member.config.dead_value,
+            tokens=member.tokens,
             serving=member.serving,
             ended=self._space_lost,
         )

@@ -56,6 +56,7 @@ def _left(lock: ClusterLock, result: TxnResult, change: Change, seen: int) -> No
         lock.learned()
         return
     view.committed(change.head, change.granted, result.revision)
+    lock.space.left_keys[lock.space.keys.head(lock.name)] = result.revision
     if not change.head.members and change.head.forgettable():
         view.set_head(NO_HEAD, 0, result.revision)
     finish(lock, None)
@@ -79,7 +80,7 @@ def finish(lock: ClusterLock, error: DlmfsError | None) -> None:
     forgets, lock.forgets = lock.forgets, []
     if error is None:
         # The core's cached level went with the place in the head.
-        lock.res = Lockres(lock.space.owner)
+        lock.res = Lockres(lock.space.owner, lock.space.tokens)
         lock.local.wanted = NOTHING
     for done in forgets:
         done(error)

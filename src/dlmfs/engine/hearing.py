@@ -106,6 +106,7 @@ def _mail_event(space: Lockspace, kv: KeyValue, revision: int) -> ClusterLock | 
         else:
             space.bad.good(kv.key)
             lock.mail(mail, revision)
+            space.newest = max(space.newest, revision)
     return lock
 
 

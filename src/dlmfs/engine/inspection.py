@@ -19,14 +19,24 @@ from dlmfs.engine.records import (
     member_of,
     node_of,
 )
+from dlmfs.engine.timeline import (
+    OFFSET,
+    QUARANTINE,
+    STAMP,
+    decode_offset,
+    decode_quarantine,
+    decode_stamp,
+)
 from dlmfs.errors import BadState
 from dlmfs.store.base import KeyValue
 
 
 def inspect(kv: KeyValue) -> None:
     """Raises BadState, naming the key, for a record that no node can read, or of no shape of ours."""
-    known = False
-    if kv.key.startswith(HEADS):
+    known = kv.key in (STAMP, OFFSET, QUARANTINE)
+    if known:
+        _of_timeline(kv)
+    elif kv.key.startswith(HEADS):
         known = lock_of(kv.key) is not None
         if known:
             decode_head(kv)
@@ -62,6 +72,15 @@ def marked(kv: KeyValue) -> str | None:
     if not (kv.key.startswith(NODES) and kv.key.endswith(EVICT)):
         return None
     return node_name(kv.key[len(NODES) : -len(EVICT)])
+
+
+def _of_timeline(kv: KeyValue) -> None:
+    if kv.key == STAMP:
+        decode_stamp(kv)
+    elif kv.key == OFFSET:
+        decode_offset(kv)
+    else:
+        decode_quarantine(kv)
 
 
 def _of_node(kv: KeyValue) -> bool:

@@ -109,6 +109,16 @@ class Local:
         if self._try_timer is not None and not lock.res.trying:
             self.cancel_try()
 
+    def freeze(self, frozen: bool) -> None:
+        """Serve nothing until the store has been shown to be the one that it was; then go on."""
+        lock = self._lock
+        if frozen:
+            lock.res.frozen = True
+            return
+        self.run(lock.res.thaw())
+        if not (lock.unresolved and lock.value.writes):
+            lock.value.answer_reads()
+
     def _identified(self, claim: Claim, kin: bool) -> None:
         """The host's answer, perhaps later: by then the claim may be gone."""
         if claim.stage is Stage.WAITING and claim.kin is None:

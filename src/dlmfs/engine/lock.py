@@ -54,7 +54,6 @@ class ClusterLock:
     __slots__ = (
         "_looking",
         "_patient",
-        "_unresolved",
         "busy",
         "cut",
         "forget_waits",
@@ -65,6 +64,7 @@ class ClusterLock:
         "name",
         "res",
         "space",
+        "unresolved",
         "value",
         "view",
         "wreck_left",
@@ -73,12 +73,13 @@ class ClusterLock:
     def __init__(self, space: Lockspace, name: bytes) -> None:
         self.space = space
         self.name = name
-        self.res = Lockres(space.owner)
+        self.res = Lockres(space.owner, space.tokens)
+        self.res.frozen = space.frozen
         self.view = View(space, name)
         self.value = Value(self.view)
         self.local = Local(self)
         self.busy = False
-        self._unresolved = False
+        self.unresolved = False
         self._patient = False
         self.cut = False
         self.keeps = False
@@ -140,14 +141,18 @@ class ClusterLock:
 
     @contained
     def read_lvb(self, done: Callable[[bytes], None]) -> None:
-        """The value, for a holder. Waits while a write's outcome is unknown (rule 13)."""
-        self.value.read(done, unsure=self._unresolved)
+        """The value, for a holder. Waits while it is not known for sure (rule 13, `Lockres.frozen`)."""
+        self.value.read(done, unsure=self.unresolved, frozen=self.res.frozen)
 
     @contained
     def write_lvb(self, offset: int, data: bytes, done: Done) -> None:
         """Put `data` at `offset`; done when durable. For an EX holder only (promise 4)."""
         self.value.write(offset, data, done)
         self._step()
+
+    @contained
+    def freeze(self, frozen: bool) -> None:
+        self.local.freeze(frozen)
 
     @contained
     def forget(self, done: Done) -> None:
@@ -239,7 +244,7 @@ class ClusterLock:
     @contained
     def reread(self) -> None:
         """Events were missed, or an outcome is unknown: read everything before doing more."""
-        self._unresolved = True
+        self.unresolved = True
         self._looking = False
         # A reading that is under way was sent before this, and must not pass for the one asked for.
         self.view.must_look = True
@@ -258,7 +263,7 @@ class ClusterLock:
     def idle(self) -> bool:
         """Nothing is under way and nobody waits here: only the cached level is left."""
         return not (
-            self.res.in_use or self.busy or self.value.writes or self.forgets or self._unresolved
+            self.res.in_use or self.busy or self.value.writes or self.forgets or self.unresolved
         )
 
     @property
@@ -284,9 +289,9 @@ class ClusterLock:
         res, view = self.res, self.view
         if self._at_rest() or not self.space.running:
             return
-        if self.wreck_left is not None and not (self._unresolved or view.must_look):
+        if self.wreck_left is not None and not (self.unresolved or view.must_look):
             self._clear()
-        elif self._unresolved or view.must_look:
+        elif self.unresolved or view.must_look:
             view.must_look = False  # now: what is heard from here on asks for another look
             self._looking = True
             self.send(Txn((), changes.reading(view)), self._looked)
@@ -324,7 +329,7 @@ class ClusterLock:
             return True
         if self.res.phase is not Phase.IDLE or self.value.writes or self.forgets:
             return False
-        if self._unresolved or self.wreck_left is not None:
+        if self.unresolved or self.wreck_left is not None:
             return False
         return not (self.view.must_look or self.view.wishes or self.keeps)
 
@@ -419,17 +424,17 @@ class ClusterLock:
 
     def _looked(self, result: TxnResult) -> None:
         self._looking = False
-        if self._unresolved:
+        if self.unresolved:
             # A refusal of trylocks may be what got lost: have the core decide anew.
             self.local.wanted = None
-        self._unresolved = False
+        self.unresolved = False
         self.adopt(result)
         if self.view.wishes_at < 0:
             self.view.must_look = (
                 True  # the queue is not known yet: the watch was ahead of the answer
             )
         self.learned()
-        if not self._unresolved:
+        if not self.unresolved:
             self.value.answer_reads()
 
     def _taken(self, result: TxnResult, head: Head | None) -> None:
@@ -444,6 +449,7 @@ class ClusterLock:
         if self.refused(result):
             return
         self.view.withdrawn(wish)
+        self.space.left_keys[self.space.keys.wish(self.name, wish.node)] = result.revision
         self.local.told = False
         if self.res.phase is Phase.ASKING and not wish.trying:
             self.busy = True  # nothing else is begun until it is known who is told EDEADLK

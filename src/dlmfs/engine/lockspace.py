@@ -18,6 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dlmfs.core.events import Claim
+from dlmfs.core.lease import LeaseState
+from dlmfs.core.tokens import PLAIN, Tokens
 from dlmfs.engine import forgetting, hearing, leaving
 from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.changes import grants_max
@@ -113,6 +115,7 @@ class Lockspace:
         lock_delay_s: float = 0.0,
         grace_s: float = GRACE_S,
         dead_value: DeadValue = DeadValue.KEEP,
+        tokens: Tokens = PLAIN,
         serving: Callable[[], bool] | None = None,
         ended: Callable[[Lockspace], None] | None = None,
     ) -> None:
@@ -127,6 +130,7 @@ class Lockspace:
         self.lock_delay_s = lock_delay_s
         self.grace_s = grace_s
         self.dead_value = dead_value
+        self.tokens = tokens
         self.serving = serving or _always
         self._ended = ended
         self.keys = Keys(domain, node)
@@ -140,11 +144,17 @@ class Lockspace:
         self.members: dict[str, int] = {}
         self.wishes: dict[bytes, dict[str, Wish]] = {}
         self.locks: dict[bytes, ClusterLock] = {}
+        self.newest = 0
+        """The revision of the last thing that we made or learned there."""
+        self.left_keys: dict[bytes, int] = {}
+        """Where nothing of ours may stand that is older than that revision: we took it away."""
+        self.frozen = False
         self.commits = 0
         self.answers = 0
         self.sender = Sender(self)
         self.files = Files(self)
         self._watch: Watch | None = None
+        self._relisting = False
         self._unsure = False  # from an unknown outcome until the new epoch is in force
         self._suspended = False
         self.deaths = Deaths(loop, lock_delay_s, self._look_again)
@@ -262,7 +272,7 @@ class Lockspace:
             else:
                 done(Unavailable(f"node {self.node} is still a member of this domain: try again"))
             return
-        self.incarnation = self.epoch = result.revision
+        self.incarnation = self.epoch = self.newest = result.revision
         _, members, wishes = result.responses
         self._start(members, wishes, result.revision)
         self.life = Life.JOINED
@@ -332,12 +342,16 @@ class Lockspace:
         act(*args)
 
     @contained
-    def suspend(self, suspended: bool) -> None:
-        """SUSPECT: serve what is here, and ask the store for nothing until the lease is good."""
-        if self._suspended == suspended:
-            return
-        self._suspended = suspended
-        if not suspended:
+    def suspend(self, state: LeaseState) -> None:
+        """SUSPECT: serve what is here, and ask the store for nothing until the lease is good. UNPROVED:
+        serve nothing of it either."""
+        before, self._suspended = self._suspended, state is not LeaseState.HEALTHY
+        frozen = state is LeaseState.UNPROVED
+        if frozen != self.frozen:
+            self.frozen = frozen
+            for lock in list(self.locks.values()):
+                lock.freeze(frozen)
+        if before and not self._suspended:
             self.sender.flush()
             for lock in list(self.locks.values()):
                 lock.resume()
@@ -356,7 +370,7 @@ class Lockspace:
         if not self.serving() or not self.live:
             return
         if isinstance(batch, WatchGap):
-            self._watch = None
+            self._watch, self._relisting = None, False
             self.revive()
             return
         hearing.note(self, batch)
@@ -384,6 +398,18 @@ class Lockspace:
         self._unsure = True
         self._renew_epoch()
 
+    def _quiet(self) -> set[bytes]:
+        """The locks that nobody wishes for, here or elsewhere."""
+        return {name for name, lock in self.locks.items() if lock.idle and not lock.view.wishes}
+
+    def relist(self) -> None:
+        """The store may not know what the watch has told last: who is here and who waits is read anew,
+        and the locks that had to do with it."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch, self._relisting = None, True
+        self.revive()
+
     def _renew_epoch(self) -> None:
         # Compared with the old epoch, or an earlier attempt of unknown outcome, applied late,
         # would change the epoch behind our back.
@@ -409,9 +435,12 @@ class Lockspace:
         self.epoch = result.revision
         if self._watch is None:  # after a gap
             _, members, wishes = result.responses
+            quiet = self._quiet() if self._relisting else set()
             self._start(members, wishes, result.revision)
-            for lock in self.locks.values():
-                lock.reread()
+            quiet &= self._quiet()
+            for name, lock in self.locks.items():
+                if name not in quiet:
+                    lock.reread()
         self._unsure = False
         self.sender.flush()
         for lock in list(self.locks.values()):

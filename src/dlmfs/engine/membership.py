@@ -10,6 +10,9 @@ Rules of this file
   nothing of the old one is served again (promise 3).
 * `serving` is asked in every operation, not only by a timer: a process that was stopped may run on
   long after its lease did.
+* UNPROVED, from the loss of a connection until the store has been shown to be the one that it was
+  (`timeline`), nothing is served of what is cached. If it is not, the node is fenced, and comes back
+  when all nodes have heard of it (`restored`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from dlmfs.core.lease import LeaseState, lease_state
+from dlmfs.core.tokens import PLAIN, Tokens
 from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.contained import contained
 from dlmfs.engine.domains import Domains
@@ -32,7 +36,9 @@ from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.naming import Named, Naming, is_ours, record_of
 from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import NODES
-from dlmfs.errors import BadState, DlmfsError, LockLost, Unavailable
+from dlmfs.engine.restored import Recovery
+from dlmfs.engine.timeline import Timeline
+from dlmfs.errors import BadState, DlmfsError, LockLost, StoreRestored, Unavailable
 from dlmfs.model import DeadValue, Owner
 from dlmfs.store.base import (
     Event,
@@ -118,6 +124,11 @@ class Membership:
         self.ending = Ending(self)
         self.bad = BadRecords()
         """Below our own record."""
+        self.timeline = Timeline(self)
+        self._begun: Timeline | None = None
+        """That of the last session that got its name."""
+        self._restored: StoreRestored | None = None
+        """The store went back, and not everybody knows yet."""
         self._domains = Domains(self)
         self.questions = Questions(self)
         self._names = config.names
@@ -162,8 +173,9 @@ class Membership:
             naming.take()
 
         self._asker = told
+        self.timeline = timeline = Timeline(self)
         begun = partial(self.enter, opened)
-        self.store.open_session(self.name, self.config.ttl_s, self._session_lost, begun)
+        self.store.open_session(self.name, self.config.ttl_s, self._session_lost, begun, timeline)
 
     def _may_go_on(self) -> bool:
         """Whether the session that is being set up is still good."""
@@ -175,7 +187,15 @@ class Membership:
         if isinstance(named, DlmfsError):
             done(named)
             return
-        self.name, self.record = named
+        self.name, self.record = named.name, named.record
+        try:
+            self.timeline.begin(named.timeline, named.revision, self._begun)
+        except DlmfsError as error:
+            assert self.session is not None
+            why = error
+            self.session.close(lambda _error: done(why))
+            return
+        self._begun = self.timeline
         self._names = (self.name,)
         self.state, self.reason = LeaseState.HEALTHY, None
         own = NODES + self.name.encode()
@@ -195,7 +215,22 @@ class Membership:
     @property
     def up(self) -> bool:
         """Whether this incarnation is not known to be over: see `serving`."""
-        return self.state in (LeaseState.HEALTHY, LeaseState.SUSPECT)
+        return self.state in (LeaseState.HEALTHY, LeaseState.SUSPECT, LeaseState.UNPROVED)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has come to its end, and begins nothing any more."""
+        return self._closed
+
+    @property
+    def stamped(self) -> int:
+        """The revision of the last stamp that this node, or its session before, has seen; 0: none."""
+        return self._begun.stamped if self._begun is not None else 0
+
+    @property
+    def tokens(self) -> Tokens:
+        """What makes tokens of revisions."""
+        return self._begun.tokens if self._begun is not None else PLAIN
 
     def serving(self) -> bool:
         """Whether this incarnation may serve now. Fences it if its time is over."""
@@ -230,10 +265,25 @@ class Membership:
         act(*args)
 
     def _change(self, state: LeaseState) -> None:
-        log.warning("node %s is %s", self.name, state.value)
+        if self.timeline.doubted:
+            state = LeaseState.UNPROVED
+        if state is self.state:
+            return
+        # A lost connection is told where it is lost, and is nobody's worry if it comes back.
+        quiet = LeaseState.UNPROVED in (state, self.state)
+        log.log(logging.INFO if quiet else logging.WARNING, "node %s is %s", self.name, state.value)
         self.state = state
         for space in list(self.spaces.values()):
-            space.suspend(state is LeaseState.SUSPECT)
+            space.suspend(state)
+
+    def doubted(self) -> None:
+        """A connection to the store was lost: see `timeline`."""
+        if self.up:
+            self._change(LeaseState.UNPROVED)
+
+    def trusted(self) -> None:
+        """The store is the one that it was."""
+        self.serving()
 
     @contained
     def _look_at_lease(self) -> None:
@@ -250,7 +300,7 @@ class Membership:
             self._tick = None
 
     def _session_lost(self, error: DlmfsError) -> None:
-        """The store says that the session is over."""
+        """The store says that the session is over, or that it is another one itself."""
         self._fence(error)
 
     def lose(self, reason: str) -> None:
@@ -264,6 +314,7 @@ class Membership:
             return
         if not self.ending.begun and self.host.holding():
             self.hold()
+        self._restored = error if isinstance(error, StoreRestored) else None
         self.state, self.reason = LeaseState.FENCED, str(error)
         self.fences += 1
         log.error("node %s is fenced: %s", self.name, error)
@@ -293,12 +344,38 @@ class Membership:
         assert self.session is not None
         if self._closed or self.ending.begun:
             return
-        self.store.end_session(self.session.lease, lambda _error: self._rejoin())
+        if self._restored is not None:
+            self._recover(self._restored)
+        else:
+            self.store.end_session(self.session.lease, lambda _error: self._rejoin())
+
+    def _recover(self, error: StoreRestored) -> None:
+        """Tell everybody, and wait until all of before are over. The old session may stand in the store
+        as it is now, and keeps its locks until then."""
+        session = self.session
+        assert session is not None
+
+        def recovered() -> None:
+            self._restored = None
+            if self._begun is not None:
+                self._begun.forget()
+            self.store.end_session(session.lease, lambda _error: self._rejoin())
+
+        Recovery(self, str(error), self.tokens, session.seen, recovered).start()
+
+    def waits(self, why: str) -> None:
+        """What the way back waits for."""
+        if self.reason != why:
+            self.reason = why
+            log.warning("node %s stays fenced: %s", self.name, why)
 
     @contained
     def _rejoin(self) -> None:
         self._coming = None
         if self.final or self._closed or self.ending.begun:
+            return
+        if self._restored is not None:
+            self._recover(self._restored)
             return
         self.state = LeaseState.REJOINING
 
@@ -323,6 +400,8 @@ class Membership:
             if self.session is not None and self.session.lease not in self._former:
                 self._former.add(self.session.lease)
                 self.session.abandon()
+            if isinstance(error, StoreRestored):
+                self._restored = error
             self._come_back(RETRY_S, self._rejoin)
             return
         log.warning("node %s is back", self.name)

@@ -4,6 +4,7 @@ Rules of this file
 ------------------
 * The first name that is free is taken; one whose node lives is nobody's to take.
 * One that ends just now is waited for by who takes its place.
+* None is taken in a quarantine (`restored`): the session waits for its end.
 * A former self is ended by us only if it surely is over: it is our own fenced session, or its
   process provably does not exist any more.
 """
@@ -19,12 +20,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from dlmfs.engine.eviction import mark_key
 from dlmfs.engine.fields import FORMAT
 from dlmfs.engine.records import NODES, decode_node
-from dlmfs.errors import BadState, DlmfsError, NodeNameInUse, OutcomeUnknown
+from dlmfs.engine.timeline import NO_QUARANTINE, QUARANTINE, Records, read_records, told
+from dlmfs.errors import BadState, DlmfsError, NodeNameInUse, OutcomeUnknown, Unavailable
 from dlmfs.store.base import (
+    TIMELINE,
     Delete,
     Get,
     KeyValue,
+    Op,
     Put,
+    Range,
     Session,
     Txn,
     TxnResult,
@@ -61,10 +66,13 @@ def _facts(record: KeyValue) -> dict[str, object]:
 
 
 class Named(NamedTuple):
-    """A name that was taken, and the create revision of its record."""
+    """A name that was taken, and the create revision of its record. `timeline` is what stood there in
+    the commit `revision`, by which the session begins."""
 
     name: str
     record: int
+    timeline: Records
+    revision: int
 
 
 class Naming:
@@ -87,6 +95,7 @@ class Naming:
         self._former = former
         self._going_on = going_on
         self._done = done
+        self._told = False
 
     def take(self, number: int = 0) -> None:
         """Register under the first free name from `number` on. `done` gets NodeNameInUse if there is
@@ -97,40 +106,70 @@ class Naming:
         member, lease, name = self._member, self._session.lease, self._names[number]
         key = NODES + name.encode()
         put = Put(key, record_of(member), lease)
-        # A mark against a former self is done with when the name is taken anew.
-        txn = Txn((created_at(key, 0),), (put, Delete(mark_key(name))), (Get(key),))
 
         def again(_ended: DlmfsError | None = None) -> None:
             self.take(number)
 
-        def later(_deleted: TxnResult | DlmfsError) -> None:
-            member.loop.call_later(RETRY_S, member.enter, again)
+        def begin(created: int, ops: tuple[Op, ...]) -> None:
+            compares = (created_at(key, created), NO_QUARANTINE)
+            txn = Txn(compares, (Range(TIMELINE), *ops), (Get(key), Get(QUARANTINE)))
+            member.store.txn(txn, partial(member.enter, answered, created))
 
-        def answered(result: TxnResult | DlmfsError) -> None:
+        def answered(created: int, result: TxnResult | DlmfsError) -> None:
             if isinstance(result, OutcomeUnknown) and self._going_on():
                 member.loop.call_later(RETRY_S, member.enter, again)
             elif isinstance(result, DlmfsError):
                 self._done(result)
             elif result.succeeded:
-                self._done(Named(name, result.revision))
+                found = result.responses[0]
+                assert isinstance(found, tuple)
+                records = read_records((kv for kv in found if isinstance(kv, KeyValue)), member.bad)
+                self._done(Named(name, created or result.revision, records, result.revision))
             else:
-                record = result.responses[0]
-                assert isinstance(record, KeyValue)
-                if record.lease == lease:  # an earlier attempt, after all
-                    self._done(Named(name, record.create_revision))
-                elif record.lease == 0:
-                    log.warning("the record of the name %s is on no lease: it is nobody's", name)
-                    delete = Txn((unchanged(key, record.mod_revision),), (Delete(key),))
-                    member.store.txn(delete, later)
-                elif record.lease in self._former or self._is_over(record):
-                    log.info("the former node %s is over: its session ends", name)
-                    member.store.end_session(record.lease, partial(member.enter, again))
-                elif self._will_be_free(record) and self._going_on():
-                    member.loop.call_later(RETRY_S, member.enter, again)
+                record, quarantine = result.responses
+                if isinstance(quarantine, KeyValue):
+                    self._wait(quarantine, again)
+                elif not isinstance(record, KeyValue):
+                    again()  # the quarantine, or the record, is gone by now
+                elif record.lease == lease:  # an earlier attempt, after all
+                    begin(record.create_revision, ())
                 else:
-                    self.take(number + 1)
+                    self._meet(record, name, again, partial(self.take, number + 1))
 
-        member.store.txn(txn, partial(member.enter, answered))
+        # A mark against a former self is done with when the name is taken anew.
+        begin(0, (put, Delete(mark_key(name))))
+
+    def _meet(
+        self, record: KeyValue, name: str, again: Callable[..., None], further: Callable[[], None]
+    ) -> None:
+        """The name has an owner, or seems to."""
+        member = self._member
+
+        def later(_deleted: TxnResult | DlmfsError) -> None:
+            member.loop.call_later(RETRY_S, member.enter, again)
+
+        if record.lease == 0:
+            log.warning("the record of the name %s is on no lease: it is nobody's", name)
+            delete = Txn((unchanged(record.key, record.mod_revision),), (Delete(record.key),))
+            member.store.txn(delete, later)
+        elif record.lease in self._former or self._is_over(record):
+            log.info("the former node %s is over: its session ends", name)
+            member.store.end_session(record.lease, partial(member.enter, again))
+        elif self._will_be_free(record) and self._going_on():
+            member.loop.call_later(RETRY_S, member.enter, again)
+        else:
+            further()
+
+    def _wait(self, quarantine: KeyValue, again: Callable[[], None]) -> None:
+        """Nobody may take a lock yet."""
+        if not self._going_on():
+            self._done(Unavailable(told(quarantine)))
+            return
+        if not self._told:
+            self._told = True
+            why = "%s; this node waits until nobody of before can serve any more"
+            log.warning(why, told(quarantine))
+        self._member.loop.call_later(RETRY_S, self._member.enter, again)
 
     def _is_over(self, record: KeyValue) -> bool:
         return self._member.config.is_over(_facts(record))

@@ -127,6 +127,8 @@ class Sender:
         elif not result.succeeded:
             self._guard_failed(result, parts)
         else:
+            space = self._space
+            space.newest = max(space.newest, result.revision)
             for part, response in zip(parts, result.responses, strict=False):  # news come last
                 assert isinstance(response, TxnResult)
                 part.lock.enter(part.done, response)

@@ -38,9 +38,10 @@ class Value:
         self.writes: list[Write] = []
         self._reads: list[Callable[[bytes], None]] = []
 
-    def read(self, done: Callable[[bytes], None], *, unsure: bool) -> None:
-        """`done` gets the value: now, or, if the outcome of a commit is `unsure`, by `answer_reads`."""
-        if unsure and self.writes:
+    def read(self, done: Callable[[bytes], None], *, unsure: bool, frozen: bool) -> None:
+        """`done` gets the value: now, or, if the outcome of a commit is `unsure` or nothing may be served
+        now (`frozen`), by `answer_reads`."""
+        if frozen or (unsure and self.writes):
             self._reads.append(done)
         else:
             done(self._value())

@@ -144,7 +144,9 @@ class OpenFiles:
                 self.withdraw(returned)
             return errno.ENOLCK  # LEAVING: a removal that was answered ENOLCK still goes on
         if returned is not None:
-            return self._go_on(returned, h.unique)
+            if returned.stage is not Stage.HELD or not returned.lock.res.frozen:
+                return self._go_on(returned, h.unique)
+            self.withdraw(returned)  # what was granted meanwhile is not proved
         user = self.usage.user(h.uid)
         if user.holders >= user.max_holders or len(self.handles) >= self.limits.max_holders:
             return self._too_many(user.holders >= user.max_holders)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dlmfs.core.events import Claim
 from dlmfs.fs.tree import Inode, LockFile
-from dlmfs.model import TOKEN_SHIFT
 from dlmfs.proc import command, user
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def _abandoned(lock: ClusterLock, _sight: _Sight) -> bytes:
     mark = lock.view.head.abandoned
     if mark is None:
         return b""
-    return json.dumps({"node": mark.node, "token": mark.revision << TOKEN_SHIFT}).encode()
+    return json.dumps({"node": mark.node, "token": lock.space.tokens.of(mark.revision)}).encode()
 
 
 _LOCK: Final = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from dlmfs.sim.bugs_restore import RESTORES
 from dlmfs.sim.planted import Planted
 from dlmfs.sim.rare import RARE
 
@@ -27,7 +28,7 @@ DOMAINS: Final = "engine/domains.py"
 OPEN: Final = "fs/openfiles.py"
 INTERRUPTS: Final = "fs/interrupts.py"
 FILES: Final = "fs/filesystem.py"
-STORE: Final = "store/memory_store.py"
+SESSION: Final = "store/memory_session.py"
 
 BUGS: Final[tuple[Planted, ...]] = (
     Planted(
@@ -293,7 +294,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     Planted(
         "renewal-from-its-answer",
-        STORE,
+        SESSION,
         "good = self.renewal.confirmed(sent, term, unbroken)",
         "good = self.renewal.confirmed(self.store.clock(), term, unbroken)",
         100,
@@ -483,6 +484,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "an open whose process was killed in the same instant stays open",
         first=200,
     ),
+    *RESTORES,
 )
 
 

@@ -121,7 +121,7 @@ class Checks:
 
     @property
     def strict(self) -> bool:
-        return not self.cluster.scenario.lenient
+        return not (self.cluster.scenario.lenient or self.cluster.restores.blind)
 
     # -- open -----------------------------------------------------------------------------------
 
@@ -277,6 +277,7 @@ class Checks:
     def _token(self, node: SimNode, opened: Open, *, strict: bool) -> None:
         """Promise 2: larger than that of every earlier conflicting grant."""
         seen, token = self.seen(opened.lock), opened.token
+        self._offset(node, opened)
         base = token >> TOKEN_SHIFT
         granted = self.oracle.lock(opened.lock).granted.get(base, set())
         if node.name not in granted:
@@ -292,6 +293,14 @@ class Checks:
         seen.max_token = max(seen.max_token, token)
         if opened.mode is Mode.EX:
             seen.max_ex_token = max(seen.max_ex_token, token)
+
+    def _offset(self, node: SimNode, opened: Open) -> None:
+        """A lease time after the offset was raised all serve under it."""
+        since = self.now - self.oracle.raised_at
+        if since > self.cluster.scenario.ttl_s and self.strict:
+            offset = node.membership.tokens.offset
+            if offset != self.oracle.tokens.offset:
+                raise Violation(f"{self._name(opened)} is granted under the offset {offset}")
 
     def _marked(self, opened: Open, lock: ClusterLock) -> None:
         """Promise 4: who gets the lock after a death at EX can see it."""
@@ -330,8 +339,10 @@ class Checks:
             return
         if not write.revision:
             raise Violation(f"a write to {write.lock!r} returned, and is not in the store")
-        seen = self.seen(write.lock)
-        seen.floor = max(seen.floor, write.revision)
+        if any(value.revision == write.revision for value in self.oracle.lock(write.lock).values):
+            seen = self.seen(write.lock)
+            seen.floor = max(seen.floor, write.revision)
+        # Else it was committed, and the store put back before its answer came.
 
     def reading(self, file: OpenFile) -> int:
         """What the read must not be older than: all that was acknowledged or read before, and what
@@ -426,6 +437,11 @@ class Checks:
             raise Violation(f"{node.name} served {margin:.2f} ttl before the end of its lease")
         if self.margin is None or margin < self.margin:
             self.margin = margin
+
+    def put_back(self) -> None:
+        """The store is what it was once: so are the values."""
+        for lock, seen in self.locks.items():
+            seen.floor = min(seen.floor, self.oracle.lock(lock).values[-1].revision)
 
     # -- the whole history ------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import NODES, decode_head
+from dlmfs.engine.timeline import OFFSET, STAMP
 from dlmfs.model import Mode
 from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open
@@ -35,6 +36,7 @@ from dlmfs.sim.node import SimNode
 from dlmfs.sim.oracle import HEADS, Arbiter, Oracle, Violation
 from dlmfs.sim.programs import OpenFile, Process
 from dlmfs.sim.recovery import recover
+from dlmfs.sim.restores import Restores
 from dlmfs.sim.scenario import Scenario, Step
 from dlmfs.store.base import Event
 from dlmfs.store.memory_store import Faults
@@ -66,6 +68,7 @@ class Cluster:
         if trace:
             self.arbiter.told = self._commit
         self.checks = Checks(self, self.oracle)
+        self.restores = Restores(self)
         self.domains = [b"dom%d" % number for number in range(scenario.domains)]
         self.names = [b"lock%d" % number for number in range(scenario.locks)]
         self.nodes = [SimNode(self, number) for number in range(scenario.nodes)]
@@ -110,6 +113,7 @@ class Cluster:
             self.loop.run_for(step.after_s)
             self._do(step)
         self._heal()
+        self.restores.check()
         self._probe()
         crowd(self)
         kept(self)
@@ -322,11 +326,11 @@ class Cluster:
 
     def _may_stay(self, kv: KeyValue) -> bool:
         """Heads that tell of a death which no exclusive holder knows of, or whose last members crashed;
-        and marks that a node could not hear."""
+        marks that a node could not hear; and the timeline's records."""
         if kv.key.startswith(NODES):
             return kv.key.endswith(EVICT)
         if not kv.key.startswith(HEADS):
-            return False
+            return kv.key in (STAMP, OFFSET)
         head = decode_head(kv)
         domain, name = kv.key[len(HEADS) :].split(b"/", 1)
         seen = head.forgettable() or bool(self.oracle.lock((domain, name)).seers)

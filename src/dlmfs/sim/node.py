@@ -215,7 +215,11 @@ class SimNode:
         self.cluster.loop.call_later(RESTART_S, self._restart, self.life)
 
     def _restart(self, life: int) -> None:
-        if life == self.life and not self.cluster.ending:
+        if life != self.life or self.cluster.ending:
+            return
+        if self.cluster.restores.untold:
+            self.cluster.loop.call_later(RESTART_S, self._restart, life)
+        else:
             self.start()
 
     def _end(self) -> None:
@@ -250,6 +254,15 @@ class SimNode:
         return self.store.mishaps + self.machine.stalls
 
     @property
+    def has_session(self) -> bool:
+        return not self.machine.dead and self.membership.up
+
+    @property
+    def settled(self) -> bool:
+        """Whether it knows something of the store, if it lives at all."""
+        return self.machine.dead or self.up or self.leaving
+
+    @property
     def gone(self) -> bool:
         """Evicted, or its store was another one: only a new daemon helps."""
         return self.membership.final
@@ -281,6 +294,7 @@ class SimNode:
         member = self.membership
         if self.machine.dead or self.machine.stands_still or not (self.up or self.leaving):
             return Mode.NL
+        # UNPROVED it serves nothing, unless it does not know that it should be.
         if member.state not in (LeaseState.HEALTHY, LeaseState.SUSPECT) or self.fs.ending:
             return Mode.NL
         fence_at = member.fence_at

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from dlmfs.core.tokens import PLAIN, Tokens
 from dlmfs.engine.records import DOMAINS, Abandoned, Head, Member, Wish, decode_head, decode_wish
-from dlmfs.model import EMPTY_LVB, Mode, compatible
+from dlmfs.engine.timeline import OFFSET, decode_offset
+from dlmfs.model import EMPTY_LVB, TOKEN_SHIFT, Mode, compatible
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Bounds, Event, KeyValue
 from dlmfs.store.memory import MemoryServer
@@ -38,6 +40,7 @@ class Write:
     anew: bool
     """On a value that a dead holder left it begins with zeros (dead-value=invalid)."""
     revision: int = 0
+    """Offset included, as of `Value`."""
 
     def onto(self, head: Head) -> bytes:
         lvb = EMPTY_LVB if self.anew and head.abandoned is not None else head.lvb
@@ -58,10 +61,19 @@ class LockRecord:
     wishes: dict[str, Wish] = field(default_factory=dict)
     values: list[Value] = field(default_factory=lambda: [Value(0, EMPTY_LVB)])
     granted: dict[int, set[str]] = field(default_factory=dict)
-    """By revision: the nodes that were granted something in that commit."""
+    """By revision and offset: the nodes that were granted something in that commit."""
     writes: list[Write] = field(default_factory=list)
     seers: set[str] = field(default_factory=set)
     """The nodes on which a program has had the lock exclusively since the present mark was made."""
+
+
+class Memory(NamedTuple):
+    """What stood in the store once."""
+
+    locks: dict[Lock, LockRecord]
+    members: dict[bytes, dict[str, int]]
+    tokens: Tokens
+    touched: int
 
 
 class Oracle:
@@ -76,6 +88,17 @@ class Oracle:
         """Told of each value that went with its head, and who removed it."""
         self.members: dict[bytes, dict[str, int]] = {}
         self.commits = 0
+        self.touched = 0
+        """The revision of the last commit that is about locks."""
+        self.tokens = PLAIN
+        self._all_tokens = [PLAIN]
+        """All that were ever in force: who does not know of a raise yet grants under those of before."""
+        self.raises = 0
+        self.raised_at = float("inf")
+        """When the offset of tokens was raised last."""
+        self.closed_until = float("-inf")
+        """Nobody may be granted anything before that: the store went back."""
+        self.now: Callable[[], float] = lambda: 0.0
 
     def lock(self, lock: Lock) -> LockRecord:
         record = self.locks.get(lock)
@@ -92,6 +115,32 @@ class Oracle:
     def alive(self, domain: bytes, node: str, incarnation: int) -> bool:
         return self.members.get(domain, {}).get(node) == incarnation
 
+    # -- going back -----------------------------------------------------------------------------
+
+    def remember(self) -> Memory:
+        """What stands in the store now."""
+        locks = {lock: _copied(record) for lock, record in self.locks.items()}
+        members = {domain: dict(nodes) for domain, nodes in self.members.items()}
+        return Memory(locks, members, self.tokens, self.touched)
+
+    def put_back(self, memory: Memory) -> None:
+        """The store is what it was once. Tokens that were given, and writes begun, are not forgotten."""
+        for lock, record in self.locks.items():
+            old = memory.locks.get(lock, LockRecord())
+            record.head, record.head_revision = old.head, old.head_revision
+            record.wishes, record.values = dict(old.wishes), list(old.values)
+        self.members = {domain: dict(nodes) for domain, nodes in memory.members.items()}
+        self.tokens, self.touched = memory.tokens, memory.touched
+
+    def base(self, revision: int) -> int:
+        """Of the tokens granted by that commit: the same revision may come twice."""
+        return self.tokens.of(revision) >> TOKEN_SHIFT
+
+    def grant(self, record: LockRecord, revision: int, node: str) -> None:
+        """That commit granted the node something: a token of it is a true one."""
+        for tokens in self._all_tokens:
+            record.granted.setdefault(tokens.of(revision) >> TOKEN_SHIFT, set()).add(node)
+
     # -- following ------------------------------------------------------------------------------
 
     def commit(self, revision: int, events: tuple[Event, ...], author: str | None) -> None:
@@ -101,6 +150,12 @@ class Oracle:
         before: dict[Lock, dict[str, Wish]] = {}
         for event in events:
             key, put = event.kv.key, event.kind == "put"
+            if key.startswith((HEADS, DOMAINS)):
+                self.touched = revision
+            if key == OFFSET and put:
+                self.tokens = decode_offset(event.kv)
+                self._all_tokens.append(self.tokens)
+                self.raises, self.raised_at = self.raises + 1, self.now()
             if key.startswith(HEADS):
                 domain, name = key[len(HEADS) :].split(b"/", 1)
                 heads.append(((domain, name), event.kv if put else None))
@@ -142,6 +197,10 @@ class Oracle:
                     raise Violation(
                         f"{node} left {domain!r} with {lock[1]!r} at {member.level.name}"
                     )
+
+
+def _copied(record: LockRecord) -> LockRecord:
+    return LockRecord(record.head, record.head_revision, dict(record.wishes), list(record.values))
 
 
 @dataclass
@@ -192,7 +251,9 @@ class _Change:
             if new.level > before:
                 if new.revision != self.revision:
                     self._fail(f"{node} got {new.level.name} with the old revision {new.revision}")
-                record.granted.setdefault(self.revision, set()).add(node)
+                if self.oracle.now() < self.oracle.closed_until:
+                    self._fail(f"{node} got {new.level.name} so soon after the store went back")
+                self.oracle.grant(record, self.revision, node)
             elif new.level < before and node != self.author:
                 self._fail(f"{node} was lowered to {new.level.name} by another")
             elif old is not None and known and new.revision == self.revision:
@@ -200,7 +261,7 @@ class _Change:
                 wished = node in self.wishes and node not in record.wishes
                 if node != self.author and not wished:
                     self._fail(f"the revision of {node} was changed by another")
-                record.granted.setdefault(self.revision, set()).add(node)
+                self.oracle.grant(record, self.revision, node)
             elif old is not None and known and new.revision != old.revision:
                 self._fail(f"the revision of {node} went from {old.revision} to {new.revision}")
         self._removals()
@@ -253,7 +314,7 @@ class _Change:
         if self.new.lvb == self.old.lvb:
             return
         if self.new == NONE:
-            record.values.append(Value(self.revision, EMPTY_LVB))
+            record.values.append(Value(self.oracle.base(self.revision), EMPTY_LVB))
             self.oracle.forgotten(self.lock, self.old, self.author)
             return
         member = self.old.members.get(self.author or "")
@@ -262,10 +323,10 @@ class _Change:
         for write in record.writes:
             if write.node == self.author and not write.revision:
                 if write.onto(self.old) == self.new.lvb:
-                    write.revision = self.revision
+                    write.revision = self.oracle.base(self.revision)
                     if self.old.lvb == EMPTY_LVB:
                         self.oracle.valued(self.lock)
-                    record.values.append(Value(self.revision, self.new.lvb))
+                    record.values.append(Value(write.revision, self.new.lvb))
                     return
         self._fail(f"a value that nobody wrote: {self.new.lvb!r}")
 
@@ -326,6 +387,7 @@ class Arbiter(MemoryServer):
     def __init__(self, loop: SimLoop, start_revision: int, bounds: Bounds, oracle: Oracle) -> None:
         super().__init__(loop, start_revision, bounds)
         self.oracle = oracle
+        oracle.now = loop.time
         self.author: str | None = None
         self.expired: Callable[[int, str], None] = lambda _lease, _node: None
         self.told: Callable[[str | None, int, tuple[Event, ...]], None] = lambda *_: None

@@ -66,6 +66,9 @@ LEASES: Final = 0.1
 
 LEASE_TROUBLE: Final = ("stale-leader", "stale-leader", "cut", "pause", "leader")
 
+RESTORED: Final = 0.15
+"""The share of runs in which the store is put back to a copy."""
+
 BEYOND: Final = "freeze"
 """A virtual machine stopped together with its clocks: only tokens and values hold."""
 
@@ -218,6 +221,29 @@ def _more(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]:
     return _touched(_stopped(steps, nodes, seed), nodes, seed)
 
 
+def _restored(steps: tuple[Step, ...], seed: int, ttl_s: float) -> tuple[Step, ...]:
+    """In some runs a copy is made, and the store put back to it: most often after so long that all
+    nodes have seen a stamp of what came since."""
+    rng = Random(f"restore {seed}")
+    if rng.random() >= RESTORED:
+        return steps
+    begin = rng.randrange(len(steps))
+    end = rng.randrange(begin, min(begin + 30, len(steps)))
+    wait_s = rng.choice([0.0, 0.1, 0.8 * ttl_s, 0.8 * ttl_s, 1.5 * ttl_s])
+    restore = [Step(wait_s, "restore", 0, rng.randrange(1 << 32))]
+    if rng.random() < 0.2:
+        restore.append(
+            Step(rng.choice([0.1, ttl_s, 3 * ttl_s]), "restore", 0, rng.randrange(1 << 32))
+        )
+    return (
+        *steps[:begin],
+        Step(0.0, "copy", 0, rng.randrange(1 << 32)),
+        *steps[begin:end],
+        *restore,
+        *steps[end:],
+    )
+
+
 def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = Random(f"scenario {seed}")
@@ -234,7 +260,7 @@ def draw(seed: int) -> Scenario:
         faults = replace(faults, lose_request=0.0, lose_answer=0.0, apply_late=0.0, repeat=0.0)
     ttl_s = rng.choice([5.0, 15.0, 15.0, 60.0, 600.0])
     fitful = rng.choice([0.0, 0.0, rng.uniform(0, 0.02)])
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         owners=owners,
         rates=_rates(rng, nodes, lenient=lenient),
@@ -252,3 +278,4 @@ def draw(seed: int) -> Scenario:
         bounds=_bounds(seed),
         dead_values=_dead_values(nodes, seed),
     )
+    return replace(scenario, steps=_restored(scenario.steps, seed, ttl_s)) if leased else scenario

@@ -117,6 +117,14 @@ def room(cluster: Cluster) -> None:
     cluster.faults.full = False
 
 
+def copy(cluster: Cluster, _node: SimNode, rng: Random) -> None:
+    cluster.restores.copy(rng)
+
+
+def restore(cluster: Cluster, _node: SimNode, rng: Random) -> None:
+    cluster.restores.restore(rng)
+
+
 STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
     "crash": crash,
     "cut": cut,
@@ -133,4 +141,6 @@ STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
     "umount": umount,
     "evict": evict,
     "full": full,
+    "copy": copy,
+    "restore": restore,
 }

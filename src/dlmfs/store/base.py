@@ -17,6 +17,10 @@ Rules every implementation keeps (tests/store/test_contract.py):
   `WatchGap` and delivers nothing more.
 * Keys put with a session's lease vanish together, in one revision, when the session ends.
 * One transaction is no larger than `Bounds`, counted as etcd does (`check`).
+* A store that is out of reach for a moment may be another one when it answers again: restored from a
+  copy, perhaps with larger revisions than it had. A session that has a `Witness` loses its trust with
+  each connection. Until the witness has looked and found nothing amiss no answer is believed: a `txn`
+  under way is `OutcomeUnknown`, later ones wait for as long as one may take, and watches deliver nothing.
 """
 
 from __future__ import annotations
@@ -142,6 +146,37 @@ class WatchGap(NamedTuple):
     oldest: int
 
 
+TIMELINE: Final = b"t/"
+"""Below it stands what tells whether a store went back (`engine.timeline`); read with each renewal."""
+
+
+class Look(NamedTuple):
+    """What a session read of the store, linearizably: whether its own record is as it put it, all below
+    TIMELINE, and the `keys` that the witness asked for. `revision`: the store's, when it began."""
+
+    mine: bool
+    timeline: tuple[KeyValue, ...]
+    found: tuple[KeyValue | None, ...]
+    revision: int
+
+
+class Witness(Protocol):
+    """Who knows what a store had, and can tell whether it still has it."""
+
+    def doubt(self) -> None:
+        """A connection was lost: serve nothing of what is known until `trust`."""
+
+    def keys(self) -> Sequence[bytes]:
+        """What the next look must read besides."""
+
+    def judge(self, look: Look) -> DlmfsError | None:
+        """What came of a look. StoreRestored: the store went back; OutcomeUnknown: look once more;
+        another error ends the session as well."""
+
+    def trust(self) -> None:
+        """The store is the one that it was, and the connection there is believed."""
+
+
 class Watch(Protocol):
     def cancel(self) -> None:
         """After this returns nothing more is delivered."""
@@ -162,6 +197,14 @@ class Session(Protocol):
     @property
     def ttl_s(self) -> float:
         """The lease time that the store granted; may be more than was asked for."""
+
+    @property
+    def born(self) -> int:
+        """The revision of its own record in the store; 0: it cannot run out and has none."""
+
+    @property
+    def seen(self) -> int:
+        """The largest revision that an answer of the store named."""
 
     def abandon(self) -> None:
         """Renew no more and tell nothing more: the session runs out, or `end_session` ends it."""
@@ -192,10 +235,12 @@ class Store(Protocol):
         ttl_s: float,
         lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
+        witness: Witness | None = None,
     ) -> None:
         """Begin a session for `node`. `lost` is called once if it ends without close(): with
-        LockLost if another session may be begun, BadState if the store itself is not what it
-        was."""
+        LockLost if another session may be begun, StoreRestored if no other may be before all of the
+        store's past are over, BadState if none may. Each renewal counts only if the `witness` finds
+        nothing amiss in a look made after it."""
 
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         """End another session, whose owner is known to be over: its keys vanish in one revision.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dlmfs.errors import LockLost
 from dlmfs.store.base import (
@@ -35,14 +36,25 @@ class _Lease:
     node: str
     ttl_s: float | None
     renewed: float
+    born: int
+    """The store's revision when it was granted."""
     keys: set[bytes] = field(default_factory=set)
     timer: Timer | None = None
+
+
+class Snapshot(NamedTuple):
+    """A copy of the store: of each lease whose it is, its time, since which revision, its keys."""
+
+    revision: int
+    data: dict[bytes, KeyValue]
+    leases: dict[int, tuple[str, float | None, int, set[bytes]]]
 
 
 class MemoryServer:
     """The data, its history and its leases. All calls are instantaneous and definite.
 
-    `term` counts the leaders; with `available` false nobody is answered, as during an election.
+    `term` counts the leaders; with `available` false nobody is answered, as during an election. `life`
+    counts the server's processes: a connection is to one of them.
     """
 
     def __init__(self, loop: Scheduler, start_revision: int = 0, bounds: Bounds = BOUNDS) -> None:
@@ -56,6 +68,7 @@ class MemoryServer:
         self.watchers: list[Callable[[], None]] = []
         self.commits = 0
         self.term = 1
+        self.life = 1
         self.available = True
         self._next_lease = 1
         self._last_leaders: set[int] = set()
@@ -163,7 +176,7 @@ class MemoryServer:
     def grant(self, node: str, ttl_s: float | None) -> int:
         lease = self._next_lease
         self._next_lease += 1
-        self.leases[lease] = _Lease(node, ttl_s, self.loop.time())
+        self.leases[lease] = _Lease(node, ttl_s, self.loop.time(), self.revision)
         self._watch_over(lease)
         return lease
 
@@ -192,6 +205,33 @@ class MemoryServer:
         self._last_leaders = set(self.leases)
         for lease in self.leases:
             self.renew(lease)
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """A copy of everything, as a backup has it."""
+        leases = {
+            number: (lease.node, lease.ttl_s, lease.born, set(lease.keys))
+            for number, lease in self.leases.items()
+        }
+        return Snapshot(self.revision, self.data, leases)
+
+    def restore(self, snapshot: Snapshot, *, bump: int = 0, term: int = 2) -> None:
+        """Another server process with that copy takes over, under the raft term `term`. Its leases have
+        their full time again. Its revision is that of the copy, or larger by `bump`."""
+        for lease in self.leases.values():
+            if lease.timer is not None:
+                lease.timer.cancel()
+        self.leases = {}
+        self.data = dict(snapshot.data)
+        self.revision = self.compacted = snapshot.revision + bump
+        self.history = []
+        self.term = term
+        self.life += 1
+        self._last_leaders = set()
+        for number, (node, ttl_s, born, keys) in snapshot.leases.items():
+            self.leases[number] = _Lease(node, ttl_s, self.loop.time(), born, set(keys))
+            self._watch_over(number)
 
     def _watch_over(self, lease: int) -> None:
         """One timer for each lease, put off when it fires: renewals are many and ends are few."""

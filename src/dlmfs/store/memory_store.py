@@ -9,26 +9,41 @@ Rules of this file
 * A request is served at most once, however often it arrives, and its sender hears of it once: a
   transport does this by its sequence numbers, and the contract (`base`) asks for it.
 * What the server does happens on the server's clock, what the node does on the node's machine.
+* A connection is to one process of the server. A request that was not answered in time ends it, and so
+  does that process's end; with a witness nothing is believed then before a look (`base`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import Any, Final
 
 from dlmfs.core.lease import Renewal
-from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
-from dlmfs.store.base import Session, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
+from dlmfs.errors import (
+    DlmfsError,
+    LockLost,
+    OutcomeUnknown,
+    StoreFull,
+    StoreRestored,
+    Unavailable,
+)
+from dlmfs.store.base import (
+    Session,
+    Txn,
+    TxnDone,
+    TxnResult,
+    WatchBatch,
+    WatchGap,
+    Witness,
+)
 from dlmfs.store.check import check, writes
 from dlmfs.store.memory import MemoryServer
-from dlmfs.timing import Clock, Scheduler, Timer, Timing
+from dlmfs.store.memory_session import MemorySession, MemoryWatch
+from dlmfs.timing import Clock, Scheduler, Timer
 
 RECONNECT_S: Final = 0.5
-RETRY_S: Final = 0.2
-CLOSE_MAX_S: Final = 1.0
 
 
 @dataclass
@@ -55,10 +70,14 @@ def _no_lag() -> float:
 class _Request:
     """One request under way. `answer` is filled in at the server, when it first arrives."""
 
-    __slots__ = ("answer", "done", "serve", "served", "timer")
+    __slots__ = ("answer", "done", "life", "serve", "served", "through", "timer")
 
-    def __init__(self, serve: Callable[[], Any], done: Callable[[Any], None]) -> None:
+    def __init__(
+        self, serve: Callable[[], Any], done: Callable[[Any], None], life: int, through: int
+    ) -> None:
         self.serve = serve
+        self.life = life
+        self.through = through
         self.served = False
         self.answer: Any = None
         self.done: Callable[[Any], None] | None = done
@@ -100,6 +119,16 @@ class MemoryStore:
         renewals, and cannot serve a read before it hears from the others."""
         self.connection = 1
         """Counts the node's moves from member to member."""
+        self.life = server.life
+        """The process of the server that the connection is to."""
+        self.seen = 0
+        self.floor = 0
+        """No answer of this session may name a revision below."""
+        self._witness: Witness | None = None
+        self.doubted = False
+        self._flying: set[_Request] = set()
+        self._waiting: list[Callable[[], None]] = []
+        """Transactions that wait for trust."""
         self._held: list[_Request] = []
         """Reads that the former leader cannot serve yet."""
         self.dead = False
@@ -161,9 +190,10 @@ class MemoryStore:
         """Have the server do something; `done` gets its result, or OutcomeUnknown after `timeout_s`.
         `hold`: it waits at the former leader."""
         faults, draw = self.faults, self.rng.random()
-        request = _Request(serve, done)
+        request = _Request(serve, done, self.life, self.connection)
+        self._flying.add(request)
         patience = faults.timeout_s if timeout_s is None else timeout_s
-        request.timer = self.machine.call_later(patience, self._done, request, None)
+        request.timer = self.machine.call_later(patience, self._silent, request)
         if not self.up or draw < faults.lose_request:
             self.mishaps += 1
             return
@@ -189,6 +219,9 @@ class MemoryStore:
         gone = self.dead and (not self.leased or self.rng.random() < 0.5)
         if not self.server.available or not self.up or gone:
             return
+        if request.life != self.server.life:  # nobody is there any more at the other end
+            self.machine.call_later(self._delay(), self.broken, request.through)
+            return
         if not request.served:
             request.served = True
             request.answer = request.serve()
@@ -201,18 +234,108 @@ class MemoryStore:
         if self.down:
             self._done(request, request)
 
+    def _silent(self, request: _Request) -> None:
+        """It was not answered in time."""
+        if request.done is not None:
+            self._done(request, None)
+            self.broken(request.through)
+
     def _done(self, request: _Request, answered: _Request | None) -> None:
         done, request.done = request.done, None
+        self._flying.discard(request)
         if done is None or self.dead:
             return
         request.timer.cancel()
         done(OutcomeUnknown("no answer from the store") if answered is None else answered.answer)
 
+    # -- connections --------------------------------------------------------------------------
+
+    def restarted(self) -> None:
+        """The server's process is another one: who is connected hears of that."""
+        if self.connected and not self.dead:
+            self.machine.call_later(self._delay(), self.broken, self.connection)
+
+    def broken(self, connection: int) -> None:
+        """That connection is of no use any more; the next one may lead to another store."""
+        if connection != self.connection or self.dead:
+            return
+        self.life = self.server.life
+        if self._witness is None:
+            return
+        self.connection += 1
+        self.doubted = True
+        self._witness.doubt()
+        for request in list(self._flying):
+            self._done(request, None)
+        if self.session is not None:
+            self.session.hurry()
+
+    def trust(self, connection: int) -> None:
+        """The witness has looked through that connection, and found nothing amiss."""
+        if connection == self.connection and self.doubted and self._witness is not None:
+            self.doubted = False
+            self._witness.trust()
+            self._go_on()
+
+    def let_go(self, session: MemorySession) -> None:
+        """A session is over: nothing is known that could be doubted."""
+        if self.session is session:
+            self._witness, self.doubted = None, False
+            self._go_on()
+
+    def _go_on(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for request in waiting:
+            request()
+        for watch in list(self.watches):
+            watch.pull()
+
+    def heard(self, revision: int, floor: int) -> StoreRestored | None:
+        """An answer names a revision; one of `floor` was known when it was asked for."""
+        self.seen = max(self.seen, revision)
+        if revision >= floor:
+            self.floor = max(self.floor, revision)
+            return None
+        self.floor = 0
+        error = StoreRestored(f"the store went back from revision {floor} to {revision}")
+        if self.session is not None:
+            self.session.lose(error)
+        return error
+
     # -- the contract -----------------------------------------------------------------------
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
         check(txn, self.bounds)
-        self.ask(lambda: self._apply(txn), done)
+        if self.doubted:
+            self._wait(txn, done)
+            return
+        floor = self.floor
+
+        def answered(result: TxnResult | DlmfsError) -> None:
+            error = self.heard(result.revision, floor) if isinstance(result, TxnResult) else None
+            done(error or result)
+
+        self.ask(lambda: self._apply(txn), answered)
+
+    def _wait(self, txn: Txn, done: TxnDone) -> None:
+        """For trust; at most as long as an answer may take."""
+        over = False
+
+        def end() -> None:
+            nonlocal over
+            if not over and not self.dead:
+                over = True
+                done(OutcomeUnknown("the connection was lost, and the store is not proved yet"))
+
+        def go() -> None:
+            nonlocal over
+            if not over and not self.dead:
+                over = True
+                timer.cancel()
+                self.txn(txn, done)
+
+        timer = self.machine.call_later(self.faults.timeout_s, end)
+        self._waiting.append(go)
 
     def _apply(self, txn: Txn) -> TxnResult | DlmfsError:
         try:
@@ -240,20 +363,25 @@ class MemoryStore:
         ttl_s: float,
         lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
+        witness: Witness | None = None,
     ) -> None:
         server, sent = self.server, self.clock()
+        self.floor = 0
 
-        def grant() -> tuple[int, int]:
+        def grant() -> tuple[int, int, int]:
             self._lease = server.grant(node, ttl_s if self.leased else None)
-            return self._lease, server.term
+            return self._lease, server.term, server.revision
 
-        def granted(answer: tuple[int, int] | OutcomeUnknown) -> None:
+        def granted(answer: tuple[int, int, int] | OutcomeUnknown) -> None:
             if isinstance(answer, OutcomeUnknown):
                 done(Unavailable("the store cannot be reached"))
                 return
-            lease, term = answer
+            lease, term, born = answer
             renewal = Renewal(sent, term, self.connection) if self.leased else None
             self.session = MemorySession(self, lease, ttl_s, lost, renewal=renewal)
+            if self.leased:
+                self.session.born = born
+                self.session.witness = self._witness = witness
             done(self.session)
 
         self.ask(grant, granted)
@@ -275,157 +403,3 @@ class MemoryStore:
             watch.cancel()
         if self.session is not None:
             self.session.abandon()
-
-
-class MemoryWatch:
-    """Delivers the history behind the node's network: late, in order, without gaps or repeats."""
-
-    def __init__(
-        self,
-        store: MemoryStore,
-        prefixes: tuple[bytes, ...],
-        from_revision: int,
-        sink: Callable[[WatchBatch | WatchGap], None],
-    ) -> None:
-        self.store = store
-        self.prefixes = prefixes
-        self.next = from_revision
-        self.sink = sink
-        self.cancelled = False
-        self.broken = False
-        self._pending = False
-
-    def pull(self) -> None:
-        """Something may have happened: fetch it after the network's delay."""
-        if not self._pending and not self.cancelled and not self.broken:
-            self._pending = True
-            delay = self.store.rng.uniform(0, self.store.faults.watch_delay_s)
-            self.store.machine.call_later(delay, self._deliver)
-
-    def resume(self) -> None:
-        """The stream is there again."""
-        self.broken = False
-        self.pull()
-
-    def _deliver(self) -> None:
-        self._pending = False
-        store = self.store
-        if self.cancelled or self.broken or store.dead or not store.down:
-            return
-        server = store.server
-        if self.next <= server.compacted:
-            self.cancel()
-            self.sink(WatchGap(server.compacted + 1))
-            return
-        for batch in server.since(self.next):
-            if self.cancelled:
-                return
-            self.next = batch.revision + 1
-            events = tuple(e for e in batch.events if e.kv.key.startswith(self.prefixes))
-            if events:
-                self.sink(WatchBatch(batch.revision, events))
-                if store.rng.random() < 0.3:  # the rest comes as a packet of its own
-                    self.pull()
-                    return
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        if self in self.store.watches:
-            self.store.watches.remove(self)
-            self.store.server.watchers.remove(self.pull)
-
-
-class MemorySession:
-    """A lease kept alive over the node's network, each renewal confirmed as on etcd."""
-
-    def __init__(
-        self,
-        store: MemoryStore,
-        lease: int,
-        ttl_s: float,
-        lost: Callable[[DlmfsError], None],
-        *,
-        renewal: Renewal | None,
-    ) -> None:
-        self.store = store
-        self.ttl_s = ttl_s
-        self.lost = lost
-        self.lease = lease
-        self.renewal = renewal
-        self.ended = False
-        self._at_stale = False
-        self._every = Timing(ttl_s).renew_every_s
-        self._timer: Timer | None = None
-        if renewal is not None:
-            self._timer = store.machine.call_later(self._every, self._renew)
-
-    @property
-    def renewed_at(self) -> float | None:
-        return None if self.renewal is None else self.renewal.renewed_at
-
-    def _renew(self) -> None:
-        if self.ended or self.store.dead:
-            return
-        store, sent = self.store, self.store.clock()
-        # Through which member, where it matters: it may be another one for the renewal than it was for
-        # the read before, and another one for the read after.
-        stale = store.stale and store.rng.random() < 0.7
-        if stale != self._at_stale:
-            store.connection += 1
-        self._at_stale = stale
-        through = store.connection
-
-        def kept(alive: bool | OutcomeUnknown) -> None:
-            if isinstance(alive, OutcomeUnknown):
-                self._moved_on()
-                return
-            if self._at_stale and store.rng.random() < 0.3:
-                self._at_stale = False
-                store.connection += 1
-            hold = self._at_stale and store.stale
-            done = partial(self._confirmed, sent, through, alive)
-            store.ask(self._look, done, self._every, hold=hold)
-
-        store.ask(lambda: store.server.keep_alive(self.lease, stale=stale), kept, self._every)
-
-    def _look(self) -> tuple[int, bool]:
-        """The read that confirms: under which leader, and whether the lease is there."""
-        server = self.store.server
-        return server.term, self.lease in server.leases
-
-    def _moved_on(self) -> None:
-        """No answer: the next attempt goes to the next member."""
-        self.store.connection += 1
-        self._again(RETRY_S)
-
-    def _confirmed(
-        self, sent: float, through: int, alive: bool, answer: tuple[int, bool] | OutcomeUnknown
-    ) -> None:
-        if self.ended:
-            return
-        if isinstance(answer, OutcomeUnknown):
-            self._moved_on()
-            return
-        term, there = answer
-        if not alive or not there:
-            self.ended = True
-            self.lost(LockLost("the lease has ended in the store"))
-            return
-        assert self.renewal is not None
-        unbroken = through if through == self.store.connection else None
-        good = self.renewal.confirmed(sent, term, unbroken)
-        self._again(max(0.0, self._every - (self.store.clock() - sent)) if good else 0.0)
-
-    def _again(self, delay: float) -> None:
-        if not self.ended:
-            self._timer = self.store.machine.call_later(delay, self._renew)
-
-    def abandon(self) -> None:
-        self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def close(self, done: Callable[[DlmfsError | None], None]) -> None:
-        self.abandon()
-        server = self.store.server
-        self.store.ask(lambda: server.expire(self.lease), lambda _answer: done(None), CLOSE_MAX_S)

@@ -33,7 +33,7 @@ from dlmfs.errors import (
     Unavailable,
 )
 from dlmfs.store import schema, statefile
-from dlmfs.store.base import BOUNDS, Session, Txn, TxnDone, WatchBatch, WatchGap
+from dlmfs.store.base import BOUNDS, Session, Txn, TxnDone, WatchBatch, WatchGap, Witness
 from dlmfs.store.check import check, writes
 from dlmfs.store.highwater import HighWater
 from dlmfs.store.lives import Lives, holder, may_live
@@ -335,6 +335,7 @@ class SqliteStore:
         ttl_s: float,  # noqa: ARG002 - there is no lease to run out on one host
         lost: Callable[[DlmfsError], None],
         done: Callable[[Session | DlmfsError], None],
+        witness: Witness | None = None,  # noqa: ARG002 - there is no connection to be lost
     ) -> None:
         if self.session is not None:
             assert self.session.ended

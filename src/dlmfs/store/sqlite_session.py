@@ -40,6 +40,8 @@ class SqliteSession:
 
     renewed_at: float | None = None
     ttl_s = 0.0
+    born = 0
+    seen = 0
 
     def __init__(self, store: SqliteStore, lease: int) -> None:
         self.store = store

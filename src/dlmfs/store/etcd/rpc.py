@@ -7,7 +7,8 @@ Rules of this file
 * An answer that is none (`answers`) is no answer: so is whatever goes wrong here in reading it.
 * Any failure moves on to the next member, once for all calls that were under way on the old one.
 * An answer whose revision is below one seen before it was asked for is from a store that went back
-  in time (restored or wiped): everything we know is void (etcd-notes 11).
+  in time (restored or wiped): everything we know is void (etcd-notes 11). That is not all: one that was
+  restored may show larger revisions, so with each connection trust is lost (`session`).
 * Channels are made after forking, or gRPC's threads stay behind in the parent (etcd-notes 3).
 """
 
@@ -23,7 +24,14 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from dlmfs.errors import BadState, Bug, DlmfsError, LockLost, NotPermitted, OutcomeUnknown
+from dlmfs.errors import (
+    Bug,
+    DlmfsError,
+    LockLost,
+    NotPermitted,
+    OutcomeUnknown,
+    StoreRestored,
+)
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.answers import Nonsense, check, check_jump
 from dlmfs.store.etcd.codec import only_reads
@@ -151,7 +159,11 @@ class Rpc:
         self.lost = lost
         self.generation = 0
         """Counts the connections; names the one that a failure is about."""
+        self.broken: Callable[[], None] | None = None
+        """Called when a connection is given up."""
         self.revision = 0
+        self.seen = 0
+        """The largest revision that was ever answered; `revision`: since the present session began."""
         self.cluster_id = 0
         self.trouble: str | None = None
         """What the last call ended with, if it failed."""
@@ -185,6 +197,8 @@ class Rpc:
         self.trouble = why
         self._disconnect()
         self.generation += 1
+        if self.broken is not None:
+            self.broken()
 
     def _disconnect(self) -> None:
         """Let go of the connection; what is under way on it may still be answered."""
@@ -343,8 +357,14 @@ class Rpc:
             )
         self.cluster_id = header.cluster_id
         self.revision = max(self.revision, header.revision)
+        self.seen = max(self.seen, header.revision)
+
+    def forget(self) -> None:
+        """A session begins: it knows nothing of the store yet."""
+        self.revision = self.cluster_id = 0
 
     def _void(self, why: str) -> None:
-        error = BadState(f"{why}; remount every node of this cluster")
+        error = StoreRestored(why)
+        self.forget()
         self.lost(error)
         raise error

@@ -13,7 +13,17 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 from dlmfs.errors import DlmfsError, OutcomeUnknown
-from dlmfs.store.base import BOUNDS, Get, Range, Txn, TxnDone, TxnResult, WatchBatch, WatchGap
+from dlmfs.store.base import (
+    BOUNDS,
+    Get,
+    Range,
+    Txn,
+    TxnDone,
+    TxnResult,
+    WatchBatch,
+    WatchGap,
+    Witness,
+)
 from dlmfs.store.check import check
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.codec import Codec, only_reads
@@ -73,6 +83,7 @@ class EtcdStore:
         self.clock = clock
         self.timeout_s = timeout_s
         self.rpc = Rpc(loop, access, self._void)
+        self.rpc.broken = self._broken
         self.session: EtcdSession | None = None
         self.watches: list[EtcdWatch] = []
         self.version = "unknown"
@@ -98,12 +109,21 @@ class EtcdStore:
             lost, self._lost = self._lost, None
             lost(error)
 
+    def _broken(self) -> None:
+        """A connection was given up."""
+        if self.session is not None:
+            self.session.doubt()
+
+    async def _trusted(self) -> None:
+        if self.session is not None:
+            await self.session.trusted()
+
     # -- the contract -------------------------------------------------------------------------
 
     def txn(self, txn: Txn, done: TxnDone) -> None:
         check(txn, self.bounds)
         self.commits += 1
-        self._start(self._answer(self._ask(txn), done))
+        self._start(self._answer(self._believe(txn), done))
 
     async def _answer(
         self, work: Coroutine[Any, Any, T], done: Callable[[T | DlmfsError], None]
@@ -117,6 +137,21 @@ class EtcdStore:
         except Exception as error:
             result = OutcomeUnknown(report(self.loop, "a call", error))
         done(result)
+
+    async def _believe(self, txn: Txn) -> TxnResult:
+        """Send it, and take its answer, through a connection that is trusted all the while."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await self._trusted()
+        except TimeoutError:
+            raise OutcomeUnknown(
+                f"etcd at {self.rpc.endpoint} is not proved to be the store that it was"
+            ) from None
+        generation = self.rpc.generation
+        result = await self._ask(txn)
+        if generation != self.rpc.generation:
+            raise OutcomeUnknown("the connection was given up")
+        return result
 
     async def _ask(self, txn: Txn) -> TxnResult:
         request = self.codec.txn(txn)
@@ -142,7 +177,9 @@ class EtcdStore:
         sink: Callable[[WatchBatch | WatchGap], None],
     ) -> EtcdWatch:
         self.watches = [w for w in self.watches if not w.cancelled]
-        watch = EtcdWatch(self.rpc, self.codec, prefixes, from_revision, sink)
+        watch = EtcdWatch(
+            self.rpc, self.codec, prefixes, from_revision, sink=sink, trusted=self._trusted
+        )
         self.watches.append(watch)
         return watch
 
@@ -152,18 +189,23 @@ class EtcdStore:
         ttl_s: float,
         lost: Callable[[DlmfsError], None],
         done: Callable[[EtcdSession | DlmfsError], None],
+        witness: Witness | None = None,
     ) -> None:
         self._lost = lost
-        self._start(self._open_session(ttl_s, lost, done))
+        self.rpc.forget()
+        self._start(self._open_session(ttl_s, lost, done, witness))
 
     async def _open_session(
         self,
         ttl_s: float,
         lost: Callable[[DlmfsError], None],
         done: Callable[[EtcdSession | DlmfsError], None],
+        witness: Witness | None,
     ) -> None:
         for attempt in range(len(self.rpc.access.endpoints) + 1):
-            session = EtcdSession(self.rpc, self.codec, self.clock, lost, self._renewed)
+            session = EtcdSession(
+                self.rpc, self.codec, self.clock, lost, renewed=self._renewed, witness=witness
+            )
             try:
                 await self._look()
                 await session.open(ttl_s)

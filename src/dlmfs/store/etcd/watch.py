@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import grpc
@@ -35,9 +35,13 @@ class EtcdWatch:
         codec: Codec,
         prefixes: Sequence[bytes],
         from_revision: int,
+        *,
         sink: Callable[[WatchBatch | WatchGap], None],
+        trusted: Callable[[], Awaitable[None]],
     ) -> None:
+        """`trusted`: waits until what the present connection says may be believed."""
         self.rpc = rpc
+        self.trusted = trusted
         self.codec = codec
         self.prefixes = tuple(prefixes)
         self.next = from_revision
@@ -64,6 +68,7 @@ class EtcdWatch:
 
     async def _run(self) -> None:
         while not self.cancelled:
+            await self.trusted()
             generation = self.rpc.generation
             try:
                 stream = await self.rpc.stream(WATCH)
@@ -94,9 +99,12 @@ class EtcdWatch:
         listening = self.rpc.loop.create_task(self._listen(stream))
         pending: list[pb.Event] = []
         size = 0
+        generation = self.rpc.generation
         try:
             while True:
                 response = await stream.read()
+                if generation != self.rpc.generation:
+                    return  # another store may answer by now: this is delivered when that is known
                 self._heard = True
                 if isinstance(response, bytes):
                     raise Nonsense("what it sent is no message")

@@ -1,0 +1,62 @@
+"""Planted bugs (see `bugs`) of what is done when a store goes back: runs with a restore show them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dlmfs.sim.planted import Planted
+
+TOKENS: Final = "core/tokens.py"
+TIMELINE: Final = "engine/timeline.py"
+RESTORED: Final = "engine/restored.py"
+
+RESTORES: Final[tuple[Planted, ...]] = (
+    Planted(
+        "stamp-unseen",
+        TIMELINE,
+        "        if follows_ours is False:\n            return",
+        "        if False:\n            return",
+        100,
+        "a renewal counts whatever stamp the store shows (restore)",
+    ),
+    Planted(
+        "heads-unproved",
+        TIMELINE,
+        "            if not _stands(lock, kv, mine=look.mine):",
+        "            if False:",
+        100,
+        "what is younger than the stamp is not looked at after a lost connection (restore)",
+    ),
+    Planted(
+        "come-back-unproved",
+        TIMELINE,
+        "            if kv is not None and kv.mod_revision < revision:",
+        "            if False:",
+        100,
+        "what a node took away is there again, and it does not look (restore; found)",
+    ),
+    Planted(
+        "no-quarantine",
+        RESTORED,
+        "        elif records.quarantine is not None:\n            self._again",
+        "        elif False:\n            self._again",
+        100,
+        "who finds the store restored begins anew at once",
+    ),
+    Planted(
+        "offset-not-raised",
+        TOKENS,
+        "        return (revision + offset) << TOKEN_SHIFT",
+        "        return revision << TOKEN_SHIFT",
+        100,
+        "tokens go back with the revisions (restore)",
+    ),
+    Planted(
+        "offset-unread",
+        TIMELINE,
+        "        if records.offset.offset > self.tokens.offset:",
+        "        if False:",
+        100,
+        "a node does not hear from another that the store was restored",
+    ),
+)
