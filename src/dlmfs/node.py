@@ -33,6 +33,7 @@ from dlmfs.fs.kinship import Kinship
 from dlmfs.fs.subids import SubordinateIds
 from dlmfs.fs.tree import Tree
 from dlmfs.fuse import mount as fuse_mount
+from dlmfs.fuse.connections import Connection
 from dlmfs.fuse.device import Device
 from dlmfs.handlers import handlers
 from dlmfs.model import OnLost
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("dlmfs.node")
 
 NAMES_MAX: Final = 1000
+UNMOUNTING_S: Final = (0.0, 0.001, 0.004, 0.016, 0.064, 0.256)
+"""When to look whether the kernel has let go of the mount."""
 
 
 class Node:
@@ -276,6 +279,7 @@ class Node:
         entry = fuse_mount.find(self.config.mountpoint)
         assert entry is not None
         self._entry = entry
+        self._connection = Connection(entry.dev)
         self.fs.mount_device = entry.dev
 
     async def _answering(self) -> None:
@@ -291,6 +295,15 @@ class Node:
     def _device_ended(self, reason: str) -> None:
         self.mounted = False
         self._end(reason)
+        self._look_for_users(UNMOUNTING_S)
+
+    def _look_for_users(self, delays: Sequence[float]) -> None:
+        """Nobody has anything open if the kernel has let go of the mount, which it does a little later
+        than it ends our reading. What was closed last was told us by nothing else."""
+        if self._connection.is_over():
+            self.fs.close_all()
+        elif delays:
+            self.loop.call_later(delays[0], self._look_for_users, delays[1:])
 
     def _unmount(self) -> None:
         """Detach the mount if it still stands. Last of all: whoever mounts there anew waits for that, and
@@ -299,6 +312,7 @@ class Node:
             with contextlib.suppress(DlmfsError):
                 fuse_mount.unmount(self.config.mountpoint, lazy=True)
         self.device.close()
+        self._connection.close()
 
 
 def _etcd_store(

@@ -327,6 +327,11 @@ class OpenFiles:
             self.watchdog.closed(handle.pid)
         handle.lock.close(handle)
 
+    def close_all(self) -> None:
+        """The mount is gone: nobody has a descriptor any more."""
+        for handle in list(self.handles.values()):
+            self._close(handle)
+
     # -- the end of the node's life --------------------------------------------------------------
 
     def holding(self) -> bool:
