@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from dlmfs import proc
+from dlmfs import privileges, proc
 from dlmfs.deadline import boottime
 from dlmfs.model import OnLost
 from dlmfs.timing import Clock
@@ -114,6 +114,7 @@ class Watchdog:
         if self.pid == 0:
             with contextlib.suppress(BaseException):
                 _close_all_but(states, complaints)
+                privileges.confine(privileges.WATCHDOG)
                 _Guard(states, complaints, on_lost).run()
             os._exit(0)
         os.close(states)

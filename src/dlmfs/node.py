@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, identity, proc
+from dlmfs import __version__, facts, identity, privileges, proc
 from dlmfs.config import EtcdSource, lock_delay_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
@@ -83,6 +83,7 @@ class Node:
         self.loop.set_exception_handler(self._crashed)
         async with contextlib.AsyncExitStack() as undo:
             self._guard(undo)
+            privileges.confine(privileges.DAEMON)  # while there is one thread: it is for each alone
             await self._open_store(undo)
             await self._join(undo)
             self._mount()

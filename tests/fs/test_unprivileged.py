@@ -70,6 +70,9 @@ def test_two_nodes_of_an_ordinary_user(here: Private) -> None:
     assert here.status(a)["domains"][0]["members"] == ["a", "b"]
     daemon = here.status(a)["pid"]
     assert here.sh(f"stat -c %u /proc/{daemon}").stdout == f"{USER}\n"
+    # Without no_new_privs: fusermount3 is set-user-ID, and is needed at the end.
+    told = here.sh(f"grep -E '^(CapEff|NoNewPrivs):' /proc/{daemon}/status").stdout.split()
+    assert told == ["CapEff:", "0" * 16, "NoNewPrivs:", "0"]
     with here.holding(a / "dom/x"):
         assert here.errno(b / "dom/x", CREATE | os.O_NONBLOCK) == errno.ETXTBSY
     assert here.sh(f"head -c 5 {b}/dom/x").stdout == "value"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs import privileges
 from dlmfs.fuse import mountinfo
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes
 
@@ -72,9 +73,77 @@ def test_systemd_takes_the_units(name: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+HIDING = (
+    *(
+        "ProtectSystem",
+        "ProtectHome",
+        "PrivateTmp",
+        "PrivateDevices",
+        "PrivateMounts",
+        "PrivateUsers",
+    ),
+    *(
+        "ReadOnlyPaths",
+        "ReadWritePaths",
+        "InaccessiblePaths",
+        "ExecPaths",
+        "NoExecPaths",
+        "MountAPIVFS",
+    ),
+    *("ProtectKernelTunables", "ProtectControlGroups", "ProtectKernelModules", "ProtectKernelLogs"),
+    *("BindPaths", "BindReadOnlyPaths", "TemporaryFileSystem", "RootDirectory", "RootImage"),
+    *("ProtectProc", "ProcSubset", "ProtectHostname", "DynamicUser", "StateDirectory", "UMask"),
+)
+"""Settings that make a mount namespace, where others do not see the mount (systemd.exec(5)); and those
+that would keep users from the control socket."""
+
+
+def settings(text: str, name: str) -> set[str]:
+    return {
+        word for line in re.findall(rf"^{name}=(.*)$", text, re.MULTILINE) for word in line.split()
+    }
+
+
+@pytest.mark.parametrize("name", ["dlmfs@.service", "mnt-locks.mount"])
+def test_the_units_keep_what_the_daemon_needs_and_no_more(name: str) -> None:
+    text = (UNITS / name).read_text()
+    assert [setting for setting in HIDING if settings(text, setting)] == []
+    assert settings(text, "NoNewPrivileges") == {"yes"}
+    numbers = privileges.DAEMON | privileges.WATCHDOG
+    known = {
+        key: value for key, value in vars(privileges).items() if key.isupper() and value in numbers
+    }
+    assert settings(text, "CapabilityBoundingSet") == {f"CAP_{key}" for key in known}
+
+
+def test_how_much_is_exposed(tmp_path: Path) -> None:
+    """By systemd's own account. Without a mount namespace, and with CAP_SYS_ADMIN, it is never little."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is missing: install the package systemd")
+    unit = tmp_path / "dlmfs@jobs.service"
+    text = (UNITS / "dlmfs@.service").read_text()
+    unit.write_text(text.replace("/usr/local/bin/dlmfs", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env={**os.environ, "LC_ALL": "C"},
+        check=False,
+    )
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    if found is None:
+        pytest.skip("this systemd-analyze does not look at a unit offline")
+    assert float(found[1]) <= EXPOSED_MAX
+
+
+EXPOSED_MAX = 6.5
+
+
 @pytest.mark.fuse
 def test_what_the_service_does(nodes: Nodes) -> None:
-    """Its ExecStart returns when the mount answers (Type=forking), its ExecStop when it is gone."""
+    """Its ExecStart returns when the mount answers (Type=forking), its ExecStop when it is gone; with
+    the privileges that the unit leaves."""
     unit = Unit((UNITS / "dlmfs@.service").read_text())
     assert unit("Service", "Type") == "forking"
     known = variables(unit, "jobs")
@@ -83,7 +152,13 @@ def test_what_the_service_does(nodes: Nodes) -> None:
     where.mkdir()
     nodes.mounts.append(where)
     known |= {"SOURCE": f"local:{nodes.state}", "MOUNTPOINT": str(where)}
-    subprocess.run(command(unit("Service", "ExecStart"), known), check=True, timeout=PATIENCE_S)
+    less: list[str] = []
+    if os.geteuid() == 0:
+        kept = unit("Service", "CapabilityBoundingSet").lower().replace("cap_", "+").split()
+        bounds = ",".join(["-all", *kept])
+        less = ["setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounds}"]
+    start = [*less, *command(unit("Service", "ExecStart"), known)]
+    subprocess.run(start, check=True, timeout=PATIENCE_S)
     assert nodes.status(where)["owner"] == "file"
     (where / "dom").mkdir()
     subprocess.run(command(unit("Service", "ExecStop"), known), check=True, timeout=PATIENCE_S)
