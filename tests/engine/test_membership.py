@@ -202,6 +202,27 @@ def test_a_record_that_was_removed_in_a_gap_of_the_watch_fences(pair: tuple[Node
     assert a.fences == [REMOVED]
 
 
+@pytest.mark.allow_warnings
+def test_a_wish_of_a_former_membership_does_not_stand(pair: tuple[Node, Node]) -> None:
+    """A domain is lost and joined again in one session. The wish that waited there is on that session's
+    lease: nobody withdrew it, and whoever came after it waited for ever (promise 5).
+    """
+    a, b = pair
+    for node in pair:
+        node.join()
+    held = b.open()
+    assert a.loop.run_until(lambda: holds(held), PATIENCE_S)
+    wanted = a.open()
+    a.loop.run_for(SOON_S)
+    assert waits(wanted)
+    key = b"d/" + DOMAIN + b"/w/" + LOCK + b"/a"
+    assert key in a.store.server.data
+    a.membership.spaces[DOMAIN].lose("a test")
+    assert a.loop.run_until(lambda: a.membership.spaces[DOMAIN].live, PATIENCE_S)
+    a.loop.run_for(SOON_S)
+    assert key not in a.store.server.data
+
+
 # -- exceptions in what belongs to the whole node -------------------------------------------------------
 
 

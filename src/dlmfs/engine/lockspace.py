@@ -276,7 +276,24 @@ class Lockspace:
         _, members, wishes = result.responses
         self._start(members, wishes, result.revision)
         self.life = Life.JOINED
+        self._withdraw_former()
         done(None)
+
+    def _withdraw_former(self) -> None:
+        """What a former membership in this session wished for stands on our lease still, though nobody
+        here waits for it: all behind it would wait for ever."""
+        for lock, queue in self.wishes.items():
+            wish = queue.get(self.node)
+            if wish is not None and wish.incarnation != self.incarnation:
+                key = self.keys.wish(lock, self.node)
+                self._take_away(Txn((created_at(key, wish.revision),), (Delete(key),)))
+
+    def _take_away(self, txn: Txn) -> None:
+        def done(result: TxnResult | DlmfsError) -> None:
+            if isinstance(result, Unavailable) and self.live:
+                self.loop.call_later(RETRY_S, self.enter, self._take_away, txn)
+
+        self.commit(txn, done)
 
     def _rejoin_own(self, old: KeyValue, done: Done) -> None:
         txn = Txn(

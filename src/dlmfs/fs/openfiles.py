@@ -130,9 +130,7 @@ class OpenFiles:
             self.places.leave(h.pid, file.ino, but=None)
             return errno.EINVAL
         if not flags and self.by_kernel(h.pid):
-            return (
-                errno.ENOTTY
-            )  # for an ioctl(2) on an open file, as FS_IOC_GETFLAGS: it needs no lock
+            return errno.ENOTTY  # for an ioctl(2) like FS_IOC_GETFLAGS, which needs no lock
         if not file.linked:
             # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
             return errno.ESTALE if file.lost else errno.EAGAIN
@@ -160,14 +158,15 @@ class OpenFiles:
                 return self._serve(handle)
             self._opening = None
             return self._wait(handle, h.unique) if self._opened is None else self._opened
-        except Exception:  # it is answered EIO: nobody will ever release or interrupt it
+        except Exception:
             self._undo(handle)
             raise
         finally:
             self._opening = None
 
     def _undo(self, handle: Handle) -> None:
-        """Give back what an open that failed in the middle was granted, or waits for."""
+        """An open that fails in the middle is answered EIO: nobody will ever release or interrupt it, so
+        what it was granted, or waits for, is given back."""
         self.waiting.pop(handle.unique, None)
         if self.handles.get(handle.fh) is handle:
             self._close(handle)
@@ -211,12 +210,16 @@ class OpenFiles:
         return handle
 
     def _go_on(self, handle: Handle, unique: int) -> Reply:
-        if handle.stage is Stage.HELD:
-            self._discharge(handle)
+        if handle.stage is not Stage.HELD:
+            handle.unique = unique
+            self.waiting[unique] = handle
+            return None
+        self._discharge(handle)
+        try:
             return self._serve(handle)
-        handle.unique = unique
-        self.waiting[unique] = handle
-        return None
+        except Exception:
+            self._undo(handle)
+            raise
 
     def _serve(self, handle: Handle) -> bytes:
         handle.user.holders += 1
@@ -236,9 +239,10 @@ class OpenFiles:
         handle.since = self.loop.time()
         if not handle.unique:
             return  # its place is kept; the retried open will find it granted
+        reply = self._serve(handle)  # first: if it fails, `lock_lost` finds who has no answer yet
         del self.waiting[handle.unique]
         self._discharge(handle)
-        if not self.device.answer(handle.unique, self._serve(handle)):
+        if not self.device.answer(handle.unique, reply):
             # The opener was killed between our decision and our answer: nobody will ever
             # release this handle (fuse-notes 2).
             self._close(handle)
@@ -433,21 +437,25 @@ class OpenFiles:
         """`Host`: the lock is broken. Whose it was is looked up in tables of our own."""
         for answer in [a for a in self.pending.values() if a.lock is lock]:
             answer(errno.EIO)
+        unanswered = [h for h in self.waiting.values() if h.lock is lock] + self.places.of(lock)
         opening = self._opening
+        for handle in [*unanswered, *([opening] if opening is not None else [])]:
+            if handle.lock is lock and self.handles.get(handle.fh) is handle:
+                del self.handles[handle.fh]  # it was about to be told that it has the lock
+                handle.user.holders -= 1
+                if self.watchdog is not None:
+                    self.watchdog.closed(handle.pid)
         held = [h for h in self.handles.values() if h.lock is lock]
         for handle in held:
             handle.stage = Stage.ENDED
             self.notify(handle)
             if self.watchdog is not None:
-                (self.watchdog.closed if handle is opening else self.watchdog.lost_one)(handle.pid)
-        waiting = [h for h in self.waiting.values() if h.lock is lock]
-        for handle in waiting + self.places.of(lock):
+                self.watchdog.lost_one(handle.pid)
+        for handle in unanswered:
             handle.stage = Stage.ENDED
             self.failed(handle, Unavailable.errno)
         if opening is not None and opening.lock is lock:
             opening.stage = Stage.ENDED
-            if self.handles.get(opening.fh) is opening:
-                self._close(opening)
             self._opened = Unavailable.errno
         self._replace(dict.fromkeys(h.file for h in held))
 

@@ -14,6 +14,7 @@ from dlmfs.sim.rare import RARE
 
 CHANGES: Final = "engine/changes.py"
 LOCK: Final = "engine/lock.py"
+WRECK: Final = "engine/wreck.py"
 LOCAL: Final = "engine/local.py"
 SENDER: Final = "engine/sender.py"
 SPACE: Final = "engine/lockspace.py"
@@ -388,6 +389,39 @@ BUGS: Final[tuple[Planted, ...]] = (
         """        self.phase = Phase.DROPPING""",
         100,
         "a level is believed in until its give-up is confirmed (rule 5)",
+    ),
+    Planted(
+        "broken-lock-served-on",
+        "engine/contained.py",
+        "            self.wreck(error)\n",
+        "            del error\n",
+        100,
+        "an exception in one lock's state is passed over, and the lock served on",
+    ),
+    Planted(
+        "broken-lock-stays-in-its-head",
+        CHANGES,
+        "members = {**head.members, space.node: mine._replace(level=Mode.NL)}",
+        "members = dict(head.members)",
+        100,
+        "a lock that broke on a node stays in its head at the level that it had there",
+    ),
+    Planted(
+        "broken-lock-given-away-at-once",
+        WRECK,
+        "wait = max(space.lock_delay_s, space.grace_s if left.holders else 0.0)",
+        "wait = 0.0",
+        100,
+        "who held a lock that broke has no time to close before others have it",
+    ),
+    Planted(
+        "broken-lock-may-still-send",
+        WRECK,
+        "        space.revive()\n",
+        "        heir.resume()\n",
+        100,
+        "what a lock that broke had sent still applies: no new epoch (rule 4)",
+        first=150,
     ),
     Planted(
         "kinship-of-the-gone",

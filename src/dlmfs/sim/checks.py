@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import Head
@@ -82,6 +82,16 @@ class Open:
     released: float | None = None
 
 
+class Grace(NamedTuple):
+    """A lock was lost on one node by a fault: who held it has so long to close. A fence ends that."""
+
+    node: SimNode
+    life: int
+    fences: int
+    until: float
+    held: list[Open]
+
+
 @dataclass
 class Seen:
     """What was seen of one lock."""
@@ -91,6 +101,7 @@ class Seen:
     floor: int = 0
     """No read that begins now may return a value older than this revision's."""
     opens: list[Open] = field(default_factory=list)
+    graces: list[Grace] = field(default_factory=list)
     bases: dict[int, str] = field(default_factory=dict)
 
 
@@ -247,6 +258,7 @@ class Checks:
         self._token(node, opened, strict=self.strict and not late)
         if self.strict and not call.overtaken:
             self._exclusion(node, opened)
+            self._gracious(opened)
             self._marked(opened, lock)
             self._in_order(opened, handle)
 
@@ -424,6 +436,39 @@ class Checks:
                     if opened.node is node and opened.closed is None and opened.life == node.life:
                         if opened.outcome == "ok":
                             opened.closed = max(at, opened.returned or at)
+
+    def lock_lost(self, node: SimNode, lock: Lock) -> None:
+        """An exception in one lock's state: what the node had open of it is lost, and its holders have
+        their time before anybody else has the lock."""
+        self.losses += 1
+        seen = self.seen(lock)
+        lost = [
+            o for o in seen.opens if o.node is node and o.life == node.life and o.outcome == "ok"
+        ]
+        held = [opened for opened in lost if opened.released is None]
+        at = min(self.now, node.deadline())
+        for opened in lost:
+            if opened.closed is None:
+                opened.closed = max(at, opened.returned or at)
+        space = node.space(lock[0])
+        if held and space is not None:
+            until = self.now + 0.99 * space.grace_s / node.machine.rate
+            seen.graces.append(Grace(node, node.life, node.membership.fences, until, held))
+        self.oracle.wrecked(lock, node.name)
+
+    def _gracious(self, opened: Open) -> None:
+        """Promise 5: nobody has the lock before those who lost it have closed, or had their time."""
+        for grace in self.seen(opened.lock).graces:
+            node = grace.node
+            over = node.life != grace.life or node.membership.fences != grace.fences
+            if over or self.now >= grace.until:
+                continue
+            for lost in grace.held:
+                if lost.released is None and not compatible(lost.mode, opened.mode):
+                    raise Violation(
+                        f"{self._name(opened)} was granted before {self._name(lost)}, which "
+                        "was lost, had its time"
+                    )
 
     def lease_ended(self, node: SimNode, lease: int) -> None:
         """Promise 3: the store lets a lease run out; the node must have stopped serving long before."""

@@ -177,6 +177,9 @@ class Cluster:
             self.disturb(2 * self.scenario.ttl_s)
         self.fitful = 0.0
         self.faults.__dict__.update(Faults().__dict__)
+        for node in self.nodes:
+            if node.up and not node.machine.dead:
+                node.machine.call_soon(trouble.find_bugs, node)
         if not self.arbiter.available:
             trouble.elect(self)
         for node in self.nodes:
@@ -226,6 +229,9 @@ class Cluster:
                 return f"{node.name} is {node.membership.state.value}"
             if any(space.life is not Life.JOINED for space in node.membership.spaces.values()):
                 return f"{node.name} is not back in its domains"
+            for space in node.membership.spaces.values():
+                if any(lock.wreck_left is not None for lock in space.locks.values()):
+                    return f"{node.name} has not recovered all locks"
             for process in node.processes.values():
                 if process.program is not None:
                     if brief:

@@ -28,6 +28,10 @@ Reply = bytes | int
 UID: Final = 1000
 
 
+class Injected(Exception):
+    """An exception that the simulation plays into the product."""
+
+
 class Request(NamedTuple):
     """A call of the file system that a process waits for. `note` is kept with it for the checks."""
 
@@ -146,6 +150,9 @@ class Kernel:
             return handler(call.header, *call.request.args)
         except Bug:
             raise
+        except Injected as error:  # as the device does with whatever nobody expected
+            self.fs.broken(f"request {call.request.op}", error)
+            return errno.EIO
         except DlmfsError as error:
             return error.errno
         except OSError as error:

@@ -23,7 +23,7 @@ from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import Directory, Tree
 from dlmfs.fuse.wire import Header
 from dlmfs.model import DeadValue, Mode, Owner
-from dlmfs.sim.kernel import Call, Kernel, Reply
+from dlmfs.sim.kernel import Call, Injected, Kernel, Reply
 from dlmfs.sim.machine import Machine
 from dlmfs.sim.oracle import Arbiter, Lock
 from dlmfs.sim.programs import Process
@@ -57,6 +57,8 @@ class Files(FileSystem):
     """The real file system; what it would ask /proc it asks the simulated processes."""
 
     node: SimNode
+    faulty = False
+    """The next open that is served raises."""
 
     def identify(
         self, claim: Claim, holders: Sequence[Claim], done: Callable[[bool], None]
@@ -92,6 +94,9 @@ class Files(FileSystem):
             self.node.checks.made(self.node, lock)
 
     def _serve(self, handle: Handle) -> bytes:
+        if self.faulty:
+            self.faulty = False
+            raise Injected("a bug in a request")
         if handle.mode is Mode.EX:
             lock = (handle.file.domain.name, handle.file.name)
             self.node.cluster.oracle.had_ex(lock, self.node.name)
@@ -109,12 +114,21 @@ class Files(FileSystem):
 
     def domain_lost(self, domain: bytes, reason: str) -> None:
         self.node.checks.lost(self.node, domain)
+        space = self.node.space(domain)
+        if space is not None:
+            self.node.checks.oracle.lost.add((domain, self.node.name, space.incarnation))
         super().domain_lost(domain, reason)
 
     def broken(self, where: str, error: Exception) -> None:
         """Nothing breaks by itself: what does is a finding."""
-        super().broken(where, error)
-        raise error
+        if not isinstance(error, Injected) and where not in self.node.spoiled:
+            raise error
+        self.node.spoiled.discard(where)
+        self.node.cluster.tell(self.node.name, f"a fault in {where}: {error!r}")
+
+    def lock_lost(self, lock: ClusterLock, *claims: Sequence[Claim]) -> None:
+        self.node.checks.lock_lost(self.node, (lock.space.domain, lock.name))
+        super().lock_lost(lock, *claims)
 
     def fenced(self, reason: str) -> None:
         self.node.cluster.tell(self.node.name, f"is fenced: {reason}")
@@ -150,6 +164,8 @@ class SimNode:
         self.processes: dict[int, Process] = {}
         self.last_served: dict[int, float] = {}
         """By lease: when something was last served under it."""
+        self.spoiled: set[str] = set()
+        """Where an exception is to be expected, once."""
         self._over: set[int] = set()
         self._pid = 0
 

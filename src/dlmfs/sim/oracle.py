@@ -99,6 +99,10 @@ class Oracle:
         self.closed_until = float("-inf")
         """Nobody may be granted anything before that: the store went back."""
         self.now: Callable[[], float] = lambda: 0.0
+        self.lost: set[tuple[bytes, str, int]] = set()
+        """Memberships that a node lost by a fault: what it does with their records is a death's doing."""
+        self.broken: dict[Lock, set[str]] = {}
+        """By lock: the nodes that have lost it by a fault, and stand in its head still."""
 
     def lock(self, lock: Lock) -> LockRecord:
         record = self.locks.get(lock)
@@ -111,6 +115,10 @@ class Oracle:
         record = self.lock(lock)
         if record.head.abandoned is not None:
             record.seers.add(node)
+
+    def wrecked(self, lock: Lock, node: str) -> None:
+        """A node's state of a lock was broken; its next change of the head gives it up."""
+        self.broken.setdefault(lock, set()).add(node)
 
     def alive(self, domain: bytes, node: str, incarnation: int) -> bool:
         return self.members.get(domain, {}).get(node) == incarnation
@@ -187,7 +195,7 @@ class Oracle:
             members[node] = kv.create_revision
             return
         incarnation = members.pop(node, None)
-        if author != node:
+        if author != node or (domain, node, incarnation) in self.lost:
             return
         # A clean leave with a lock cached looks like a death to the others (protocol-traps 12).
         for lock, record in self.locks.items():
@@ -340,6 +348,7 @@ class _Change:
             and self.new.members.get(node, NO_MEMBER).incarnation != member.incarnation
         ]
         mark = self.new.abandoned
+        dead += self._given_up_by_a_fault(mark)
         if self.new.lvb != self.old.lvb and not dead:
             if mark is not None:
                 self._fail(f"a value was written, and the mark for {mark.node} stands")
@@ -355,6 +364,20 @@ class _Change:
         if old is None or mark != old._replace(seen=True) or member.level is not Mode.EX:
             return False
         return self.author in self.oracle.lock(self.lock).seers
+
+    def _given_up_by_a_fault(self, mark: Abandoned | None) -> list[Abandoned]:
+        """A lock whose state was broken on a living node: it is taken out of the head as by a death, with
+        the mark if it was EX. What it had handed over itself before has none."""
+        broken = self.oracle.broken.get(self.lock, set())
+        if self.author not in broken:
+            return []
+        old = self.old.members.get(self.author, NO_MEMBER)
+        new = self.new.members.get(self.author, NO_MEMBER)
+        if new.level is not Mode.NL:
+            return []
+        broken.discard(self.author)
+        told = Abandoned(self.author, old.revision)
+        return [told] if old.level is Mode.EX and mark == told else []
 
     def _deletion(self) -> None:
         """Rule 15: only the last living member removes a head, and not one that tells of a death which no

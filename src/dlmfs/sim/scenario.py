@@ -216,9 +216,25 @@ def _steps(rng: Random, nodes: int, *, lenient: bool, leased: bool) -> tuple[Ste
     return tuple(steps)
 
 
+BUGGY: Final = 0.3
+"""The share of runs with exceptions in locks and requests."""
+
+
+def _with_bugs(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]:
+    """Drawn by itself: the other runs are what they were."""
+    rng = Random(f"bugs {seed}")
+    found = list(steps)
+    if rng.random() < BUGGY:
+        for _ in range(rng.choice([1, 2, 5])):
+            step = Step(0.0, "bug", rng.randrange(nodes), rng.randrange(1 << 32))
+            found.insert(rng.randrange(len(found) // 4, len(found)), step)
+    return tuple(found)
+
+
 def _more(steps: tuple[Step, ...], nodes: int, seed: int) -> tuple[Step, ...]:
     """What was thought of later, drawn by generators of its own."""
-    return _touched(_stopped(steps, nodes, seed), nodes, seed)
+    more = _touched(_stopped(steps, nodes, seed), nodes, seed)
+    return _with_bugs(more, nodes, seed)
 
 
 def _restored(steps: tuple[Step, ...], seed: int, ttl_s: float) -> tuple[Step, ...]:

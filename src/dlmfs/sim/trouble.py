@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.engine.eviction import Mark, mark_key
 from dlmfs.engine.records import NODES
+from dlmfs.sim.kernel import Injected
+from dlmfs.sim.oracle import Violation
 from dlmfs.store.base import Put, Txn
 
 if TYPE_CHECKING:
+    from dlmfs.engine.lock import ClusterLock
     from dlmfs.sim.cluster import Cluster
     from dlmfs.sim.node import SimNode
 
@@ -125,6 +128,51 @@ def restore(cluster: Cluster, _node: SimNode, rng: Random) -> None:
     cluster.restores.restore(rng)
 
 
+def bug(cluster: Cluster, node: SimNode, rng: Random) -> None:
+    """An exception in the state of one lock, found at once or by the next event; or in one request."""
+    node.machine.call_soon(partial(_bug, cluster, node, node.life, rng))
+
+
+def _bug(cluster: Cluster, node: SimNode, life: int, rng: Random) -> None:
+    spaces = node.membership.spaces
+    locks = [lock for space in spaces.values() if space.live for lock in space.locks.values()]
+    if cluster.polite or not node.up or node.life != life or not locks:
+        return
+    lock = rng.choice(locks)
+    domain, name = lock.space.domain, lock.name
+    kind = rng.choice(["at once", "at once", "later", "request"])
+    cluster.tell(node.name, f"a bug in {domain.decode()}/{name.decode()}, {kind}")
+    if kind == "request":
+        node.fs.faulty = True
+        return
+    node.spoiled.add(where(lock))
+    if kind == "later":
+        lock.res.pr += 1
+        return
+    lock.enter(_raise)
+    if lock.space.live and lock.space.locks.get(name) is lock:
+        raise Violation(f"{name!r} on {node.name} is served on though its state is broken")
+
+
+def where(lock: ClusterLock) -> str:
+    """As the engine names it."""
+    return f"lock {lock.space.domain.decode()}/{lock.name.decode()}"
+
+
+def _raise() -> None:
+    raise Injected("a bug")
+
+
+def find_bugs(node: SimNode) -> None:
+    """What was played in, and has not come out yet, does so now, or never."""
+    node.fs.faulty = False
+    for space in node.membership.spaces.values():
+        for lock in list(space.locks.values()):
+            if where(lock) in node.spoiled:
+                lock.enter(_raise)
+    node.spoiled.clear()
+
+
 STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
     "crash": crash,
     "cut": cut,
@@ -143,4 +191,5 @@ STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
     "full": full,
     "copy": copy,
     "restore": restore,
+    "bug": bug,
 }
