@@ -180,7 +180,7 @@ def _pinned(path: str) -> Iterator[str]:
     except OSError as error:
         raise _mountpoint_error(path, error.errno) from error
     try:
-        if os.readlink(f"/proc/self/fd/{fd}") != path:
+        if proc.link("self", fd) != os.fsencode(path):
             raise MountFailed(
                 f"{path} was changed while it was looked at: see by whom, then try again"
             )
