@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+from tests.private import own_mounts
 
 # The examples are the same in every run, so that a change alone can turn a run red; DLMFS_RANDOM=1
 # draws new ones (a failure then prints how to repeat it).
@@ -18,19 +18,10 @@ settings.register_profile("random", print_blob=True)
 settings.load_profile("random" if os.environ.get("DLMFS_RANDOM") else "fixed")
 
 
-CLONE_NEWNS = 0x20000
-
-
 def pytest_configure() -> None:
     """Workers of one run share no mount, socket or state: some tests ask about all that there are."""
-    if "PYTEST_XDIST_WORKER" not in os.environ or os.getuid() != 0:
-        return
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
-        raise OSError(ctypes.get_errno(), "unshare")
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    for folder in ("/run", "/dev/shm"):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder], check=True)
-    os.chmod("/run", 0o755)
+    if "PYTEST_XDIST_WORKER" in os.environ and os.getuid() == 0:
+        own_mounts()
 
 
 def _lacking() -> dict[str, str]:

@@ -1,0 +1,200 @@
+"""Mutants of what stands between users: the control socket, folders, guards, limits, what is printed."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+STRANGER: Final = "tests/control/test_stranger.py"
+SERVER: Final = "tests/control/test_server.py"
+FOLDERS: Final = "tests/store/test_folders.py"
+GUARD: Final = "tests/client/test_guard.py"
+PROC: Final = "tests/core/test_proc.py"
+
+DOORS: Final = (
+    Mutant(
+        "group-before-owner",
+        "permission.py",
+        "if asker.uid == inode.uid:",
+        "if asker.uid == inode.uid and inode.mode >> 6 & want == want:",
+        (f"{STRANGER}::test_may_is_the_kernels_rule",),
+        "an owner who may not read is told by the modes of others",
+    ),
+    Mutant(
+        "folders-above-forgotten",
+        "permission.py",
+        "if inode.parent is not None and not may(asker, inode.parent, SEARCH):",
+        "if False:",
+        (f"{STRANGER}::test_a_folder_that_cannot_be_searched_closes_what_is_below",),
+        "who knows a name below a closed domain is told its value",
+    ),
+    Mutant(
+        "refusal-tells",
+        "permission.py",
+        "            return may(self.asker, folder, WRITE | SEARCH)\n",
+        "            return True\n",
+        (f"{STRANGER}::test_refusals_do_not_tell_what_is_there",),
+        "a stranger learns which locks of a closed domain exist",
+    ),
+    Mutant(
+        "processes-told",
+        "permission.py",
+        "return proc.user(pid) == self.asker.uid",
+        "return proc.user(pid) is not None",
+        (f"{STRANGER}::test_hidden_processes_stay_hidden",),
+        "hidepid= of the host is undone by the control socket",
+    ),
+    Mutant(
+        "evict-for-all",
+        "handlers.py",
+        '"evict": (_evict, Cost.CLUSTER, True),',
+        '"evict": (_evict, Cost.CLUSTER, False),',
+        (STRANGER,),
+        "any user may evict a node",
+    ),
+    Mutant(
+        "remove-domain-for-all",
+        "handlers.py",
+        '"remove-domain": (_remove_domain, Cost.CLUSTER, True),',
+        '"remove-domain": (_remove_domain, Cost.CLUSTER, False),',
+        (STRANGER,),
+        "any user may remove a domain with its values",
+    ),
+    Mutant(
+        "root-among-others",
+        "control_server.py",
+        "full = not asker.trusted and self._others >= OTHERS_MAX",
+        "full = self._others >= OTHERS_MAX",
+        (f"{SERVER}::test_many_users_leave_room_for_root",),
+        "other users keep root out of the control socket",
+    ),
+    Mutant(
+        "share-not-given-back",
+        "control_server.py",
+        "            self._door.leave(asker, room)\n",
+        "",
+        (f"{SERVER}::test_one_users_connections_keep_nobody_else_out",),
+        "after some questions a user is let in no more",
+    ),
+    Mutant(
+        "words-of-a-bug-for-all",
+        "control_server.py",
+        'what = f": {type(error).__name__}: {error}" if asker.trusted else ""',
+        'what = f": {type(error).__name__}: {error}"',
+        (f"{SERVER}::test_what_went_wrong_inside_is_for_root",),
+        "the words of an exception tell a stranger what is closed to him",
+    ),
+    Mutant(
+        "others-socket-swapped",
+        "folders.py",
+        "if stat.S_ISLNK(info.st_mode) or info.st_uid != os.geteuid():",
+        "if info.st_uid != os.geteuid():",
+        (f"{FOLDERS}::test_set_mode_follows_no_link_and_touches_nothing_of_others",),
+        "chmod by root of what a link leads to",
+    ),
+    Mutant(
+        "group-may-write",
+        "folders.py",
+        "    if is_link or not info.st_mode & 0o022:\n",
+        "    if is_link or not info.st_mode & 0o002:\n",
+        (f"{FOLDERS}::test_who_may_write_the_folder_may_put_anything_there",),
+        "a state below a folder that a group can write is trusted",
+    ),
+    Mutant(
+        "last-part-sticky",
+        "folders.py",
+        "        _check(self.fd, self.path, sticky=False)\n",
+        "        _check(self.fd, self.path, sticky=True)\n",
+        (f"{FOLDERS}::test_who_may_write_the_folder_may_put_anything_there",),
+        "root's state lies in /tmp, where anybody may put SQLite's journal beside it",
+    ),
+    Mutant(
+        "token-noted-after",
+        "client/guard.py",
+        "                os.fsync(fd)\n            if not seen:",
+        "            if not seen:",
+        (f"{GUARD}::test_the_names_of_what_remembers_are_durable",),
+        "a token is forgotten by a power failure, and an older one is let in",
+    ),
+    Mutant(
+        "guard-by-a-link",
+        "client/guard.py",
+        "_OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW |",
+        "_OPEN: Final = os.O_RDWR | os.O_CREAT |",
+        (f"{GUARD}::test_a_token_file_that_somebody_put_there_is_not_used",),
+        "a token is written where somebody's link leads",
+    ),
+    Mutant(
+        "guard-readable",
+        "client/guard.py",
+        "            os.fchmod(fd, 0o600)  # who may read it could keep others out by a lock\n",
+        "            pass\n",
+        (f"{GUARD}::test_who_may_read_a_guarded_file_keeps_nobody_out",),
+        "whoever may read the token file keeps everybody out by flock",
+    ),
+    Mutant(
+        "guard-far-token",
+        "client/guard.py",
+        "            if token > furthest(seen):\n",
+        "            if token < 0:\n",
+        (f"{GUARD}::test_a_token_that_cannot_be_yet_shuts_nobody_out",),
+        "one wrong token shuts everybody out of a file for good",
+    ),
+    Mutant(
+        "subids-each-a-share",
+        "fs/limits.py",
+        "owner = self.owner_of(uid)",
+        "owner = uid",
+        ("tests/fs/test_subids.py::test_a_user_has_one_share_with_all_ids_of_his",),
+        "a user has as many shares of a mount as subordinate ids",
+    ),
+    Mutant(
+        "kin-by-path-alone",
+        "fs/kin.py",
+        "if found is None or found.ino != ino or found.is_path_only:",
+        "if found is None or found.ino != ino:",
+        (f"{PROC}::test_a_descriptor_of_a_path_alone_holds_nothing",),
+        "an O_PATH descriptor passes every waiting writer",
+    ),
+    Mutant(
+        "kin-without-bound",
+        "fs/kin.py",
+        'proc.numbers(group, "fd", most=DESCRIPTORS_MAX)',
+        'proc.numbers(group, "fd")',
+        (f"{PROC}::test_so_many_descriptors_are_looked_at_and_no_more",),
+        "a process with a million descriptors stops everybody's questions",
+    ),
+    Mutant(
+        "name-with-a-bracket",
+        "proc.py",
+        '(read(pid, "stat") or b"").rpartition(b")")[2].split()',
+        '(read(pid, "stat") or b"").partition(b")")[2].split()',
+        ("tests/core/test_proc.py",),
+        "a process called `a) Z 1` passes for a dead one",
+    ),
+    Mutant(
+        "names-as-text",
+        "proc.py",
+        'return os.fsdecode((read(pid, "comm") or b"").strip())',
+        'return (read(pid, "comm") or b"").strip().decode()',
+        (f"{PROC}::test_a_name_that_is_cut_in_the_middle_of_a_letter_is_read_past",),
+        "a process name that ends in half a letter costs a request",
+    ),
+    Mutant(
+        "terminal-of-root",
+        "cli/say.py",
+        '        sys.stderr.write(harmless(line) + "\\n")\n',
+        '        sys.stderr.write(line + "\\n")\n',
+        ("tests/cli/test_say.py::test_complaints_are_one_line",),
+        "a lock's name writes to root's terminal",
+    ),
+    Mutant(
+        "value-on-a-terminal",
+        "cli/say.py",
+        "    if sys.stdout.isatty():\n",
+        "    if not sys.stdout.isatty():\n",
+        ("tests/cli/test_say.py::test_a_value_is_raw_for_a_script_and_harmless_on_a_terminal",),
+        "a value's escape sequences reach the terminal",
+    ),
+)

@@ -1,0 +1,11 @@
+"""The list of mutants: what each breaks, and the tests that notice (see `run`)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.mutants.doors import DOORS
+from tests.mutants.mutant import Mutant
+from tests.mutants.store import STORE
+
+MUTANTS: Final[tuple[Mutant, ...]] = (*STORE, *DOORS)
