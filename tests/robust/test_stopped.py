@@ -60,9 +60,9 @@ def test_a_stopped_node_keeps_what_is_open_and_the_others_go_on(nodes: Nodes) ->
             (c / "dom").mkdir()
             assert use(c, "open", c / "dom/free") == (0, "")
             assert f"the node a is stopped (pid {pid})" in dlmfs("status", str(b)).stdout
-            again = dlmfs(
-                "mount", f"local:{nodes.state}", str(nodes.folder), "-o", "node=a", check=False
-            )
+            there = nodes.folder / "again"
+            there.mkdir()
+            again = dlmfs("mount", f"local:{nodes.state}", str(there), "-o", "node=a", check=False)
             assert again.returncode == 32
             assert "node named a" in again.stderr
             assert waiter.waits, "granted although its holder may go on at any moment"
