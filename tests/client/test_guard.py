@@ -137,7 +137,7 @@ def now() -> int:
     return int(time.time() * 31_250) << 16
 
 
-@pytest.mark.parametrize("seen", [0, 7 << 16, now()])
+@pytest.mark.parametrize("seen", [0, 7 << 16, now()], ids=["none", "small", "now"])
 def test_a_token_that_cannot_be_yet_shuts_nobody_out(
     tmp_path: Path, database: Path, seen: int
 ) -> None:
