@@ -23,6 +23,7 @@ from dlmfs.engine.records import (
     decode_wish,
     encode_mail,
     encode_member,
+    encode_news,
 )
 from dlmfs.errors import BadState
 from dlmfs.model import LVB_SIZE, NODE_NAME, Mode
@@ -44,8 +45,11 @@ REAL: Final = [
     (mark_key("n1"), Mark(5, "n2", heard=True).encode()),
     (b"n/n1/ask/n2/4d.1", LETTER),
     (b"n/n1/answer/4d.1/n2", b'{"node":"n2","place":"x/1"}'),
+    (KEYS.my_news, encode_news([b"lk", b"l\xff"])),
+    (KEYS.my_files, b""),
 ]
 ODD_KEYS: Final = [
+    *(b"d/dom/v/n1/x", b"d/dom/f/n1/", b"d/dom/v/\xff", b"d/dom/f"),
     *(b"d/dom/w/a/b/c", b"d/dom/w/lk", b"d/dom/w//n1", b"d/dom/w/lk/", b"d/dom/w/lk/n\xff"),
     *(b"d/dom/m/\xff\xfe", b"d/dom/m/", b"d/dom/m/n\x1b[32m8", b"d/dom/m/a/b", b"d/dom/x/lk"),
     *(

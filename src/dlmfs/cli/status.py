@@ -17,6 +17,12 @@ Facts = dict[str, Any]
 MISSING_MAX: Final = 8
 
 
+BROKEN: Final = {
+    "recovering": "  recovering: a fault broke its state",
+    "unread": "  cannot be had: its head in the store cannot be read",
+}
+
+
 def run(args: list[str]) -> int:
     """Exit 0: all mounts answered; 1: no mount; 69: one of them is dead or silent."""
     parser = Parser(prog="dlmfs status", description="Who holds what, and who waits for whom.")
@@ -124,7 +130,7 @@ def _domain(domain: Facts, *, everything: bool) -> list[str]:
     busy = [
         k
         for k in domain["locks"]
-        if k["holders"] or k["waiters"] or k["wanted_by"] or k["phase"] == "recovering"
+        if k["holders"] or k["waiters"] or k["wanted_by"] or k["phase"] in BROKEN
     ]
     shown = domain["locks"] if everything else busy
     counts = {"idle": domain["count"] - (domain["count"] if everything else domain["busy"])}
@@ -137,8 +143,7 @@ def _domain(domain: Facts, *, everything: bool) -> list[str]:
     lines = [f"  {plain(domain['name'])}/  members: {', '.join(members)}{rest}"]
     lines += [f"    {what}" for what in _bad(domain)]
     for lock in shown:
-        recovering = "  recovering: a fault broke its state" * (lock["phase"] == "recovering")
-        lines.append(f"    {plain(lock['name']):24} {lock['level']}{recovering}")
+        lines.append(f"    {plain(lock['name']):24} {lock['level']}{BROKEN.get(lock['phase'], '')}")
         for what, key in (("held by", "holders"), ("awaited by", "waiters")):
             lines += [_claim(what, claim) for claim in lock[key]]
             lines += [f"      {what:10} {more}" for more in _more(lock[f"more_{key}"])]

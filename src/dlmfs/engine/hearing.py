@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dlmfs.engine.records import (
+    Head,
     Wish,
     check_member,
+    decode_head,
     decode_mail,
     decode_wish,
     encode_member,
@@ -59,6 +61,18 @@ def read_wish(space: Lockspace, kv: KeyValue) -> Wish | None:
         return None
     space.bad.good(kv.key)
     return wish
+
+
+def read_head(space: Lockspace, kv: KeyValue) -> Head:
+    """The head in a record. Raises BadState for one that cannot be read: nobody knows who has the lock
+    then, and it costs the lock (`wreck`)."""
+    try:
+        head = decode_head(kv)
+    except BadState as error:
+        space.bad.note(kv.key, error)
+        raise
+    space.bad.good(kv.key)
+    return head
 
 
 def note(space: Lockspace, batch: WatchBatch) -> None:

@@ -13,6 +13,7 @@ from dlmfs.engine.records import (
     check_member,
     decode_head,
     decode_mail,
+    decode_news,
     decode_node,
     decode_wish,
     lock_of,
@@ -53,18 +54,22 @@ def _in_domain(kv: KeyValue) -> bool:
         check_member(kv)
         return True
     domain, _, rest = kv.key[len(DOMAINS) :].partition(b"/")
-    keys = Keys(domain, "")
-    if rest.startswith(b"w/"):
-        wish = keys.split_wish(kv.key)
-        if wish is not None:
-            decode_wish(kv, wish[1])
-        return wish is not None
-    if rest.startswith(b"g/"):
-        node = node_name(rest.split(b"/")[1])
-        if node is not None and Keys(domain, node).split_mail(kv.key) is not None:
-            decode_mail(kv)
-            return True
-    return False
+    wish = Keys(domain, "").split_wish(kv.key)
+    if wish is not None:
+        decode_wish(kv, wish[1])
+        return True
+    kind, _, rest = rest.partition(b"/")
+    name = node_name(rest.partition(b"/")[0])
+    if name is None:
+        return False
+    keys = Keys(domain, name)
+    if kind == b"g" and keys.split_mail(kv.key) is not None:
+        decode_mail(kv)
+    elif kv.key == keys.my_news:
+        decode_news(kv)
+    else:
+        return kv.key == keys.my_files and not kv.value  # it says all by being there
+    return True
 
 
 def marked(kv: KeyValue) -> str | None:

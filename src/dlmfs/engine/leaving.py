@@ -6,11 +6,11 @@ the membership with it. The last node out takes the heads along.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from dlmfs.engine.lock import Done
 from dlmfs.engine.records import decode_head
-from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, Unavailable
+from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
 from dlmfs.store.base import Delete, KeyValue, Op, Range, Txn, TxnResult, created_at, unchanged
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ BATCH_MAX = 32
 OWN = 3
 """Records of our own that go last: the membership, and the two of `keeping`."""
 RETRY_S = 0.1
+PAGE: Final = 200
+"""Heads looked at at once: a domain may have a million."""
+OTHERS: Final = 2
+"""Membership records that are enough to know that one is not the last."""
 
 
 def leave(space: Lockspace, done: Done) -> None:
@@ -35,8 +39,8 @@ def leave(space: Lockspace, done: Done) -> None:
     def one_left(error: DlmfsError | None) -> None:
         nonlocal waiting
         waiting -= 1
-        if error is not None:
-            failures.append(error)
+        if error is not None and not isinstance(error, BadState):
+            failures.append(error)  # else nobody can tell who is in that head: we die in it
         if waiting:
             return
         if not space.live:
@@ -54,14 +58,16 @@ def leave(space: Lockspace, done: Done) -> None:
         lock.forget(one_left)
 
 
-def _look(space: Lockspace, done: Done) -> None:
+def _look(space: Lockspace, done: Done, behind: bytes = b"") -> None:
+    """Look at what may have to be removed; of the heads, which may be many, at those behind one."""
     keys = space.keys
     mine = created_at(keys.mine, space.incarnation)
-    look = Txn((mine,), (Range(keys.members), Range(keys.heads), Range(keys.mails)))
-    space.commit(look, lambda result: _looked(space, result, done))
+    heads, mails = Range(keys.heads, behind, PAGE), Range(keys.mails, b"", PAGE)
+    look = Txn((mine,), (Range(keys.members, b"", OTHERS), heads, mails))
+    space.commit(look, lambda result: _looked(space, result, done, behind))
 
 
-def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done) -> None:
+def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done, behind: bytes) -> None:
     if isinstance(result, DlmfsError):
         _refused(space, result, done)
         return
@@ -82,19 +88,32 @@ def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done) -> Non
         assert isinstance(kv, KeyValue)
         guards.append(unchanged(kv.key, kv.mod_revision))
         ops.append(Delete(kv.key))
-    last = len(litter) <= batch
+    all_of_it = len(litter) <= batch
+    last = all_of_it and len(heads) < PAGE > len(mails)
     if last:
         ops += map(Delete, (space.keys.mine, space.keys.my_files, space.keys.my_news))
+    if all_of_it and len(heads) == PAGE:
+        following = heads[-1]
+        assert isinstance(following, KeyValue)
+        behind = following.key
+    if not ops:
+        _look(space, done, behind)
+        return
     txn = Txn(tuple(guards), tuple(ops))
-    space.commit(txn, lambda result: _removed(space, result, done, last=last))
+    space.commit(txn, lambda result: _removed(space, result, done, behind, last=last))
 
 
 def _forgettable(kv: object) -> bool:
     assert isinstance(kv, KeyValue)
-    return decode_head(kv).forgettable()
+    try:
+        return decode_head(kv).forgettable()
+    except BadState:
+        return False  # nobody knows what would be forgotten
 
 
-def _removed(space: Lockspace, result: TxnResult | DlmfsError, done: Done, *, last: bool) -> None:
+def _removed(
+    space: Lockspace, result: TxnResult | DlmfsError, done: Done, behind: bytes, *, last: bool
+) -> None:
     if isinstance(result, DlmfsError):
         _refused(space, result, done)
     elif last and result.succeeded:
@@ -102,7 +121,7 @@ def _removed(space: Lockspace, result: TxnResult | DlmfsError, done: Done, *, la
         space.left()
         done(None)
     else:  # there is more; or a head changed under us; or we are out, which it will see
-        _look(space, done)
+        _look(space, done, behind if result.succeeded else b"")
 
 
 def _refused(space: Lockspace, error: DlmfsError, done: Done) -> None:

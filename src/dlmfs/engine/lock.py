@@ -269,7 +269,8 @@ class ClusterLock:
     @property
     def phase(self) -> str:
         """For people: what is under way between this node and the cluster."""
-        return "recovering" if self.wreck_left is not None else self.res.phase.name.lower()
+        left = self.wreck_left
+        return left.phase if left is not None else self.res.phase.name.lower()
 
     @property
     def undecided(self) -> bool:

@@ -38,7 +38,7 @@ from dlmfs.engine.questions import Questions
 from dlmfs.engine.records import NODES
 from dlmfs.engine.restored import Recovery
 from dlmfs.engine.timeline import Timeline
-from dlmfs.errors import BadState, DlmfsError, LockLost, StoreRestored, Unavailable
+from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, StoreRestored, Unavailable
 from dlmfs.model import DeadValue, Owner
 from dlmfs.store.base import (
     Event,
@@ -347,7 +347,7 @@ class Membership:
         if self._restored is not None:
             self._recover(self._restored)
         else:
-            self.store.end_session(self.session.lease, lambda _error: self._rejoin())
+            self._end_former(self.session.lease, self._rejoin)
 
     def _recover(self, error: StoreRestored) -> None:
         """Tell everybody, and wait until all of before are over. The old session may stand in the store
@@ -359,7 +359,7 @@ class Membership:
             self._restored = None
             if self._begun is not None:
                 self._begun.forget()
-            self.store.end_session(session.lease, lambda _error: self._rejoin())
+            self._end_former(session.lease, self._rejoin)
 
         Recovery(self, str(error), self.tokens, session.seen, recovered).start()
 
@@ -368,6 +368,18 @@ class Membership:
         if self.reason != why:
             self.reason = why
             log.warning("node %s stays fenced: %s", self.name, why)
+
+    def _end_former(self, lease: int, then: Callable[[], None] | None = None) -> None:
+        """End a session that is over, until it is known to have ended: what it still puts, late, would
+        keep this node out of its own domains. `then` is called after the first attempt."""
+
+        def ended(error: DlmfsError | None) -> None:
+            if isinstance(error, OutcomeUnknown) and not self._closed:
+                self.loop.call_later(RETRY_S, self._end_former, lease)
+            if then is not None:
+                then()
+
+        self.store.end_session(lease, ended)
 
     @contained
     def _rejoin(self) -> None:
@@ -400,6 +412,7 @@ class Membership:
             if self.session is not None and self.session.lease not in self._former:
                 self._former.add(self.session.lease)
                 self.session.abandon()
+                self._end_former(self.session.lease)
             if isinstance(error, StoreRestored):
                 self._restored = error
             self._come_back(RETRY_S, self._rejoin)

@@ -80,7 +80,9 @@ class Keys:
         return self.members + node.encode()
 
     def split_wish(self, key: bytes) -> tuple[bytes, str] | None:
-        """The lock and the node of a wish's key."""
+        """The lock and the node of a wish's key; None for another key."""
+        if not key.startswith(self.wishes):
+            return None
         lock, _, node = key[len(self.wishes) :].partition(b"/")
         name = node_name(node)
         return (lock, name) if name is not None and _is_lock(lock) else None

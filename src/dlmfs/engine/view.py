@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from dlmfs.engine.hearing import read_wish
+from dlmfs.engine.hearing import read_head, read_wish
 from dlmfs.engine.queue import Pass, bury, grant_pass, ordered
-from dlmfs.engine.records import Head, Mail, Member, Wish, decode_head, settled
+from dlmfs.engine.records import Head, Mail, Member, Wish, settled
 from dlmfs.model import Mode, compatible
 from dlmfs.store.base import KeyValue, TxnResult
 
@@ -121,10 +121,11 @@ class View:
         at = result.revision
         if at >= self.head_at:
             if head is None:
+                self.space.bad.good(self.space.keys.head(self.name))
                 self.set_head(NO_HEAD, 0, at)
             else:
                 assert isinstance(head, KeyValue)
-                self.set_head(decode_head(head), head.mod_revision, at)
+                self.set_head(read_head(self.space, head), head.mod_revision, at)
         fresh = at >= max(self.wishes_at, self.space.revision)
         if fresh:
             self.wishes.clear()

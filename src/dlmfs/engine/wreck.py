@@ -10,6 +10,8 @@ Rules of this file
 * Who held the lost lock has its time first, as at every end that is no death of the processes: until
   they have closed, at most the grace.
 * If the new resource breaks, too, before it has done that, the domain's membership ends as a death.
+* A head that cannot be read costs the same, for as long as it is so: whoever asks for the lock has it
+  read again. To leave the domain meanwhile is to die in that head.
 """
 
 from __future__ import annotations
@@ -25,59 +27,89 @@ from dlmfs.engine.changes import Change
 from dlmfs.engine.view import NO_HEAD
 from dlmfs.errors import BadState, LockLost
 from dlmfs.model import Mode
-from dlmfs.store.base import TxnResult
+from dlmfs.store.base import Delete, Txn, TxnResult, created_at
 
 if TYPE_CHECKING:
     from dlmfs.core.events import Claim
-    from dlmfs.engine.lock import ClusterLock
+    from dlmfs.engine.lock import ClusterLock, Done
 
 log = logging.getLogger("dlmfs.node")
 
 AGAIN_S: Final = 1.0
-"""After so long a record that could not be read is read again."""
+AGAIN_MAX_S: Final = 30.0
+"""A head that cannot be read is read again when somebody asks for the lock, and after as long again as
+it has been so, within these bounds: nobody else may be here to take our place out of it."""
 
 
 class Wreck:
     """What a wreck leaves to be done. `since`: when it happened; `holders`: those of the lost lock that
-    have not closed; `says`: what broke it."""
+    have not closed; `unread`: it was the head, which could not be read."""
 
-    __slots__ = ("holders", "says", "since")
+    __slots__ = ("holders", "since", "unread")
 
-    def __init__(self, says: str, since: float, holders: set[int]) -> None:
-        self.says = says
+    def __init__(self, since: float, holders: set[int], *, unread: bool) -> None:
+        self.unread = unread
         self.since = since
         self.holders = holders
+
+    @property
+    def phase(self) -> str:
+        """For people."""
+        return "unread" if self.unread else "recovering"
 
 
 def wreck(lock: ClusterLock, error: Exception) -> None:
     """End all that `lock` is to anybody here, and put a new resource in its place."""
     space, former = lock.space, lock.wreck_left
-    if lock.heir is not None or (former is not None and former.says == str(error)):
-        pass  # the outer frames of what broke it; or a record that is still not to be read
-    else:
+    if lock.heir is not None:
+        return  # the outer frames of what broke it
+    if not isinstance(error, BadState):  # else no fault of ours, and named among the bad records
         where = f"{space.domain.decode(errors='replace')}/{lock.name.decode(errors='replace')}"
         space.host.broken(f"lock {where}", error)
-    if lock.heir is not None:
-        return
+    unread = isinstance(error, BadState)
     holders = _end(lock)
     forgets, lock.forgets = lock.forgets, []
     if not space.live:
         for done in forgets:
             done(None)
         return
-    left = Wreck(str(error), space.loop.time(), {claim.fh for claim in holders})
+    left = Wreck(space.loop.time(), {claim.fh for claim in holders}, unread=unread)
     if former is not None:
-        if not isinstance(error, BadState):
+        if not unread:
             space.lose(f"one of its locks cannot be recovered: {type(error).__name__}")
             return
         left.since, left.holders = former.since, former.holders
     lock.heir = heir = space.put_anew(lock.name)
-    heir.wreck_left, heir.forgets = left, forgets
+    heir.wreck_left = left
     heir.reread()
+    if isinstance(error, BadState):
+        _leave_unread(lock, heir, error, forgets)
+    else:
+        heir.forgets = forgets
     if former is None:
         space.revive()
-    else:
-        space.loop.call_later(AGAIN_S, heir.resume)
+
+
+def _leave_unread(
+    lock: ClusterLock, heir: ClusterLock, error: BadState, forgets: list[Done]
+) -> None:
+    """The head cannot be read: nobody here waits for it, but for another look."""
+    _wish_no_more(lock)
+    for done in forgets:
+        done(error)
+    assert heir.wreck_left is not None
+    loop = lock.space.loop
+    unread_s = loop.time() - heir.wreck_left.since
+    loop.call_later(min(max(unread_s, AGAIN_S), AGAIN_MAX_S), heir.resume)
+
+
+def _wish_no_more(lock: ClusterLock) -> None:
+    """Take our wish away: while the head cannot be read nobody here waits, and whoever can read it again
+    first would grant it to us. Applied late it may take a later wish, which is then put again."""
+    space = lock.space
+    wish = space.keys.wish(lock.name, space.node)
+    mine = created_at(space.keys.mine, space.incarnation)
+    space.commit(Txn((mine,), (Delete(wish),)), lambda _result: None)
 
 
 def _end(lock: ClusterLock) -> list[Claim]:

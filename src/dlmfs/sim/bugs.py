@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from dlmfs.sim import bugs_records
 from dlmfs.sim.bugs_restore import RESTORES
 from dlmfs.sim.planted import Planted
 from dlmfs.sim.rare import RARE
@@ -519,6 +520,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         first=200,
     ),
     *RESTORES,
+    *bugs_records.BUGS,
 )
 
 

@@ -324,6 +324,8 @@ class Checks:
         """Promise 5: whoever comes after another node's wish, and conflicts with it, is served after."""
         if handle.kin or opened.converting or handle.fh <= opened.newest:
             return  # the last: it took over the place that an interrupted open left behind
+        if self.oracle.lock(opened.lock).disordered:
+            return
         wishes = self.oracle.lock(opened.lock).wishes
         for node, revision in opened.ahead:
             wish = wishes.get(node)

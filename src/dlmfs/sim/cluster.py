@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.lockspace import Life
-from dlmfs.engine.records import NODES, decode_head
+from dlmfs.engine.records import HEADS, NODES, decode_head
 from dlmfs.engine.timeline import OFFSET, STAMP
 from dlmfs.model import Mode
 from dlmfs.sim import actions, trouble, words
@@ -33,11 +33,12 @@ from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.loop import SimLoop
 from dlmfs.sim.machine import Machine
 from dlmfs.sim.node import SimNode
-from dlmfs.sim.oracle import HEADS, Arbiter, Oracle, Violation
+from dlmfs.sim.oracle import Arbiter, Oracle, Violation
 from dlmfs.sim.programs import OpenFile, Process
 from dlmfs.sim.recovery import recover
 from dlmfs.sim.restores import Restores
 from dlmfs.sim.scenario import Scenario, Step
+from dlmfs.sim.spoiling import mend_all
 from dlmfs.store.base import Event
 from dlmfs.store.memory_store import Faults
 
@@ -62,6 +63,8 @@ class Cluster:
         self.polite = False
         """From the second phase on: notices are heeded."""
         self.injected = 0
+        self.spoilt: dict[bytes, int] = {}
+        """Keys whose records nobody can read, and since which revision (`spoiling`)."""
         self.oracle = Oracle(lock_delay=scenario.lock_delay_s > 0)
         self.arbiter = Arbiter(self.loop, 1000, scenario.bounds, self.oracle)
         self.arbiter.expired = self._lease_ended
@@ -182,6 +185,7 @@ class Cluster:
                 node.machine.call_soon(trouble.find_bugs, node)
         if not self.arbiter.available:
             trouble.elect(self)
+        mend_all(self)
         for node in self.nodes:
             node.machine.fitful = 0.0
             if self.scenario.lenient:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Final
+
+from dlmfs.engine.inspection import inspect
+from dlmfs.errors import BadState
+from dlmfs.store.base import KeyValue
 
 LARGE: Final = 2 << 20
 """More than a store takes in one request by default, and than any record of ours."""
@@ -81,7 +85,7 @@ def mutated(rng: Random, real: bytes) -> bytes:
     """A real record with one thing wrong."""
     try:
         record: Any = json.loads(real)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or rng.random() < 0.2:
         place = rng.randrange(len(real) + 1)
@@ -89,6 +93,8 @@ def mutated(rng: Random, real: bytes) -> bytes:
     where: Any = record
     while True:
         names = list(where) if isinstance(where, dict) else list(range(len(where)))
+        if not names:
+            return b"[]"
         name = rng.choice(names)
         inner = where[name]
         if not (isinstance(inner, dict | list) and inner and rng.random() < 0.6):
@@ -111,3 +117,29 @@ KINDS: Final[dict[str, Callable[[Random, bytes], bytes]]] = {
     "large": large,
     "mutated": mutated,
 }
+
+
+ODD_KEYS: Final = (
+    *(b"d/dom0/w/a/b/c", b"d/dom0/w/lock0", b"d/dom0/w/lock0/\xff", b"d/dom0/m/\xff\xfe"),
+    *(
+        b"d/dom0/m/n\x1b[32m8",
+        b"d/dom0/g/n0",
+        b"d/dom0/g/n0/a/b",
+        b"d/dom0/x",
+        b"h/dom0",
+        b"h/dom0/a/b",
+    ),
+    *(b"n/\xff", b"n/n0/x", b"n/n0/ask/\xff/1.1", b"n/n0/answer/x", b"n/n0/evict/x"),
+)
+"""Keys that no node makes, where nodes look or watch."""
+
+
+def spoilt(rng: Random, kv: KeyValue, kinds: Sequence[str] = tuple(KINDS)) -> bytes:
+    """A value for the record that nobody can read."""
+    for _ in range(1000):
+        value = KINDS[rng.choice(kinds)](rng, kv.value)
+        try:
+            inspect(kv._replace(value=value, lease=0))
+        except BadState:
+            return value
+    raise AssertionError(f"whatever stands at {kv.key!r} can be read")

@@ -25,7 +25,7 @@ from dlmfs.fuse.wire import Header
 from dlmfs.model import DeadValue, Mode, Owner
 from dlmfs.sim.kernel import Call, Injected, Kernel, Reply
 from dlmfs.sim.machine import Machine
-from dlmfs.sim.oracle import Arbiter, Lock
+from dlmfs.sim.oracle import Arbiter, Lock, Violation
 from dlmfs.sim.programs import Process
 from dlmfs.store.base import Txn, TxnResult
 from dlmfs.store.memory_store import MemoryStore
@@ -132,6 +132,8 @@ class Files(FileSystem):
 
     def fenced(self, reason: str) -> None:
         self.node.cluster.tell(self.node.name, f"is fenced: {reason}")
+        if "in the store has" in reason or "is not of dlmfs" in reason:
+            raise Violation(f"a record that cannot be read cost {self.node.name}: {reason}")
         super().fenced(reason)
 
 

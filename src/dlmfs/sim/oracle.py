@@ -11,8 +11,21 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from dlmfs.core.tokens import PLAIN, Tokens
-from dlmfs.engine.records import DOMAINS, Abandoned, Head, Member, Wish, decode_head, decode_wish
+from dlmfs.engine.records import (
+    DOMAINS,
+    HEADS,
+    Abandoned,
+    Head,
+    Keys,
+    Member,
+    Wish,
+    decode_head,
+    decode_wish,
+    lock_of,
+    member_of,
+)
 from dlmfs.engine.timeline import OFFSET, decode_offset
+from dlmfs.errors import BadState
 from dlmfs.model import EMPTY_LVB, TOKEN_SHIFT, Mode, compatible
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Bounds, Event, KeyValue
@@ -21,7 +34,8 @@ from dlmfs.store.memory import MemoryServer
 Lock = tuple[bytes, bytes]
 """Domain and name."""
 
-HEADS: Final = b"h/"
+OPERATOR: Final = "operator"
+"""Who puts what no node has put."""
 NONE: Final = Head({})
 
 
@@ -65,6 +79,10 @@ class LockRecord:
     writes: list[Write] = field(default_factory=list)
     seers: set[str] = field(default_factory=set)
     """The nodes on which a program has had the lock exclusively since the present mark was made."""
+    spoilt: set[bytes] = field(default_factory=set)
+    """The keys of its head and wishes that cannot be read now."""
+    disordered: bool = False
+    """A wish could not be read once: who saw it no more may have passed it before it was put again."""
 
 
 class Memory(NamedTuple):
@@ -165,23 +183,23 @@ class Oracle:
                 self._all_tokens.append(self.tokens)
                 self.raises, self.raised_at = self.raises + 1, self.now()
             if key.startswith(HEADS):
-                domain, name = key[len(HEADS) :].split(b"/", 1)
-                heads.append(((domain, name), event.kv if put else None))
+                found = lock_of(key)
+                if found is not None:
+                    heads.append((found, event.kv if put else None))
             elif key.startswith(DOMAINS):
-                domain, kind, rest = key[len(DOMAINS) :].split(b"/", 2)
-                if kind == b"w":
-                    name, node = rest.split(b"/")
-                    lock = (domain, name)
-                    record = self.lock(lock)
-                    before.setdefault(lock, dict(record.wishes))
-                    if put:
-                        record.wishes[node.decode()] = decode_wish(event.kv, node.decode())
-                    else:
-                        record.wishes.pop(node.decode(), None)
-                elif kind == b"m":
-                    self._member(domain, rest.decode(), event.kv if put else None, author)
+                domain = key[len(DOMAINS) :].split(b"/")[0]
+                member, wish = member_of(key), Keys(domain, "").split_wish(key)
+                if member is not None:
+                    self._member(*member, event.kv if put else None, author)
+                elif wish is not None:
+                    record = self.lock((domain, wish[0]))
+                    before.setdefault((domain, wish[0]), dict(record.wishes))
+                    self._wish(record, event.kv, wish[1], put=put)
         for lock, kv in heads:
             record = self.lock(lock)
+            if author == OPERATOR:
+                self._spoil(record, kv, revision)
+                continue
             old, new = record.head, NONE if kv is None else decode_head(kv)
             record.head, record.head_revision = new, 0 if kv is None else revision
             wishes = before.get(lock, record.wishes)
@@ -189,16 +207,46 @@ class Oracle:
             if _named(new.abandoned) != _named(old.abandoned):
                 record.seers.clear()
 
+    def _wish(self, record: LockRecord, kv: KeyValue, node: str, *, put: bool) -> None:
+        record.spoilt.discard(kv.key)
+        record.wishes.pop(node, None)
+        if put:
+            try:
+                record.wishes[node] = decode_wish(kv, node)
+            except BadState:  # as if it were not there
+                record.spoilt.add(kv.key)
+                record.disordered = True
+
+    def _spoil(self, record: LockRecord, kv: KeyValue | None, revision: int) -> None:
+        """Somebody who is no node wrote over a head: nobody may change it while it cannot be read. Or
+        it is as it was before; or gone, and with it value and mark."""
+        if kv is None:
+            record.spoilt.clear()
+            record.head, record.head_revision = NONE, 0
+            record.values.append(Value(revision, EMPTY_LVB))
+            return
+        try:
+            record.head = decode_head(kv)
+        except BadState:
+            record.spoilt.add(kv.key)
+        else:
+            record.spoilt.discard(kv.key)
+        record.head_revision = revision
+
     def _member(self, domain: bytes, node: str, kv: KeyValue | None, author: str | None) -> None:
         members = self.members.setdefault(domain, {})
         if kv is not None:
             members[node] = kv.create_revision
+            if author == OPERATOR:  # its node is to take it away, when it has noticed
+                self.lost.add((domain, node, kv.create_revision))
             return
         incarnation = members.pop(node, None)
         if author != node or (domain, node, incarnation) in self.lost:
             return
         # A clean leave with a lock cached looks like a death to the others (protocol-traps 12).
         for lock, record in self.locks.items():
+            if any(key.startswith(HEADS) for key in record.spoilt):
+                continue  # nobody could take it out of there
             member = record.head.members.get(node)
             if lock[0] == domain and member is not None and member.incarnation == incarnation:
                 if member.level is not Mode.NL:
@@ -225,11 +273,15 @@ class _Change:
     """As they stood before."""
 
     def check(self, *, deleted: bool) -> None:
+        spoilt = self.oracle.lock(self.lock).spoilt
+        if any(key.startswith(HEADS) for key in spoilt):
+            self._fail("a head was changed that nobody can read")
         if deleted:
             self._deletion()
         self._compatible()
         self._members()
-        self._order()
+        if not spoilt:  # who queues where another's wish cannot be read is served before it
+            self._order()
         self._value()
         self._mark(deleted=deleted)
 

@@ -260,6 +260,19 @@ def _restored(steps: tuple[Step, ...], seed: int, ttl_s: float) -> tuple[Step, .
     )
 
 
+def _spoilt(steps: tuple[Step, ...], seed: int) -> tuple[Step, ...]:
+    """In an eighth of the runs records are overwritten with what nobody can read; not where a store goes
+    back to a copy with such records, or where the nodes themselves fail."""
+    rng = Random(f"spoilt {seed}")
+    if rng.random() < 7 / 8 or {step.verb for step in steps} & {"restore", "bug"}:
+        return steps
+    more = list(steps)
+    for _ in range(rng.choice([1, 2, 5, 10])):
+        step = Step(rng.choice([0.0, 0.01, 1.0]), "spoil", 0, rng.randrange(1 << 32))
+        more.insert(rng.randrange(len(more) + 1), step)
+    return tuple(more)
+
+
 def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = Random(f"scenario {seed}")
@@ -294,4 +307,5 @@ def draw(seed: int) -> Scenario:
         bounds=_bounds(seed),
         dead_values=_dead_values(nodes, seed),
     )
-    return replace(scenario, steps=_restored(scenario.steps, seed, ttl_s)) if leased else scenario
+    steps = _restored(scenario.steps, seed, ttl_s) if leased else scenario.steps
+    return replace(scenario, steps=_spoilt(steps, seed))

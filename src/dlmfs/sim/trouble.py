@@ -11,6 +11,7 @@ from dlmfs.engine.eviction import Mark, mark_key
 from dlmfs.engine.records import NODES
 from dlmfs.sim.kernel import Injected
 from dlmfs.sim.oracle import Violation
+from dlmfs.sim.spoiling import spoil
 from dlmfs.store.base import Put, Txn
 
 if TYPE_CHECKING:
@@ -192,4 +193,5 @@ STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
     "copy": copy,
     "restore": restore,
     "bug": bug,
+    "spoil": spoil,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dlmfs.engine.inspection import inspect
 from dlmfs.engine.records import DOMAINS, decode_head, decode_wish
+from dlmfs.errors import BadState
 from dlmfs.model import EMPTY_LVB
 from dlmfs.store.base import Event
 
@@ -14,10 +16,15 @@ def commit(events: tuple[Event, ...]) -> str:
 
 def _change(event: Event) -> str:
     key, put = event.kv.key, event.kind == "put"
+    if put:
+        try:
+            inspect(event.kv)
+        except BadState:
+            return f"{key!r} is garbage"
     if key.startswith(b"h/"):
         name = key[2:].decode(errors="replace")
         return f"{name} = {_head(event)}" if put else f"{name} is no more"
-    if not key.startswith(DOMAINS):
+    if not key.startswith(DOMAINS) or key.count(b"/") != (3 if key.split(b"/")[2] == b"m" else 4):
         return f"{key.decode(errors='replace')}{'' if put else ' is gone'}"
     domain, kind, rest = key[len(DOMAINS) :].decode(errors="replace").split("/", 2)
     if kind == "m":
