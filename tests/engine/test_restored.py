@@ -10,10 +10,12 @@ from dlmfs.core.events import Claim, Stage
 from dlmfs.core.lease import LeaseState
 from dlmfs.core.timeline import KEPT
 from dlmfs.core.tokens import BASE_MAX, ROOM
+from dlmfs.engine import changes
 from dlmfs.engine.timeline import OFFSET, QUARANTINE, STAMP, decode_stamp, encode_stamp
+from dlmfs.errors import OutcomeUnknown
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store.base import Put, Txn
+from dlmfs.store.base import Look, Put, Txn
 from dlmfs.store.memory import MemoryServer, Snapshot
 from dlmfs.timing import Timing
 from tests.engine.test_lease import TTL_S, Node, run
@@ -312,3 +314,83 @@ def test_restored_twice(server: MemoryServer, loop: SimLoop) -> None:
         loop.run_for(1.0)
     assert tokens == sorted(set(tokens))
     assert json.loads(server.data[OFFSET].value)["before"] == []
+
+
+# -- what is under way when the connection is lost --------------------------------------------------
+
+
+def test_an_unlink_whose_answer_was_lost_is_no_restore(server: MemoryServer, loop: SimLoop) -> None:
+    """The head is gone by our own hand, and we do not know it yet."""
+    a, _ = start(server, "a", "b")
+    held(loop, a, 1)
+    lock = a.member.spaces[b"d"].lock(b"x")
+    lock.close(a.granted_to[-1])
+    head = lock.space.keys.head(b"x")
+    a.store.faults.delay_s = 0.5
+    said: list[object] = []
+    lock.forget(said.append)
+    run(loop, lambda: head not in server.data)
+    assert not said
+    a.store.broken(a.store.connection)
+    run(loop, lambda: said == [None])
+    loop.run_for(TTL_S)
+    assert a.member.fences == 0
+
+
+def test_a_conversion_granted_by_mail_without_the_head_is_no_restore(
+    server: MemoryServer, loop: SimLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is lost before the head is read, by which alone the grant is known."""
+    monkeypatch.setattr(changes, "mail_max", lambda _bounds: 0)
+    a, b = start(server, "a", "b")
+    held(loop, a, 1, Mode.PR)
+    held(loop, b, 2, Mode.PR)
+    a.open(3, Mode.EX)
+    lock = a.member.spaces[b"d"].lock(b"x")
+    run(loop, lambda: lock.view.wish is not None)
+    monkeypatch.setattr(a.store, "txn", lambda _txn, _done: None)
+    lock.space.revive()  # answered late: nothing is asked until then
+    b.member.spaces[b"d"].lock(b"x").close(b.granted_to[0])
+    run(loop, lambda: lock.view.wish is None)
+    a.store.broken(a.store.connection)
+    loop.run_for(TTL_S)
+    assert a.member.fences == 0
+
+
+def test_who_had_a_write_under_way_knows_of_its_grant_all_the_same(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    """The lock was granted to another since, so its head is a newer one, and may tell of our write."""
+    a, b = start(server, "a", "b")
+    loop.run_for(3 * RENEWAL_S)
+    copy = server.snapshot()
+    held(loop, a, 1)
+    a.store.cut()
+    a.member.spaces[b"d"].lock(b"x").write_lvb(0, b"value", lambda _error: None)
+    loop.run_for(0.01)
+    restore(server, copy, [b], bump=10**9)
+    held(loop, b, 2)
+    a.store.broken(a.store.connection)
+    a.store.heal()
+    run(loop, lambda: a.member.fences == 1, 1.0)
+    assert "the lock d/x" in str(a.member.reason)
+
+
+def test_a_look_through_two_connections_proves_nothing(server: MemoryServer, loop: SimLoop) -> None:
+    """It was begun while all was well and asked for no head; then the connection was given up, and the
+    rest was read through the next one, in a store that went back and has a later stamp by now."""
+    a, b = start(server, "a", "b")
+    held(loop, b, 1)
+    b.member.spaces[b"d"].lock(b"x").close(b.granted_to[0])
+    loop.run_for(5 * RENEWAL_S)
+    copy = server.snapshot()
+    held(loop, a, 2)
+    timeline = a.member.timeline
+    assert list(timeline.keys()) == []
+    server.restore(copy, bump=10**9, term=server.term)
+    stamp = decode_stamp(server.data[STAMP]).next("other.1")
+    server.apply(Txn((), (Put(STAMP, encode_stamp(stamp)),)))
+    a.store.broken(a.store.connection)
+    look = Look(mine=True, timeline=(server.data[STAMP],), found=(), revision=server.revision)
+    assert isinstance(timeline.judge(look), OutcomeUnknown)
+    run(loop, lambda: a.member.fences == 1, 1.0)

@@ -12,10 +12,11 @@ import pytest
 
 from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.model import REVISION_MAX
-from dlmfs.store.base import Delete, Get, Put, Range, Session, Txn, TxnResult, WatchBatch
+from dlmfs.store.base import Delete, Get, Look, Put, Range, Session, Txn, TxnResult, WatchBatch
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.answers import JUMP_MAX, Nonsense
 from dlmfs.store.etcd.rpc import MESSAGE_MAX, Access
+from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.store import EtcdStore
 from tests.etcd.mounts import EtcdNodes, put, take, until, value
 from tests.etcd.relay import Relay
@@ -359,7 +360,7 @@ def test_a_commit_without_end_is_not_listened_to_for_ever() -> None:
         watch.cancel()
         stream = Endless()
         with pytest.raises(Nonsense, match="no end"):
-            await watch._follow(stream)
+            await watch._follow(stream, store.rpc.generation)
         assert stream.reads <= MESSAGE_MAX // (8 << 20) + 1
 
     asyncio.run(main())
@@ -423,3 +424,57 @@ def test_a_node_outlives_a_server_that_lies_now_and_then(
     assert nodes.fences(a) == 0, nodes.reason(a)
     assert os.pwrite(fd, b"still mine", 0) == 10
     os.close(fd)
+
+
+class Nobody:
+    """A witness who never looked."""
+
+    def doubt(self) -> None:
+        return
+
+    def keys(self) -> tuple[bytes, ...]:
+        return ()
+
+    def judge(self, _look: Look) -> DlmfsError | None:
+        raise AssertionError
+
+    def trust(self) -> None:
+        raise AssertionError
+
+
+def test_trust_that_is_lost_again_at_once_lets_nobody_ask() -> None:
+    """The connection that was proved is given up before those who waited for that are awake."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        store = EtcdStore(Access(("127.0.0.1:1",)), "c", loop, float, 1.0)
+        session = EtcdSession(
+            store.rpc, store.codec, float, lambda _: None, renewed=lambda _: None, witness=Nobody()
+        )
+        session.doubt()
+        waits = loop.create_task(session.trusted())
+        await asyncio.sleep(0)
+        session._trusted.set()
+        session.doubt()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not waits.done()
+        session.abandon()
+        await waits
+
+    asyncio.run(main())
+
+
+def test_a_watch_hears_nothing_through_a_connection_that_was_not_proved() -> None:
+    """The proved one was given up while the stream was being opened."""
+
+    async def main() -> None:
+        store = EtcdStore(Access(("127.0.0.1:1",)), "c", asyncio.get_running_loop(), float, 1.0)
+        watch = store.watch((b"w/",), 5, lambda _: None)
+        watch.cancel()
+        stream, proved = Endless(), store.rpc.generation
+        store.rpc.failed(proved, "a test")
+        await watch._follow(stream, proved)
+        assert stream.reads == 0
+
+    asyncio.run(main())

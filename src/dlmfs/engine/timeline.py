@@ -163,6 +163,10 @@ class Timeline:
     def __init__(self, member: Membership) -> None:
         self._member = member
         self.doubted = False
+        self._doubts = 0
+        """How many connections were lost."""
+        self._looked_in = 0
+        """How many had been lost when the look that is under way began."""
         self.tokens = PLAIN
         self._begun = False
         self._stamp: Stamp | None = None
@@ -231,6 +235,7 @@ class Timeline:
     # -- Witness ----------------------------------------------------------------------------------
 
     def doubt(self) -> None:
+        self._doubts += 1
         if not self.doubted:
             self.doubted = True
             self._member.doubted()
@@ -244,6 +249,7 @@ class Timeline:
         """After a lost connection: our name's record and the heads that we are in, if they are younger
         than what is proved by the stamp."""
         self._asked = []
+        self._looked_in = self._doubts
         if not self.doubted or not self._begun:
             return ()
         for space in self._spaces():
@@ -279,6 +285,10 @@ class Timeline:
     def judge(self, look: Look) -> DlmfsError | None:
         if not self._begun:
             return None if look.mine else LockLost("the lease has ended in the store")
+        if self._looked_in != self._doubts:
+            # Read through two connections, perhaps from two stores: what was asked for of the one is no
+            # proof for the other, whose stamp would stand for it from now on.
+            return OutcomeUnknown("the connection was lost in the middle of a look")
         if look.revision < self._stamped:
             # Read before we stamped, and answered after. (If it is the store that is behind, the store's
             # own revision tells.)
@@ -392,20 +402,33 @@ class Timeline:
 def _stands(lock: ClusterLock, kv: KeyValue | None, *, mine: bool) -> bool:
     """Whether the store's head of a lock can have come from the one that we know. While our session
     lives (`mine`), nobody else takes us out of it, or changes the value of what we hold."""
-    view = lock.view
+    view, level = lock.view, lock.res.level
+    unsure = lock.busy or lock.unresolved
     if kv is None:
-        return not mine
+        # It may have been our own unlink, whose answer the connection took along.
+        return not mine or (unsure and bool(lock.forgets) and level is Mode.NL)
     if kv.mod_revision == view.head_revision:
         return True
     if kv.mod_revision < view.head_revision:
         return False
     known = view.mine()
-    if not mine or lock.busy or lock.unresolved or known is None or known.level is Mode.NL:
+    if not mine or known is None or known.level is Mode.NL:
         return True
     try:
         head = decode_head(kv)
     except BadState:
         return True  # not the store's doing; whoever reads it says so
     now = head.members.get(lock.space.node)
-    converted = view.wish is not None and now is not None and now.revision > view.head_revision
+    if unsure:
+        # What is under way may have been applied; but it takes nothing away that we believe in (rule 5).
+        return level is Mode.NL or (
+            now is not None
+            and now.incarnation == known.incarnation
+            and now.level >= level
+            and now.revision >= known.revision
+        )
+    # Of a grant in mail without the head the view knows no more than that it must look.
+    waits = view.wish is not None or view.must_look
+    converted = waits and now is not None and now.level > known.level
+    converted = converted and now is not None and now.revision > view.head_revision
     return (now == known or converted) and head.lvb == view.head.lvb

@@ -50,6 +50,7 @@ class Restores:
         self.cluster = cluster
         self.blind = False
         self._copy: Copy | None = None
+        self._restored = False
         self._witnesses: list[Witness] = []
         self._raises = 0
 
@@ -87,6 +88,7 @@ class Restores:
         bump = rng.choice([0, 0, 1_000_000])
         term = max(1, arbiter.term + rng.choice([-1, 0, 1]))
         arbiter.restore(copy.snapshot, bump=bump, term=term)
+        self._restored = True
         cluster.oracle.put_back(copy.memory)
         cluster.checks.put_back()
         self._others(rng)
@@ -104,7 +106,9 @@ class Restores:
         cluster.disturb(6 * cluster.scenario.ttl_s)
 
     def check(self) -> None:
-        """After the healing: everybody was fenced who had to be."""
+        """After the healing: everybody was fenced who had to be, and nobody for nothing."""
+        if self.cluster.oracle.raises and not self._restored:
+            raise Violation("a node says that the store was restored, and it was not")
         for node, life, fences in self._witnesses:
             if node.life == life and node.membership.fences == fences:
                 raise Violation(f"{node.name} was not fenced, and the store went back")

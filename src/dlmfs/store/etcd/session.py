@@ -113,7 +113,8 @@ class EtcdSession:
 
     async def trusted(self) -> None:
         """Until what the present connection says may be believed, or nobody would ask any more."""
-        await self._trusted.wait()
+        while not self._trusted.is_set():  # the next connection may be lost before this goes on
+            await self._trusted.wait()
 
     # -- renewal ------------------------------------------------------------------------------
 

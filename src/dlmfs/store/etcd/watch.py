@@ -73,7 +73,7 @@ class EtcdWatch:
             try:
                 stream = await self.rpc.stream(WATCH)
                 try:
-                    await self._follow(stream)
+                    await self._follow(stream, generation)
                 finally:
                     stream.cancel()
                 why = "the watch was ended by the server"
@@ -91,17 +91,17 @@ class EtcdWatch:
                 self.rpc.failed(generation, why)
                 await asyncio.sleep(RETRY_S)
 
-    async def _follow(self, stream: Stream) -> None:
-        """Deliver until the stream is of no use any more."""
+    async def _follow(self, stream: Stream, generation: int) -> None:
+        """Deliver until the stream is of no use any more. `generation`: of the connection that was
+        trusted; by now there may be another."""
         request = self.codec.watch(self.prefixes, self.next)
         await stream.write(pb.WatchRequest(create_request=request))
         self._stream = stream
         listening = self.rpc.loop.create_task(self._listen(stream))
         pending: list[pb.Event] = []
         size = 0
-        generation = self.rpc.generation
         try:
-            while True:
+            while generation == self.rpc.generation:
                 response = await stream.read()
                 if generation != self.rpc.generation:
                     return  # another store may answer by now: this is delivered when that is known
