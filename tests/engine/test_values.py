@@ -8,6 +8,7 @@ import pytest
 
 from dlmfs.core.events import Claim
 from dlmfs.engine.records import decode_head
+from dlmfs.errors import StoreFull
 from dlmfs.model import EMPTY_LVB, LVB_SIZE, DeadValue, Mode
 from dlmfs.store.base import BOUNDS, Bounds, Put, Txn
 from tests.engine.hand import LOCK, HandCluster, HandNode, ended, holds, waits
@@ -210,6 +211,22 @@ def test_a_look_without_an_answer_is_repeated() -> None:
     b.store.heal()
     cluster.pass_time(2 * A_SECOND)
     assert heads(cluster) == {LOCK: {"n0", "n1"}}
+
+
+def test_files_made_after_a_leave_that_failed_are_looked_after() -> None:
+    cluster = quiet(2)
+    a, b = cluster.hands
+    cluster.cache(b, Mode.PR)
+    write(cluster, a, name=b"other")
+    b.joined.files.made((b"gone",))  # its look is still to come
+    b.medium(full=True)
+    said = cluster.leave(b)
+    cluster.pass_time()
+    assert [type(error) for error in said] == [StoreFull]
+    b.medium(full=False)
+    b.joined.files.made((b"other",))
+    cluster.pass_time(A_SECOND)
+    assert heads(cluster)[b"other"] == {"n0", "n1"}
 
 
 def test_a_file_that_is_gone_by_then_gets_no_place() -> None:

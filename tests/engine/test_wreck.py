@@ -313,3 +313,16 @@ def test_what_the_domain_itself_gets_wrong_costs_its_membership(
     assert a.faults == ["domain dom"]
     assert space.life is Life.LOST
     assert ended(held)
+
+
+def test_an_unlink_is_answered_when_the_membership_ends_by_it(
+    pair: tuple[HandCluster, HandNode, HandNode], patch: pytest.MonkeyPatch
+) -> None:
+    cluster, a, _b = pair
+    cluster.cache(a, Mode.PR)
+    said: list[DlmfsError | None] = []
+    patch.setattr(View, "committed", buggy)
+    patch.setattr(View, "adopt", buggy)
+    a.lock.forget(said.append)
+    cluster.pass_time()
+    assert said == [None]

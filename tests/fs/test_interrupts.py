@@ -130,6 +130,26 @@ def test_the_end_of_the_mount_ends_the_looking(mount: Mount) -> None:
     assert len(mount.fs.interrupts) == 0
 
 
+def test_a_look_that_fails_is_repeated() -> None:
+    """Nobody tells of that request again: its process could not be killed any more."""
+    loop = SimLoop()
+    fails = [True, True, False]
+
+    def settle(_unique: int, _waited_s: float) -> bool:
+        if fails.pop(0):
+            raise OSError(errno.EMFILE, "no descriptor is left")
+        return True
+
+    made = Interrupts(loop, settle)
+    with pytest.raises(OSError, match="no descriptor"):
+        made.came(1)
+    with pytest.raises(OSError, match="no descriptor"):
+        loop.run_for(1.0)
+    loop.run_for(1.0)
+    assert not fails
+    assert len(made) == 0
+
+
 def test_what_looking_costs_is_bounded() -> None:
     """A thousand that are stopped: few looks in one turn of the loop, and a bounded rate; each is looked
     at again within seconds all the same."""

@@ -79,11 +79,13 @@ class Files:
         self._again(list(self._without))
 
     def stop(self) -> None:
-        """The membership is over."""
+        """The membership is over, or is being given back: if that comes to nothing, it goes on with what
+        is made then."""
         self._due.clear()
         self._without.clear()
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _again(self, names: Iterable[bytes]) -> None:
         for name in names:

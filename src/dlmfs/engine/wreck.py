@@ -77,6 +77,8 @@ def wreck(lock: ClusterLock, error: Exception) -> None:
     if former is not None:
         if not unread:
             space.lose(f"one of its locks cannot be recovered: {type(error).__name__}")
+            for done in forgets:
+                done(None)
             return
         left.since, left.holders = former.since, former.holders
     lock.heir = heir = space.put_anew(lock.name)

@@ -57,9 +57,13 @@ class Interrupts:
 
     def came(self, unique: int) -> None:
         """The kernel interrupts a request."""
-        if not self._settle(unique, 0.0):
-            now = self._loop.time()
-            self._look_at(_Look(now + FIRST_S, unique, now, FIRST_S))
+        over = False
+        try:
+            over = self._settle(unique, 0.0)
+        finally:  # also should looking fail: nobody tells of this request again
+            if not over:
+                now = self._loop.time()
+                self._look_at(_Look(now + FIRST_S, unique, now, FIRST_S))
 
     def _look_at(self, look: _Look) -> None:
         heapq.heappush(self._looks, look)
@@ -80,9 +84,13 @@ class Interrupts:
                 if not self._looks or self._looks[0].at > now:
                     break
                 _, unique, since, after = heapq.heappop(self._looks)
-                if not self._settle(unique, now - since):
-                    after = min(2 * after, LAST_S)
-                    heapq.heappush(self._looks, _Look(now + after, unique, since, after))
+                over = False
+                try:
+                    over = self._settle(unique, now - since)
+                finally:
+                    if not over:
+                        after = min(2 * after, LAST_S)
+                        heapq.heappush(self._looks, _Look(now + after, unique, since, after))
         finally:
             self._stop()  # a request that came meanwhile
             if self._looks:
