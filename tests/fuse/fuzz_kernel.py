@@ -11,6 +11,7 @@ import itertools
 import struct
 from collections import deque
 from collections.abc import Callable
+from random import Random
 from typing import Final, NamedTuple
 
 from dlmfs.fs.signals import Cause
@@ -260,3 +261,44 @@ class PlayedOs:
 
     def close(self, fd: int) -> None:
         del self.kernels[fd]
+
+
+class PlayedProc:
+    """What `dlmfs.proc` reads, played: processes that are gone, odd, or named in any bytes at all."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = Random(f"proc {seed}")
+
+    def read(self, *parts: object, most: int = -1) -> bytes | None:
+        """A file: as it should be, with something in the middle of it, or anything."""
+        rng = self._rng
+        if rng.random() < 0.1:
+            return None
+        text = PROC_FILES.get(str(parts[-1]), PROC_FILES["fdinfo"])
+        if rng.random() < 0.5:
+            at = rng.randrange(len(text))
+            text = text[:at] + self._odd() + text[at:]
+        return text if most < 0 else text[:most]
+
+    def numbers(self, *_parts: object, most: int | None = None) -> list[int]:
+        return [self._rng.randrange(5000) for _ in range(min(self._rng.randrange(6), most or 6))]
+
+    def link(self, *_parts: object) -> bytes | None:
+        return self._rng.choice((None, b"/mnt/dom/x", b"/dom/y (deleted)", self._odd()))
+
+    def user(self, _thread: int) -> int | None:
+        return self._rng.choice((None, 0, 1000))
+
+    def _odd(self) -> bytes:
+        rng = self._rng
+        return rng.choice((b"\374", b"\r", b"\xc3", b"\0", b"-1", b"9" * 5000, rng.randbytes(40)))
+
+
+PROC_FILES: Final = {
+    "status": b"Name:\tx\nTgid:\t40\nPPid:\t1\nSigPnd:\t0\nShdPnd:\t0\nState:\tS (sleeping)\n",
+    "stat": b"40 (x) S 1 " + b"0 " * 17 + b"77 0",
+    "comm": b"x\n",
+    "mountinfo": b"31 1 0:99 / /mnt rw - fuse.dlmfs local rw\n",
+    "auxv": (33).to_bytes(8, "little") + bytes(8),
+    "fdinfo": b"pos:\t0\nflags:\t0100000\nmnt_id:\t31\nino:\t3\n",
+}
