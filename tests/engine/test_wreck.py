@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dlmfs.core.events import Claim
+from dlmfs.core.lease import LeaseState
 from dlmfs.core.lockres import Lockres
 from dlmfs.engine import hearing
 from dlmfs.engine.lock import ClusterLock
@@ -224,6 +225,21 @@ def test_what_it_had_sent_no_longer_applies(pair: tuple[HandCluster, HandNode, H
     cluster.pass_time()
     assert cluster.server.data[b"h/dom/" + LOCK].mod_revision == b.lock.view.head_revision
     assert b.head == before
+
+
+def test_what_it_had_not_sent_yet_is_not_sent(
+    pair: tuple[HandCluster, HandNode, HandNode],
+) -> None:
+    """It would go out under the new epoch, and take the lock for nobody."""
+    cluster, a, b = pair
+    a.joined.suspend(LeaseState.SUSPECT)
+    cluster.begin(a, Mode.EX)
+    cluster.pass_time()
+    by_a_local_open(cluster, a, b)
+    a.joined.suspend(LeaseState.HEALTHY)
+    cluster.pass_time()
+    assert holds(cluster.open(b, Mode.EX))
+    assert mark(b) is None, "nobody had it"
 
 
 def test_an_unlink_that_was_under_way_is_carried_out(
