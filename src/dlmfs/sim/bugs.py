@@ -228,10 +228,10 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "gap-ignored",
         SPACE,
-        """            self._watch = None
+        """            self._watch, self._relisting = None, False
             self.revive()
             return""",
-        """            self._watch = None
+        """            self._watch, self._relisting = None, False
             return""",
         100,
         "a watch that lost events is not begun anew",

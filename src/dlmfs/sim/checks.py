@@ -376,6 +376,8 @@ class Checks:
         values = self.oracle.lock(lock).values
         at_floor = max(v.revision for v in values if v.revision <= floor)
         found = [v.revision for v in values if v.revision >= at_floor and v.lvb == lvb]
+        if not found and self._of_before(file) and lvb in self.oracle.lock(lock).lost:
+            return
         if not found:
             known = any(v.lvb == lvb for v in values)
             what = (
@@ -417,6 +419,10 @@ class Checks:
                 raise Violation(
                     f"{author} forgets the value of {lock}, and {node.name} has the file"
                 )
+
+    def _of_before(self, file: OpenFile) -> bool:
+        """Whether it was opened before the store went back."""
+        return (file.grant.returned or 0.0) <= self.cluster.restores.last
 
     # -- ends -----------------------------------------------------------------------------------
 

@@ -77,6 +77,8 @@ class LockRecord:
     granted: dict[int, set[str]] = field(default_factory=dict)
     """By revision and offset: the nodes that were granted something in that commit."""
     writes: list[Write] = field(default_factory=list)
+    lost: set[bytes] = field(default_factory=set)
+    """Values that it had before the store went back. Who was granted it then may read them until told."""
     seers: set[str] = field(default_factory=set)
     """The nodes on which a program has had the lock exclusively since the present mark was made."""
     spoilt: set[bytes] = field(default_factory=set)
@@ -154,6 +156,7 @@ class Oracle:
         for lock, record in self.locks.items():
             old = memory.locks.get(lock, LockRecord())
             record.head, record.head_revision = old.head, old.head_revision
+            record.lost |= {value.lvb for value in record.values} - {v.lvb for v in old.values}
             record.wishes, record.values = dict(old.wishes), list(old.values)
         self.members = {domain: dict(nodes) for domain, nodes in memory.members.items()}
         self.tokens, self.touched = memory.tokens, memory.touched

@@ -49,6 +49,8 @@ class Restores:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.blind = False
+        self.last = float("-inf")
+        """When the last one was."""
         self._copy: Copy | None = None
         self._restored = False
         self._witnesses: list[Witness] = []
@@ -90,6 +92,7 @@ class Restores:
         arbiter.restore(copy.snapshot, bump=bump, term=term)
         self._restored = True
         cluster.oracle.put_back(copy.memory)
+        self.last = cluster.loop.time()
         cluster.checks.put_back()
         self._others(rng)
         for node in cluster.nodes:
@@ -101,7 +104,7 @@ class Restores:
                 for node in living
                 if node.has_session
             ]
-            if not self.blind:
+            if self._witnesses and not self.blind:
                 cluster.oracle.closed_until = cluster.loop.time() + cluster.scenario.ttl_s
         cluster.disturb(6 * cluster.scenario.ttl_s)
 
