@@ -73,7 +73,7 @@ Source = LocalSource | EtcdSource
 def lock_delay_of(source: Source, options: MountOptions) -> float:
     """Seconds between the notice of a node's death and the grant of its locks to others. By default what
     holders have at an end in order, where a death leaves them no time: on one host it is known at
-    once. A lease gives them that time before it runs out."""
+    once. A lease gives them that time before it runs out, and so does who ends it earlier."""
     if options.lock_delay_s is not None:
         return options.lock_delay_s
     return 0.0 if isinstance(source, EtcdSource) else GRACE_S

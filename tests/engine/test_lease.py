@@ -21,7 +21,7 @@ from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Put, Txn
 from dlmfs.store.memory import MemoryServer
 from dlmfs.store.memory_store import MemoryStore
-from dlmfs.timing import Timing
+from dlmfs.timing import GRACE_S, Timing
 
 TTL_S = 15.0
 TIMING = Timing(TTL_S)
@@ -233,6 +233,25 @@ def test_a_name_in_use_is_refused_and_one_of_a_dead_process_is_taken_over(
     assert asked[0]["who"] == "n"
     heir.join()
     assert loop.time() < TTL_S, "it waited for the lease of its former self"
+
+
+def test_a_dead_daemons_holders_have_their_time_when_another_takes_its_name(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    """A service manager starts it anew within a moment, and its programs are at work still."""
+    first, other = Node(server, "n").start(), Node(server, "other").start()
+    for node in (first, other):
+        node.join()
+    held = first.open(1)
+    run(loop, lambda: held.stage is Stage.HELD)
+    waits = other.open(2)
+    loop.run_for(1.0)
+    died = loop.time()
+    first.store.crash()
+    heir = Node(server, "n", over=lambda _facts: True).start()
+    assert heir.error is None
+    run(loop, lambda: waits.stage is Stage.HELD)
+    assert GRACE_S <= loop.time() - died < GRACE_S + 1.0
 
 
 def test_an_evicted_node_goes_for_good(server: MemoryServer, loop: SimLoop) -> None:

@@ -6,7 +6,7 @@ Rules of this file
 * One that ends just now is waited for by who takes its place.
 * None is taken in a quarantine (`restored`): the session waits for its end.
 * A former self is ended by us only if it surely is over: it is our own fenced session, or its
-  process provably does not exist any more.
+  process provably does not exist any more. Then its holders have the grace first.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class Naming:
         self._going_on = going_on
         self._done = done
         self._told = False
+        self._awaited = 0
+        """The lease of a dead former self whose holders have their time."""
 
     def take(self, number: int = 0) -> None:
         """Register under the first free name from `number` on. `done` gets NodeNameInUse if there is
@@ -152,6 +154,8 @@ class Naming:
             log.warning("the record of the name %s is on no lease: it is nobody's", name)
             delete = Txn((unchanged(record.key, record.mod_revision),), (Delete(record.key),))
             member.store.txn(delete, later)
+        elif record.lease not in self._former and self._is_over(record) and self._is_early(record):
+            member.loop.call_later(member.config.grace_s, member.enter, again)
         elif record.lease in self._former or self._is_over(record):
             log.info("the former node %s is over: its session ends", name)
             member.store.end_session(record.lease, partial(member.enter, again))
@@ -170,6 +174,13 @@ class Naming:
             why = "%s; this node waits until nobody of before can serve any more"
             log.warning(why, told(quarantine))
         self._member.loop.call_later(RETRY_S, self._member.enter, again)
+
+    def _is_early(self, record: KeyValue) -> bool:
+        """Whether it is seen for the first time. Who held its locks hears of its death just now and may
+        be at work still: to end its lease at once would take the time from them that a lease leaves."""
+        first = record.lease != self._awaited and self._session.renewed_at is not None
+        self._awaited = record.lease
+        return first
 
     def _is_over(self, record: KeyValue) -> bool:
         return self._member.config.is_over(_facts(record))
