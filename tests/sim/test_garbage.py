@@ -106,7 +106,7 @@ class Stage:
         arbiter.author = OPERATOR
         arbiter.apply(Txn((), (Put(key, value),)))
         arbiter.author = None
-        self.cluster.spoilt[key] = arbiter.revision
+        self.cluster.spoilt[key] = self.written = arbiter.revision
 
     def mend(self, key: bytes) -> None:
         mend(self.cluster, key)
@@ -132,6 +132,17 @@ class Stage:
         for node in reversed(self.cluster.nodes):
             self.take(node, OTHER)
 
+    def comes_back(self, key: bytes) -> None:
+        """That life of n0 is over, and the next needs nobody's help."""
+        member, loop = self.cluster.nodes[0].membership, self.cluster.loop
+        assert loop.run_until(
+            lambda: self.cluster.arbiter.data[key].mod_revision > self.written, 60.0
+        )
+        assert loop.run_until(lambda: member.up and member.spaces[DOMAIN].live, 60.0)
+        assert member.fences == (key == b"n/n0")
+        assert member.spaces[DOMAIN].incarnation > self.written
+        assert not self.holder.files or self.holder.files[0].noticed
+
     def as_before(self) -> None:
         for process in (self.holder, self.waiter):
             process.kill(unheard=False)
@@ -147,6 +158,8 @@ def play(key: bytes, value: bytes, *, leased: bool = True) -> None:
         stage.put(key, value)
         stage.cluster.loop.run_for(3.0)
         stage.undisturbed(key)
+        if key in OWN:
+            stage.comes_back(key)
         stage.mend(key)
         stage.as_before()
 
