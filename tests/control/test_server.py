@@ -14,6 +14,7 @@ import pytest
 from dlmfs import control_server, pace
 from dlmfs.control_server import OTHERS_MAX, RATION, SHARE, ControlServer, Cost, Handler
 from dlmfs.fuse.mountinfo import MountEntry
+from dlmfs.handlers import _TABLE
 from dlmfs.permission import Asker
 from tests.control.asking import STRANGER, Facts, acting
 from tests.fs.nodes import PATIENCE_S
@@ -307,3 +308,10 @@ def test_an_answer_in_pieces_arrives_whole() -> None:
         assert await scene.ask(STRANGER, cmd="large") == {"ok": {"rows": large}}
 
     play(story)
+
+
+def test_what_others_must_work_for_costs_as_much() -> None:
+    """A question that is not rationed may be put without end."""
+    costly = {name for name, (_, cost, _) in _TABLE.items() if cost is Cost.CLUSTER}
+    assert costly == {"why", "health", "evict", "remove-domain"}
+    assert not [name for name, (_, cost, _) in _TABLE.items() if cost is Cost.LITTLE]

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from dlmfs import privileges
 from dlmfs.config import MountConfig, parse_options, parse_source
 from dlmfs.core.events import Claim, Stage
 from dlmfs.fs.tree import Directory
@@ -51,7 +52,9 @@ QUESTIONS: dict[str, list[Facts]] = {
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # The daemon is this very process, and other tests need root's rights.
+    monkeypatch.setattr(privileges, "confine", lambda _kept: None)
     path = Path(tempfile.mkdtemp(prefix="dlmfs-test-", dir="/dev/shm"))
     (path / "mnt").mkdir()
     try:

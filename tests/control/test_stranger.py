@@ -235,6 +235,10 @@ def test_a_folder_that_cannot_be_searched_closes_what_is_below() -> None:
     assert sight.knows(b"dom", b"x")
     assert not sight.lists(b"dom")(b"x"), "the folder cannot be listed"
     assert not sight.names(b"dom"), "nor can the mount's root"
+    tree.root.mode = 0o40755
+    assert sight.names(b"dom")
+    assert not sight.lists(b"dom")(b"x"), "the folder still cannot"
+    tree.root.mode = 0o40711
     assert not sight.knows(b"dom", b"new"), "he cannot make it"
     assert not sight.knows(b"other", b"new")
     domain.mode = tree.root.mode = 0o41777

@@ -370,6 +370,18 @@ def test_a_remote_trylock_never_waits_for_a_user_and_never_for_an_idle_cache() -
     assert res.wanted(NL, NL, EX) == [Drop(NL, NL)]
 
 
+def test_a_trylock_during_a_hand_over_is_not_refused_by_guess() -> None:
+    """Who wanted it has gone: nobody is in the way, and the next request will tell (promise 6)."""
+    res, claim = holding(Owner.NODE)
+    res.close(claim)
+    assert res.wanted(PR, PR, NL) == [Drop(PR, NL)]
+    res.wanted(NL, NL, NL)
+    trying = Claim(2, EX, trying=True)
+    assert res.open(trying) == []
+    assert res.dropped() == [Ask(EX, trying=True, convert=False)]
+    assert trying.stage is Stage.WAITING
+
+
 def test_an_idle_shared_level_is_given_up_and_a_used_one_converted() -> None:
     res, claim = holding(Owner.NODE, PR)
     exclusive = Claim(2, EX)

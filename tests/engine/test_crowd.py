@@ -191,7 +191,7 @@ def test_a_node_leaves_a_head_with_hundreds() -> None:
 
 def test_a_head_too_long_for_mail_is_read() -> None:
     """... and nobody takes the wish that was granted for one that was taken away: a trylock neither."""
-    cluster = HandCluster(4, bounds=HEADLESS)
+    cluster = HandCluster(7, bounds=HEADLESS)
     writer, *others = cluster.hands
     cluster.cache(writer, Mode.EX)
     tried = cluster.open(others[0], Mode.EX, trying=True)

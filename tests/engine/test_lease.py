@@ -267,6 +267,18 @@ def test_an_evicted_node_goes_for_good(server: MemoryServer, loop: SimLoop) -> N
     assert NODES + b"n" not in server.data
 
 
+def test_a_mark_against_a_former_life_of_the_name_ends_nobody(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    node = Node(server, "n").start()
+    mark = json.dumps({"record": node.member.record - 1, "by": "op"}).encode()
+    other = MemoryStore(server)
+    other.txn(Txn((), (Put(mark_key("n"), mark),)), lambda _result: None)
+    loop.run_for(10.0)
+    assert node.member.state is LeaseState.HEALTHY
+    assert node.ended_at is None
+
+
 def test_a_mark_that_was_put_while_the_node_was_cut_off_keeps_it_out(
     server: MemoryServer, loop: SimLoop
 ) -> None:
@@ -294,3 +306,47 @@ def test_a_dead_nodes_locks_wait_for_the_lock_delay(server: MemoryServer, loop: 
     run(loop, lambda: waiter.stage is Stage.HELD)
     took = loop.time() - dead
     assert 30.0 <= took <= 30.0 + TTL_S + TIMING.renew_every_s + 1
+
+
+def test_the_lock_delay_is_kept_whatever_else_happens(server: MemoryServer, loop: SimLoop) -> None:
+    """Each event has the waiters look again, and none of them shortens it."""
+    victim, heir = Node(server, "v").start(), Node(server, "h", lock_delay_s=30.0).start()
+    bystander = Node(server, "b").start()
+    for node in (victim, bystander):
+        node.join()
+    space = heir.join()
+    claim = victim.open(1)
+    run(loop, lambda: claim.stage is Stage.HELD)
+    victim.store.crash()
+    run(loop, lambda: "v" not in space.members)
+    noticed = loop.time()
+    waiter = heir.open(2)
+    loop.run_for(20.0)
+    bystander.member.leave(bystander.member.spaces[b"d"], lambda _error: None)
+    run(loop, lambda: "b" not in space.members)
+    assert waiter.stage is Stage.WAITING
+    run(loop, lambda: waiter.stage is Stage.HELD)
+    assert 29.9 < loop.time() - noticed < 31.0
+
+
+def test_suspect_serves_what_is_here_and_asks_nothing_of_the_store(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    node = Node(server, "n").start()
+    space = node.join()
+    cached = node.open(1)
+    run(loop, lambda: cached.stage is Stage.HELD)
+    node.member.clock = lambda: loop.time() + TIMING.suspect_after_s + 0.1
+    assert node.member.serving()
+    assert node.member.state is LeaseState.SUSPECT
+    asked = space.commits
+    again = node.open(2)
+    assert again.stage is Stage.HELD
+    other = Claim(3, Mode.EX, pid=3)
+    assert not space.lock(b"y").open(other)
+    loop.run_for(1.0)
+    assert space.commits == asked
+    assert node.member.state is LeaseState.SUSPECT
+    node.member.clock = loop.time
+    assert node.member.serving()
+    run(loop, lambda: other.stage is Stage.HELD, 1.0)

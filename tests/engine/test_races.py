@@ -14,7 +14,7 @@ import pytest
 from dlmfs.core.claims import COUNTER_MAX
 from dlmfs.core.events import Claim, Phase
 from dlmfs.engine.lockspace import Life
-from dlmfs.errors import BadState, DlmfsError, StoreFull, Unavailable
+from dlmfs.errors import BadState, DlmfsError, OutcomeUnknown, StoreFull, Unavailable
 from dlmfs.model import Mode, Owner
 from dlmfs.store.base import Txn, TxnDone
 from tests.engine.hand import LOCK, QUEUE, SOON_S, HandCluster, ended, holds, waits
@@ -459,3 +459,26 @@ def test_an_open_while_the_domain_is_left_outlives_no_membership() -> None:
 def assert_left(cluster: HandCluster, said: list[DlmfsError | None]) -> None:
     assert cluster.loop.run_until(lambda: bool(said), LONG_S)
     assert said == [None]
+
+
+def test_a_late_attempt_at_a_new_epoch_changes_nothing() -> None:
+    """The first one's answer is lost, the second is answered, and then the first arrives. Applied, it
+    would change the epoch behind our back, and each transaction of ours would be refused for it."""
+    cluster = HandCluster(2)
+    a, _ = cluster.hands
+    space = a.joined
+    late: list[Txn] = []
+
+    def lost(txn: Txn, done: TxnDone) -> None:
+        late.append(txn)
+        cluster.loop.call_soon(done, OutcomeUnknown("lost on the way"))
+
+    a.answer_next(lost)
+    before = space.epoch
+    space.revive()
+    cluster.pass_time(1.0)
+    assert space.epoch > before
+    assert space.running
+    a.store.txn(late[0], lambda _result: None)
+    cluster.pass_time()
+    assert cluster.server.data[space.keys.mine].mod_revision == space.epoch

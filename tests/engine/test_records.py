@@ -19,6 +19,7 @@ from dlmfs.engine.records import (
     Wish,
     decode_head,
     decode_mail,
+    decode_news,
     decode_node,
     decode_wish,
     encode_mail,
@@ -178,6 +179,12 @@ def test_each_field_of_a_wish_is_looked_at(field: str, value: object) -> None:
     changed = json.dumps(json.loads(real) | {field: value}).encode()
     with pytest.raises(BadState, match="w/lk/n2"):
         decode_wish(record(key, changed), "n2")
+
+
+def test_half_of_a_pair_is_no_name() -> None:
+    """JSON may say so by an escape; no bytes of a file's name are it."""
+    with pytest.raises(BadState, match="v/n1"):
+        decode_news(record(b"d/dom/v/n1", b'{"v":1,"locks":["a\\ud800"]}'))
 
 
 def test_a_wish_on_no_lease_would_stand_for_ever() -> None:

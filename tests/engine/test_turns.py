@@ -92,3 +92,27 @@ def test_every_open_gets_its_turn_while_users_overlap(seed: int) -> None:
         greed.step()
         assert not greed.starved()
     assert greed.cluster.grants > STEPS / 10
+
+
+def test_who_comes_to_the_front_by_a_withdrawal_looks_at_the_head_of_now() -> None:
+    """The holder gives way to a reader; behind that a writer waits, and behind it another reader, who
+    knows the head of before. When the writer gives up no head changes, and nobody tells the reader
+    (traps 2): it must read the head, or it waits for a grant that nobody will make."""
+    cluster = HandCluster(4)
+    a, b, c, d = cluster.hands
+    cluster.cache(a, Mode.EX)
+    cluster.hold(a, Mode.PR)
+    a.network(watch_delay_s=1.0)
+    reader, writer, last = (
+        cluster.open(b, Mode.PR),
+        cluster.open(c, Mode.EX),
+        cluster.open(d, Mode.PR),
+    )
+    cluster.pass_time(2.0)
+    assert holds(reader)
+    assert waits(writer)
+    assert waits(last)
+    del c.programs[writer.fh]
+    c.lock.interrupt(writer)
+    cluster.pass_time(0.5)
+    assert holds(last)

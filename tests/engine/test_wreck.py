@@ -15,6 +15,7 @@ from dlmfs.engine.lockspace import Life
 from dlmfs.engine.view import View
 from dlmfs.errors import DlmfsError
 from dlmfs.model import Mode, Owner
+from dlmfs.store.base import Txn
 from dlmfs.timing import GRACE_S
 from tests.engine.cluster import LockHistory, Program
 from tests.engine.hand import LOCK, HandCluster, HandNode, ended, holds, waits
@@ -203,6 +204,7 @@ def test_mail_that_comes_to_the_lost_lock_is_nobodys(
     cluster.pass_time(5.0)
     assert holds(third)
     assert mark(b) == "n0"
+    assert not [key for key in cluster.server.data if key.startswith(b"d/dom/g/n0/")]
 
 
 def test_what_it_had_sent_no_longer_applies(pair: tuple[HandCluster, HandNode, HandNode]) -> None:
@@ -240,6 +242,23 @@ def test_what_it_had_not_sent_yet_is_not_sent(
     cluster.pass_time()
     assert holds(cluster.open(b, Mode.EX))
     assert mark(b) is None, "nobody had it"
+
+
+def test_nor_while_its_holders_have_their_time(
+    pair: tuple[HandCluster, HandNode, HandNode],
+) -> None:
+    """The head is as it was until then, and its write would be believed: only the new epoch tells."""
+    cluster, a, b = pair
+    held = cluster.hold(a, Mode.EX)
+    late: list[Txn] = []
+    a.answer_next(lambda txn, _done: late.append(txn))
+    cluster.put_value(a, held)
+    by_a_local_open(cluster, a, b)
+    cluster.pass_time()
+    before = cluster.server.data[b"h/dom/" + LOCK]
+    a.store.txn(late[0], lambda _result: None)
+    cluster.pass_time()
+    assert cluster.server.data[b"h/dom/" + LOCK] == before
 
 
 def test_an_unlink_that_was_under_way_is_carried_out(

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 import pytest
 
-from dlmfs.errors import DlmfsError, OutcomeUnknown
+from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown
 from dlmfs.model import REVISION_MAX
 from dlmfs.store.base import Delete, Get, Look, Put, Range, Session, Txn, TxnResult, WatchBatch
 from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd import rpc
 from dlmfs.store.etcd.answers import JUMP_MAX, Nonsense
 from dlmfs.store.etcd.rpc import MESSAGE_MAX, Access
 from dlmfs.store.etcd.session import EtcdSession
@@ -281,6 +282,23 @@ def test_a_renewal_is_tried_with_the_next_member(relay: Relay, shared_etcd: Etcd
         await until_so(lambda: session.renewed_at != began)
         assert KEEP in relay.told
         assert not client.lost
+
+    run(relay, shared_etcd, test)
+
+
+def test_a_lease_that_is_renewed_but_has_our_key_no_more_is_lost(
+    relay: Relay, shared_etcd: Etcd
+) -> None:
+    """A server before 3.5.23 may renew a lease that it has revoked."""
+
+    async def test(client: Client) -> None:
+        session = await client.session()
+        assert isinstance(session, EtcdSession)
+        gone = pb.DeleteRangeRequest(key=session._key)
+        txn = pb.TxnRequest(success=[pb.RequestOp(request_delete_range=gone)])
+        await session.rpc.call(rpc.TXN, txn, PATIENCE_S)
+        await until_so(lambda: bool(client.lost))
+        assert isinstance(client.lost[0], LockLost)
 
     run(relay, shared_etcd, test)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs.engine.value import Value
 from dlmfs.fs.openfiles import POLLGONE
 from dlmfs.fuse import opcodes, wire
 from dlmfs.timing import GRACE_S
@@ -95,6 +96,19 @@ def test_a_read_and_a_write_that_wait_end_with_the_lock(mount: Mount) -> None:
     assert mount.kernel.said[write.unique] == errno.EIO
     assert mount.kernel.said[read.unique] == errno.EIO
     assert not fs.pending
+
+
+def test_they_end_also_if_what_is_broken_knows_them_no_more(
+    mount: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, file = mount.fs, mount.file
+    fh = mount.hold()
+    lock = mount.space.lock(file.name)
+    write = mount.header(file.ino, opcodes.WRITE)
+    assert fs.write(write, fh, 0, b"new") is None
+    monkeypatch.setattr(Value, "lose", lambda _value, _error: None)
+    lock.wreck(KeyError("a bug"))
+    assert mount.kernel.said[write.unique] == errno.EIO
 
 
 def test_a_read_that_waits_when_the_domain_is_lost_is_answered(mount: Mount) -> None:

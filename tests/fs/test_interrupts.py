@@ -236,6 +236,23 @@ def test_what_a_pending_signal_means(
     assert signals.cause(stopped.pid) is cause
 
 
+def test_under_a_debugger_ignored_signals_are_pending_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... since it is shown them first (signal(7)); the program would never see them."""
+    usr1 = b"%016x" % (1 << (signal.SIGUSR1 - 1))
+    nothing = b"0" * 16
+    masks = {
+        b"SigPnd": usr1,
+        b"ShdPnd": nothing,
+        b"SigBlk": nothing,
+        b"SigIgn": usr1,
+        b"SigCgt": nothing,
+    }
+    monkeypatch.setattr(proc, "status", lambda _thread: masks)
+    assert signals.cause(os.getpid()) is Cause.NOTHING
+    masks[b"SigIgn"] = nothing
+    assert signals.cause(os.getpid()) is Cause.FATAL
+
+
 @pytest.mark.parametrize("thread", [0, (1 << 22) - 1])
 def test_of_a_thread_that_cannot_be_seen_a_signal_is_taken_for_caught(thread: int) -> None:
     assert signals.cause(thread) is Cause.CAUGHT

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs import rundir
+from dlmfs import privileges, rundir
 from dlmfs.config import MountConfig, parse_options, parse_source
 from dlmfs.control import control_path
 from dlmfs.control_server import ControlServer
@@ -162,6 +162,8 @@ def use(path: str) -> bytes:
 def test_whole_nodes_in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Store, membership, file system, control socket: a domain is joined, a lock written."""
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    # The daemon is this very process, and other tests need root's rights.
+    monkeypatch.setattr(privileges, "confine", lambda _kept: None)
     where = str(folder / "mnt")
     source = f"local:{folder}/state.db"
     config = MountConfig(source, parse_source(source), where, parse_options(["node=x"]))

@@ -6,6 +6,8 @@ from typing import Final
 
 from tests.mutants.doors import DOORS
 from tests.mutants.mutant import Mutant
+from tests.mutants.programs import PROGRAMS
+from tests.mutants.protocol import PROTOCOL
 from tests.mutants.store import STORE
 
-MUTANTS: Final[tuple[Mutant, ...]] = (*STORE, *DOORS)
+MUTANTS: Final[tuple[Mutant, ...]] = (*PROTOCOL, *STORE, *PROGRAMS, *DOORS)

@@ -532,6 +532,23 @@ def test_a_gap_says_where_to_go_on_and_comes_once(driver: SqliteDriver) -> None:
     assert len(seen) == 1
 
 
+def test_the_log_has_all_that_was_not_trimmed_and_says_what_was(driver: SqliteDriver) -> None:
+    client = Client(driver)
+    first = client.txn(put(b"w/x")).revision
+    for _ in range(9):
+        client.txn(put(b"w/x"))
+    schema.trim(_connection(client), 4)
+    last_trimmed = first + 5
+    before: list[WatchBatch | WatchGap] = []
+    client.store.watch([b"w/"], last_trimmed, before.append)
+    after: list[WatchBatch | WatchGap] = []
+    client.store.watch([b"w/"], last_trimmed + 1, after.append)
+    driver.run_until(lambda: bool(before) and len(after) == 4)
+    assert before == [WatchGap(last_trimmed + 1)]
+    kept = [batch.revision for batch in after if isinstance(batch, WatchBatch)]
+    assert kept == list(range(last_trimmed + 1, first + 10))
+
+
 def test_no_gap_after_cancel(driver: SqliteDriver) -> None:
     """One watch's sink cancels the other; both are behind the log."""
     client = Client(driver)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from dlmfs.errors import DlmfsError, Unavailable
-from dlmfs.store import schema, sqlite, sqlite_session
+from dlmfs.store import lives, schema, sqlite, sqlite_session
 from dlmfs.store.base import Put, Range, Txn, WatchBatch, WatchGap
 from dlmfs.store.bells import Bells
 from dlmfs.store.sqlite import SqliteStore
@@ -88,6 +90,8 @@ def test_a_session_that_its_own_daemon_cannot_end_is_ended_by_the_others(
     monkeypatch.setattr(client.store, "_write", refused)
     session(client).abandon()
     client.get(lambda done: client.store.end_session(client.session.lease, done))
+    left = f"{client.session.lease:x}.lock"
+    assert left in os.listdir(f"{driver.path}.d"), "without it the process would have to end first"
     driver.run_until(lambda: bool(seen))
 
 
@@ -195,6 +199,21 @@ def test_a_missing_lock_file_is_no_death(
         assert client.txn(Txn((), (Range(b"w/"),))).responses[0] != ()
     child.kill()
     driver.run_until(lambda: len(store(client).sessions()) == 1)
+
+
+def test_who_has_no_descriptor_to_look_with_buries_nobody(
+    driver: SqliteDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, peer = Client(driver, "a"), Client(driver, "b")
+    assert session(peer)._place is not None
+    monkeypatch.setattr(lives, "_OWN", Counter())  # as if they were two processes
+    lives_of = session(peer)._place.lives  # type: ignore[union-attr]
+
+    def refused(*_args: object, **_more: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refused)
+    assert lives_of.alive(client.session.lease, 1)
 
 
 # -- the file ----------------------------------------------------------------------------------------
