@@ -74,6 +74,7 @@ def test_a_relative_path_means_what_it_meant(
     with pytest.raises(UsageError):
         place("deep", near=True)
     assert run(capsys, "info", "deep/x/..")[0] == 2
+    assert run(capsys, "info", "./deep/../deep/x")[0] == 2
     assert theirs.asked == 0
     assert place(f"{theirs.where}/dom/x").mountpoint == theirs.where
     monkeypatch.setenv("DLMFS_MOUNT", theirs.where)

@@ -256,22 +256,6 @@ DOORS: Final = (
         "a question stops the event loop for as long as there are locks",
     ),
     Mutant(
-        "nan-in-an-answer",
-        "control.py",
-        "json.loads(line, parse_constant=_no_constant)",
-        "json.loads(line)",
-        ("tests/control/test_others.py::test_an_answer_that_is_none",),
-        "another user's daemon gives root's command a traceback",
-    ),
-    Mutant(
-        "answer-without-end",
-        "control.py",
-        "        if len(line) > most:\n",
-        "        if len(line) > most << 10:\n",
-        ("tests/control/test_others.py::test_an_answer_without_end",),
-        "another user's daemon fills root's memory",
-    ),
-    Mutant(
         "anybodys-mount",
         "cli/choice.py",
         "if entry is None or not entry.is_dlmfs or not (named or is_trusted(entry)):",
