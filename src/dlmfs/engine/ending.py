@@ -72,7 +72,7 @@ class Ending:
         left_s = member.held_until - member.loop.time()
         if left_s > 0:
             self.phase = Phase.TOLD
-            member.loop.call_later(left_s, self._grace_is_over)
+            member.loop.call_later(left_s, member.enter, self._grace_is_over)
         else:
             self._begin_leaving()
         member.host.ends(reason)
@@ -95,7 +95,7 @@ class Ending:
         def left(error: DlmfsError | None) -> None:
             if isinstance(error, Unavailable) and self.phase is not Phase.OVER:
                 # To end with a lock at EX that nobody has would look like a death (protocol-traps 12).
-                self._member.loop.call_later(RETRY_S, self._leave, space)
+                self._member.loop.call_later(RETRY_S, self._member.enter, self._leave, space)
                 return
             self._to_leave -= 1
             if not self._to_leave:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from dlmfs.sim import bugs_records
+from dlmfs.sim.bugs_ends import ENDS
 from dlmfs.sim.bugs_restore import RESTORES
 from dlmfs.sim.planted import Planted
 from dlmfs.sim.rare import RARE
@@ -519,6 +520,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "an open whose process was killed in the same instant stays open",
         first=200,
     ),
+    *ENDS,
     *RESTORES,
     *bugs_records.BUGS,
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import Head
 from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, DeadValue, Mode, Owner, compatible
+from dlmfs.sim.graces import Graces
 from dlmfs.sim.history import Op, judge
 from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.oracle import Lock, Oracle, Violation, Write
@@ -80,6 +81,15 @@ class Open:
     """The other nodes' conflicting wishes that the node knew of when the open came."""
     closed: float | None = None
     released: float | None = None
+    lease: int = 0
+    grant: int = 0
+    """The revision of the node's grant; 0: not known."""
+    told: float | None = None
+    """When its program could know that the lock is over."""
+    crashed: float | None = None
+    """When its daemon died."""
+    let_go: float | None = None
+    """When its program closed it."""
 
 
 class Grace(NamedTuple):
@@ -115,6 +125,7 @@ class Checks:
         self.grants = self.reads = self.writes = self.refusals = self.losses = self.judged = 0
         self.margin: float | None = None
         """The least share of a lease time between a node's last answer and its lease's end."""
+        self.graces = Graces(cluster, oracle)
         self._files: dict[tuple[str, int, int], Open] = {}
         self._numbers = 0
         self._valued: dict[Lock, float] = {}
@@ -251,8 +262,12 @@ class Checks:
             opened.outcome, opened.closed = "unknown", self.now
             return
         opened.token = handle.token
-        if node.membership.session is not None and not call.overtaken:
-            node.last_served[node.membership.session.lease] = self.now
+        if node.membership.session is not None:
+            opened.lease = node.membership.session.lease
+            member = self.oracle.lock(opened.lock).head.members.get(node.name)
+            opened.grant = 0 if member is None else member.revision
+            if not call.overtaken:
+                node.last_served[opened.lease] = self.now
         # Who takes over the place that an interrupted open left may have been granted long ago.
         late = call.overtaken or handle.fh <= opened.newest
         self._token(node, opened, strict=self.strict and not late)
@@ -260,6 +275,7 @@ class Checks:
             self._exclusion(node, opened)
             self._gracious(opened)
             self._marked(opened, lock)
+            self.graces.granted(node, opened, self.seen(opened.lock).opens)
             self._in_order(opened, handle)
 
     def _served(self, node: SimNode, opened: Open, call: Call) -> None:
@@ -428,22 +444,42 @@ class Checks:
 
     def closing(self, file: OpenFile) -> None:
         """close(2) of the last descriptor begins."""
+        file.grant.let_go = self.now
         if file.grant.closed is None:
             over = (
                 file.grant.node.deadline()
             )  # a node that stands still does not tell that it is lost
             file.grant.closed = max(min(self.now, over), file.grant.returned or 0.0)
 
+    def _of(self, node: SimNode, domain: bytes | None = None) -> list[Open]:
+        """What the node's present life has or had open, in one domain or in all."""
+        return [
+            opened
+            for lock, seen in self.locks.items()
+            for opened in seen.opens
+            if (domain is None or lock[0] == domain)
+            and opened.node is node
+            and opened.life == node.life
+        ]
+
+    def node_ends(self, node: SimNode) -> None:
+        """The node's programs are told that it ends. What they have is theirs until they close it."""
+        self.graces.told(self._of(node), self.now)
+
+    def crashed(self, node: SimNode) -> None:
+        """The daemon has died."""
+        self.lost(node, None)
+        self.graces.crashed(self._of(node), self.now)
+
     def lost(self, node: SimNode, domain: bytes | None) -> None:
         """What the node had open (in one domain, or in all) is lost, since its deadline at the latest."""
         self.losses += 1
         at = min(self.now, node.deadline())
-        for lock, seen in self.locks.items():
-            if domain is None or lock[0] == domain:
-                for opened in seen.opens:
-                    if opened.node is node and opened.closed is None and opened.life == node.life:
-                        if opened.outcome == "ok":
-                            opened.closed = max(at, opened.returned or at)
+        opens = self._of(node, domain)
+        self.graces.told(opens, at)
+        for opened in opens:
+            if opened.closed is None and opened.outcome == "ok":
+                opened.closed = max(at, opened.returned or at)
 
     def lock_lost(self, node: SimNode, lock: Lock) -> None:
         """An exception in one lock's state: what the node had open of it is lost, and its holders have
@@ -480,6 +516,7 @@ class Checks:
 
     def lease_ended(self, node: SimNode, lease: int) -> None:
         """Promise 3: the store lets a lease run out; the node must have stopped serving long before."""
+        self.graces.expired.add(lease)
         served = node.last_served.get(lease)
         scenario = self.cluster.scenario
         if served is None or not self.strict or not scenario.leased:

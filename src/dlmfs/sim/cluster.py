@@ -65,7 +65,8 @@ class Cluster:
         self.injected = 0
         self.spoilt: dict[bytes, int] = {}
         """Keys whose records nobody can read, and since which revision (`spoiling`)."""
-        self.oracle = Oracle(lock_delay=scenario.lock_delay_s > 0)
+        delay_s = 0.0 if scenario.lenient else scenario.lock_delay_s / max(scenario.rates)
+        self.oracle = Oracle(delay_s, self.loop.time, lock_delay=scenario.lock_delay_s > 0)
         self.arbiter = Arbiter(self.loop, 1000, scenario.bounds, self.oracle)
         self.arbiter.expired = self._lease_ended
         if trace:

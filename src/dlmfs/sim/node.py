@@ -130,6 +130,11 @@ class Files(FileSystem):
         self.node.checks.lock_lost(self.node, (lock.space.domain, lock.name))
         super().lock_lost(lock, *claims)
 
+    def ends(self, reason: str) -> None:
+        self.node.cluster.tell(self.node.name, f"ends: {reason}")
+        self.node.checks.node_ends(self.node)
+        super().ends(reason)
+
     def fenced(self, reason: str) -> None:
         self.node.cluster.tell(self.node.name, f"is fenced: {reason}")
         if "in the store has" in reason or "is not of dlmfs" in reason:
@@ -227,7 +232,7 @@ class SimNode:
         """The daemon dies, and its processes with it. Another life begins a little later."""
         if self.machine.dead:
             return
-        self.checks.lost(self, None)
+        self.checks.crashed(self)
         self._end()
         self.store.crash()
         self.cluster.loop.call_later(RESTART_S, self._restart, self.life)
@@ -252,12 +257,27 @@ class SimNode:
 
     def unmount(self) -> bool:
         """umount(8): refused while a file is open. False: refused."""
-        if not self.up or self.processes or self.fs.handles or self.fs.pending:
+        busy = self.processes or self.fs.handles or self.fs.pending
+        if not self.up or self.leaving or busy:
             return False
         self.up, self.leaving = False, True
         self.kernel.dead = True
         self.membership.ending.begin("umount", partial(self._departed, self.life))
         return True
+
+    def end(self) -> None:
+        """A signal to the daemon, whatever its programs have open."""
+        if self.up and not self.leaving:
+            self.leaving = True
+            self.membership.ending.begin("a signal", partial(self._departed, self.life))
+
+    def abort(self) -> None:
+        """The connection to the kernel is gone: no close is seen any more."""
+        if self.up and not self.leaving:
+            self.up, self.leaving = False, True
+            self.checks.node_ends(self)
+            self.kernel.die()
+            self.membership.ending.begin("aborted", partial(self._departed, self.life))
 
     def _departed(self, life: int, _error: DlmfsError | None) -> None:
         if life == self.life and not self.machine.dead:

@@ -37,6 +37,7 @@ Lock = tuple[bytes, bytes]
 OPERATOR: Final = "operator"
 """Who puts what no node has put."""
 NONE: Final = Head({})
+ROUNDING_S: Final = 0.002
 
 
 class Violation(AssertionError):
@@ -85,6 +86,8 @@ class LockRecord:
     """The keys of its head and wishes that cannot be read now."""
     disordered: bool = False
     """A wish could not be read once: who saw it no more may have passed it before it was put again."""
+    marks: set[tuple[str, int]] = field(default_factory=set)
+    """All that ever stood in the head: the node, and the revision of its grant."""
 
 
 class Memory(NamedTuple):
@@ -97,10 +100,17 @@ class Memory(NamedTuple):
 
 
 class Oracle:
-    """Follows all commits. `lock_delay`: nodes leave dead members in the heads for a while."""
+    """Follows all commits. `lock_delay`: nodes leave dead members in the heads for a while, at least
+    `lock_delay_s` in true time; `clock`: that, in seconds."""
 
-    def __init__(self, *, lock_delay: bool) -> None:
+    def __init__(
+        self, lock_delay_s: float, clock: Callable[[], float], *, lock_delay: bool
+    ) -> None:
         self.lock_delay = lock_delay
+        self.lock_delay_s = lock_delay_s
+        self.clock = clock
+        self.ended: dict[tuple[bytes, str, int], float] = {}
+        """By domain, node and incarnation: when the membership ended."""
         self.locks: dict[Lock, LockRecord] = {}
         self.valued: Callable[[Lock], None] = lambda _lock: None
         """Told of each first value."""
@@ -244,6 +254,8 @@ class Oracle:
                 self.lost.add((domain, node, kv.create_revision))
             return
         incarnation = members.pop(node, None)
+        if incarnation is not None:
+            self.ended[domain, node, incarnation] = self.clock()
         if author != node or (domain, node, incarnation) in self.lost:
             return
         # A clean leave with a lock cached looks like a death to the others (protocol-traps 12).
@@ -336,12 +348,22 @@ class _Change:
             if kept is None or kept.incarnation != old.incarnation:
                 if node != self.author and self._alive(node, old):
                     self._fail(f"{node} was removed alive")
+                self._in_time(node, old)
         if self.new.members and self.new.abandoned is None and not self.oracle.lock_delay:
             domain, waiting = self.lock[0], self.oracle.lock(self.lock).wishes.values()
             living = any(self._alive(n, m) for n, m in self.new.members.items())
             looked_after = any(self.oracle.alive(domain, w.node, w.incarnation) for w in waiting)
             if not living and not looked_after:
                 self._fail("only dead members are left: nobody looks at it again (traps 9)")
+
+    def _in_time(self, node: str, old: Member) -> None:
+        """Promise 5: what a dead member had is not taken away before the lock-delay is over."""
+        delay_s = self.oracle.lock_delay_s
+        ended = self.oracle.ended.get((self.lock[0], node, old.incarnation))
+        if old.level is Mode.NL or ended is None or not delay_s:
+            return
+        if self.oracle.clock() < ended + delay_s - ROUNDING_S:
+            self._fail(f"{node} was removed {self.oracle.clock() - ended:.3f} s after its end")
 
     def _order(self) -> None:
         """Promise 5 and rule 6: first come, first served; conversions first."""
@@ -403,6 +425,8 @@ class _Change:
             and self.new.members.get(node, NO_MEMBER).incarnation != member.incarnation
         ]
         mark = self.new.abandoned
+        if mark is not None:
+            self.oracle.lock(self.lock).marks.add((mark.node, mark.revision))
         dead += self._given_up_by_a_fault(mark)
         if self.new.lvb != self.old.lvb and not dead:
             if mark is not None:

@@ -16,7 +16,14 @@ from dlmfs.sim.oracle import Violation
 from dlmfs.sim.trouble import elected
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dlmfs.sim.cluster import Cluster
+    from dlmfs.sim.node import SimNode
+    from dlmfs.sim.programs import Process
+
+DISTURBED: Final = 0.15
+"""How often, in lock-delays, something happens at a lock whose delay is waited for."""
 
 OUTAGE: Final = 0.05
 """How long the store has no leader, in lease times: so short that no living node is fenced for it."""
@@ -47,11 +54,39 @@ def recover(cluster: Cluster) -> None:
         outage_s = cluster.scenario.ttl_s * OUTAGE * rng.random()
         cluster.loop.call_later(outage_s, partial(elected, cluster))
     cluster.tell(dead.name, "DIES, and others wait for its lock")
+    passers: list[Process] = []
+    if cluster.scenario.lock_delay_s:
+        _disturb(cluster, others, waiters, passers, partial(_try, domain, name))
     limit = bound(cluster, changes=changes)
     if not cluster.loop.run_until(lambda: any(waiter.files for waiter in waiters), limit):
         raise Violation(f"a dead node's lock is not free {limit:.1f} s after its death")
     for waiter in waiters:
         waiter.kill(unheard=False)
+    cluster.loop.run_until(lambda: all(passer.dead for passer in passers), limit)
+
+
+def _try(domain: bytes, name: bytes, process: Process) -> None:
+    program = process.open(domain, name, Mode.EX, trying=True, again=0)
+    process.run(program, lambda: process.kill(unheard=False))
+
+
+def _disturb(
+    cluster: Cluster,
+    nodes: list[SimNode],
+    waiters: list[Process],
+    passers: list[Process],
+    act: Callable[[Process], None],
+) -> None:
+    """While others wait for the lock-delay to be over, something else happens at that lock again and
+    again: the delay is none the shorter for it."""
+
+    def again() -> None:
+        if not any(waiter.files or waiter.dead for waiter in waiters):
+            passers.append(cluster.rng.choice(nodes).new_process())
+            act(passers[-1])
+            cluster.loop.call_later(cluster.scenario.lock_delay_s * DISTURBED, again)
+
+    again()
 
 
 def bound(cluster: Cluster, *, changes: bool) -> float:

@@ -181,6 +181,25 @@ def _dead_values(nodes: int, seed: int) -> tuple[str, ...]:
     return tuple(rng.choice([dead.value for dead in DeadValue]) for _ in range(nodes))
 
 
+MEDDLING: Final = ("restore", "spoil")
+"""What makes records say nothing of who was told what, and when."""
+
+ENDS: Final = ("end", "abort", "evict", "end", "abort")
+"""How a node ends by somebody's will, whatever its programs have open."""
+
+
+def _ends(seed: int, nodes: int, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """In a quarter of the runs nodes are made to end, at some point of the story."""
+    rng = Random(f"ends {seed}")
+    if rng.random() >= 0.25:
+        return steps
+    story = list(steps)
+    for _ in range(rng.choice([1, 2, 4])):
+        end = Step(0.0, rng.choice(ENDS), rng.randrange(nodes), rng.randrange(1 << 32))
+        story.insert(rng.randrange(len(story) // 4, len(story)), end)
+    return tuple(story)
+
+
 def _rates(rng: Random, nodes: int, *, lenient: bool) -> tuple[float, ...]:
     kind = rng.choice(["true", "near", "edge"])
     if lenient:
@@ -308,4 +327,7 @@ def draw(seed: int) -> Scenario:
         dead_values=_dead_values(nodes, seed),
     )
     steps = _restored(scenario.steps, seed, ttl_s) if leased else scenario.steps
-    return replace(scenario, steps=_spoilt(steps, seed))
+    steps = _spoilt(steps, seed)
+    if {step.verb for step in steps}.isdisjoint(MEDDLING):
+        steps = _ends(seed, nodes, steps)
+    return replace(scenario, steps=steps)

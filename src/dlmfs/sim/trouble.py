@@ -92,6 +92,14 @@ def umount(_cluster: Cluster, node: SimNode, _rng: Random) -> None:
     node.unmount()
 
 
+def signalled(_cluster: Cluster, node: SimNode, _rng: Random) -> None:
+    node.end()
+
+
+def abort(_cluster: Cluster, node: SimNode, _rng: Random) -> None:
+    node.abort()
+
+
 def evict(cluster: Cluster, node: SimNode, _rng: Random) -> None:
     """As `engine.admin.evict`: a mark, and the lease's end if it is not heard."""
     member = node.membership
@@ -109,6 +117,7 @@ def evict(cluster: Cluster, node: SimNode, _rng: Random) -> None:
 
 def end(cluster: Cluster, lease: int) -> None:
     if lease in cluster.arbiter.leases:
+        cluster.checks.graces.expired.add(lease)
         cluster.arbiter.expire(lease)
 
 
@@ -189,6 +198,8 @@ STEPS: Final[dict[str, Callable[[Cluster, SimNode, Random], None]]] = {
     "break-watch": break_watch,
     "umount": umount,
     "evict": evict,
+    "end": signalled,
+    "abort": abort,
     "full": full,
     "copy": copy,
     "restore": restore,
