@@ -356,7 +356,7 @@ ANSWERS: Final[dict[str, Callable[[object], str | None]]] = {
     "why": _why,
     "health": _health,
     "top": _of(TOP),
-    "evict": _of({"node": str, "how": {"left", "expired", "ended"}, "after_s": float}),
+    "evict": _of({"node": str, "how": {"left", "expired", "ended", "killed"}, "after_s": float}),
     "remove-domain": _of(int),
 }
 """By question: where its answer is not as it should be, or None."""

@@ -57,6 +57,10 @@ def ways(nodes: Nodes, connections: Path) -> dict[str, End]:
     def evict(where: Path, other: Path) -> object:
         return dlmfs("evict", where.name, str(other))
 
+    def evict_stopped(where: Path, other: Path) -> object:
+        os.kill(nodes.pid(where), signal.SIGSTOP)
+        return evict(where, other)
+
     return {
         "term": send(signal.SIGTERM),
         "int": send(signal.SIGINT),
@@ -65,6 +69,7 @@ def ways(nodes: Nodes, connections: Path) -> dict[str, End]:
         "force": by_force,
         "abort": abort,
         "evict": evict,
+        "frozen": evict_stopped,
         f"term-{STOPPED}": send(signal.SIGTERM),
         f"kill-{STOPPED}": send(signal.SIGKILL),
     }

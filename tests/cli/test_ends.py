@@ -24,4 +24,4 @@ def test_promise_exclusion_of_commands_however_a_daemon_ends(nodes: Nodes) -> No
     for name in ends:
         info = json.loads(dlmfs("info", "--json", str(safe / f"dom/{name}-x")).stdout)
         marked = info["abandoned"] is not None
-        assert marked == name.startswith(("kill", "force", "abort")), name
+        assert marked == name.startswith(("kill", "force", "abort", "frozen")), name

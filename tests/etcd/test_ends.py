@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.cli.ends import STOPPED, overlap_nowhere, ways
 from tests.etcd.mounts import EtcdNodes
-from tests.fs.nodes import dlmfs
 from tests.robust.helpers import fusectl
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
@@ -17,13 +14,10 @@ pytestmark = [pytest.mark.fuse, pytest.mark.root]
 def test_promise_exclusion_of_commands_however_a_daemon_ends(nodes: EtcdNodes) -> None:
     """The shortest lease time; all else as by default. SIGINT and SIGHUP are SIGTERM, and a mount torn
     away is an aborted connection, on either engine."""
-
-    def evict_stopped(where: Path, other: Path) -> None:
-        nodes.stop(where)
-        dlmfs("evict", where.name, str(other))
-
     safe = nodes.mount("safe")
     with fusectl() as connections:
         every = ways(nodes, connections)
-        ends = {name: every[name] for name in ("term", "abort", "evict", f"kill-{STOPPED}")}
-        overlap_nowhere(nodes, ends | {"frozen": evict_stopped}, safe)
+        ends = {
+            name: every[name] for name in ("term", "abort", "evict", "frozen", f"kill-{STOPPED}")
+        }
+        overlap_nowhere(nodes, ends, safe)

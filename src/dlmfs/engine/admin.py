@@ -1,8 +1,10 @@
 """What an operator does to a lock space from any of its nodes.
 
-Eviction: a mark asks a node to go; it fences itself and ends its session. If the mark has stood for
-the node's whole lease time and it is still there, it may be stuck, and its session is ended for it. By
-then it has renewed its lease, and thus reached the store where the mark stands, or fenced itself.
+Eviction: a mark asks a node to go; it gives its holders time and ends its session (`ending`). If the
+mark has stood for the node's whole lease time unheard, it may be stuck, and its session is ended for it.
+By then it has renewed its lease, and thus reached the store where the mark stands, or fenced itself. One
+whose process is stopped on this host, where no lease runs out, is killed: so its programs are told at
+once, and the others' lock-delay gives them their time.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dlmfs.store.base import (
     KeyValue,
     Put,
     Range,
+    Response,
     Store,
     Txn,
     TxnResult,
@@ -41,8 +44,8 @@ Transact = Callable[[Txn], Awaitable[TxnResult]]
 async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[str, object]:
     """Put `node` out and wait until it is. Raises UsageError if there is none such, Unavailable.
 
-    Returns how: "left" (by itself, on the mark), "expired" (it had stopped renewing) or "ended" (its
-    lease was ended for it), with the seconds.
+    Returns how: "left" (by itself, on the mark), "expired" (it had stopped renewing), "killed" (it was
+    stopped) or "ended" (its lease was ended for it), with the seconds.
     """
     key = NODES + node.encode()
     mark = mark_key(node)
@@ -55,29 +58,35 @@ async def evict(transact: Transact, store: Store, node: str, by: str) -> dict[st
     loop = asyncio.get_running_loop()
     start = loop.time()
     await transact(Txn((same,), (put,)))
-    ended = False
-    while (await transact(Txn((same,), ()))).succeeded:
-        if loop.time() - start > ttl_s + MARGIN_S:
-            ended = True
+    how = "expired"
+    heard = False
+    patience_s = ttl_s + MARGIN_S
+    while (found := await transact(Txn((same,), (Get(mark),)))).succeeded:
+        said = _said(found.responses[0])
+        if said is not None and said.heard and not heard:
+            heard, patience_s = True, loop.time() - start + max(ttl_s, said.wait_s) + MARGIN_S
+        if not heard and store.kill_stopped(record.lease):
+            how = "killed"
+        elif loop.time() - start > patience_s:
+            how = "ended"
             if record.lease:
                 await _end(store, record.lease)
             else:  # put by hand, or overwritten so: no session's end takes it away
                 await transact(Txn((same,), (Delete(key),)))
         await asyncio.sleep(LOOK_S)
-    left = (await transact(Txn((), (Get(mark),)))).responses[0]
-    heard = isinstance(left, KeyValue) and _is_heard(left)
-    if heard:
+    said = _said((await transact(Txn((), (Get(mark),)))).responses[0])
+    if said is not None and said.heard:
         await transact(Txn((), (Delete(mark),)))
+        how = "left" if how == "expired" else how
     # Else it stays until the name is taken anew: who could not hear must not come back.
-    how = "ended" if ended else "left" if heard else "expired"
     return {"node": node, "how": how, "after_s": round(loop.time() - start, 1)}
 
 
-def _is_heard(mark: KeyValue) -> bool:
+def _said(mark: Response) -> Mark | None:
     try:
-        return decode_mark(mark).heard
+        return decode_mark(mark) if isinstance(mark, KeyValue) else None
     except BadState:
-        return False
+        return None
 
 
 def _ttl_s(record: KeyValue) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from dlmfs.engine.lock import Done
 from dlmfs.engine.records import decode_head
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, Unavailable
+from dlmfs.model import Mode
 from dlmfs.store.base import Delete, KeyValue, Op, Range, Txn, TxnResult, created_at, unchanged
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done, behind
     assert isinstance(members, tuple)
     assert isinstance(heads, tuple)
     assert isinstance(mails, tuple)
-    useless = [kv for kv in heads if len(members) == 1 and _forgettable(kv)]
+    useless = [kv for kv in heads if len(members) == 1 and _forgettable(space, kv)]
     litter = [*useless, *(kv for kv in mails if isinstance(kv, KeyValue))]
     guards = [created_at(space.keys.mine, space.incarnation)]
     ops: list[Op] = []
@@ -103,12 +104,18 @@ def _looked(space: Lockspace, result: TxnResult | DlmfsError, done: Done, behind
     space.commit(txn, lambda result: _removed(space, result, done, behind, last=last))
 
 
-def _forgettable(kv: object) -> bool:
+def _forgettable(space: Lockspace, kv: object) -> bool:
+    """Nor one of a member that died just now: its programs may be at work, and have the lock-delay."""
     assert isinstance(kv, KeyValue)
     try:
-        return decode_head(kv).forgettable()
+        head = decode_head(kv)
     except BadState:
         return False  # nobody knows what would be forgotten
+    late = (
+        member.level is not Mode.NL and not space.is_dead(node, member.incarnation)
+        for node, member in head.members.items()
+    )
+    return head.forgettable() and not any(late)
 
 
 def _removed(

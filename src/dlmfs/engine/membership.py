@@ -28,7 +28,7 @@ from dlmfs.core.tokens import PLAIN, Tokens
 from dlmfs.engine.badrecords import BadRecords
 from dlmfs.engine.contained import contained
 from dlmfs.engine.domains import Domains
-from dlmfs.engine.ending import Ending
+from dlmfs.engine.ending import END_S, PATIENCE_S, Ending
 from dlmfs.engine.eviction import Mark, decode_mark, mark_key
 from dlmfs.engine.lock import Done
 from dlmfs.engine.lockspace import Host as LockHost
@@ -537,7 +537,8 @@ class Membership:
         by = self._evicted_by(mark)
         if by is None or self.final:
             return
-        heard = Put(mark.key, Mark(self.record, by, heard=True).encode())
+        wait_s = self.config.grace_s + PATIENCE_S + END_S
+        heard = Put(mark.key, Mark(self.record, by, heard=True, wait_s=wait_s).encode())
         self.store.txn(Txn((), (heard,)), lambda _result: None)
         self.final, self.reason = True, f"evicted by {by}"
         self.ending.begin(self.reason, partial(self._evicted, self.reason))

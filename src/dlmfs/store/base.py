@@ -246,6 +246,10 @@ class Store(Protocol):
         """End another session, whose owner is known to be over: its keys vanish in one revision.
         None also if it had ended before; OutcomeUnknown."""
 
+    def kill_stopped(self, lease: int) -> bool:
+        """Where no lease can run out: kill the process of a session if it is stopped, so that the
+        session ends. Whether that was done; False also if it is not known or not permitted."""
+
     def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
         """Seconds until a session ends if it is not renewed any more, 0 if it has ended; None: it cannot
         run out (one host). OutcomeUnknown."""

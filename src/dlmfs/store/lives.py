@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import struct
 from collections import Counter
 from pathlib import Path
@@ -90,6 +91,28 @@ class Lives:
             return holder(fd) != 0
         finally:
             os.close(fd)
+
+    def kill_stopped(self, lease: int) -> bool:
+        """Kill the daemon of a session if it is stopped; whether that was done."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f"{lease:x}.lock", _READ, dir_fd=self.fd) if not _OWN[lease] else -1
+            if fd < 0:
+                return False
+            try:
+                pid = holder(fd)
+                if pid <= 0 or not proc.is_stopped(pid):
+                    return False
+                process = os.pidfd_open(pid)
+                try:
+                    if holder(fd) != pid:  # its number may have become another's in between
+                        return False
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    return True
+                finally:
+                    os.close(process)
+            finally:
+                os.close(fd)
+        return False
 
     def remove(self, lease: int) -> None:
         """What a session that is over left here. On a disk gone read-only it stays for others."""

@@ -389,6 +389,9 @@ class MemoryStore:
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         self.ask(lambda: self.server.expire(lease), done)
 
+    def kill_stopped(self, lease: int) -> bool:  # noqa: ARG002 - no process of its own
+        return False
+
     def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
         self.ask(lambda: self.server.left(lease), done)
 

@@ -376,6 +376,9 @@ class SqliteStore:
 
         self._write(partial(schema.end_session, lease=lease), ended)
 
+    def kill_stopped(self, lease: int) -> bool:
+        return self.session is not None and self.session.kill_stopped(lease)
+
     def lease_left(
         self,
         lease: int,  # noqa: ARG002 - a session here ends with its process, not with time

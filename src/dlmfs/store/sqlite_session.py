@@ -55,6 +55,10 @@ class SqliteSession:
         """Take the lock and listen before the row says that we exist. Raises OSError, BadState."""
         self._place = _Place(self)
 
+    def kill_stopped(self, lease: int) -> bool:
+        """As `store.base.Store.kill_stopped`."""
+        return self._place is not None and self._place.lives.kill_stopped(lease)
+
     def ring(self, lease: int) -> None:
         """Have a peer look at the log. Once this session is over, it finds out by itself."""
         if self._place is not None:

@@ -150,6 +150,9 @@ class Handle:
     def describe(self) -> dict[str, object]:
         return {"store": "explored"}
 
+    def kill_stopped(self, lease: int) -> bool:  # noqa: ARG002
+        return False
+
     def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:  # noqa: ARG002
         raise Bug("nobody asks here why a lock is not free")
 

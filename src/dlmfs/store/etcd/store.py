@@ -236,6 +236,9 @@ class EtcdStore:
         except DlmfsError:
             return  # it had ended
 
+    def kill_stopped(self, lease: int) -> bool:  # noqa: ARG002 - its lease runs out
+        return False
+
     def lease_left(self, lease: int, done: Callable[[float | DlmfsError | None], None]) -> None:
         self._start(self._answer(self._lease_left(lease), done))
 
