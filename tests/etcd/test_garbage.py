@@ -52,6 +52,11 @@ def test_a_record_costs_what_it_belongs_to(nodes: EtcdNodes) -> None:
     assert not is_lost(held)
     os.close(held)
     assert "is not of dlmfs" not in dlmfs("doctor", str(a), check=False).stdout
+    nodes.etcd.ctl(
+        "put", "--", os.fsdecode(f"dlmfs/{nodes.cluster}/n/".encode() + b"\xff\x1b"), "x"
+    )
+    said = dlmfs("doctor", nodes.etcd.source(nodes.cluster), check=False).stdout
+    assert f"names in use in {nodes.cluster}: a b\n" in said
 
 
 def test_a_node_s_own_record_ends_that_life_of_it_alone(nodes: EtcdNodes) -> None:

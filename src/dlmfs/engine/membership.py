@@ -60,6 +60,7 @@ from dlmfs.timing import GRACE_S, Clock, Scheduler, Timer, Timing
 log = logging.getLogger("dlmfs.node")
 
 RETRY_S: Final = 0.5
+LETTERS_MAX: Final = 200
 
 REMOVED: Final = "the node's record was removed from the store"
 OVERWRITTEN: Final = "the node's record was overwritten in the store"
@@ -518,7 +519,7 @@ class Membership:
             if isinstance(result, DlmfsError):
                 self.loop.call_later(RETRY_S, self._look_anew, record)
                 return
-            ours, below = result.responses
+            ours, mark, below = result.responses
             if not isinstance(ours, KeyValue) or ours.create_revision != record:
                 self._fence(LockLost(REMOVED))
                 return
@@ -527,10 +528,13 @@ class Membership:
                 return
             self._watch = self.store.watch((own,), result.revision + 1, self._told)
             assert isinstance(below, tuple)
-            puts = tuple(Event("put", kv) for kv in below if isinstance(kv, KeyValue))
+            puts = tuple(Event("put", kv) for kv in (mark, *below) if isinstance(kv, KeyValue))
             self._told(WatchBatch(result.revision, puts))
 
-        self.store.txn(Txn((), (Get(own), Range(own + b"/"))), partial(self.enter, read))
+        # The first letters: who put more than that can be answered by nobody.
+        letters = Range(own + b"/", b"", LETTERS_MAX)
+        looks = (Get(own), Get(mark_key(self.name)), letters)
+        self.store.txn(Txn((), looks), partial(self.enter, read))
 
     def _marked(self, mark: KeyValue) -> None:
         """Go, if it is this very life of the node that is meant; and say that we heard."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TIMEOUT_S: Final = 3.0
 TIMES: Final = 3
 """How often each endpoint is asked: the slowest answer counts."""
+PAGE: Final = 1000
+"""Records read at once."""
 SIZE_MB: Final = 1500.0
 """etcd refuses writes at 2 GB by default."""
 
@@ -198,7 +200,8 @@ async def _names(access: Access, endpoint: str, cluster: str) -> list[Finding]:
     """The node names in use in this lock space."""
     import dataclasses
 
-    from dlmfs.store.base import Range
+    from dlmfs.engine.records import NODES, node_of
+    from dlmfs.store.base import KeyValue, Range
     from dlmfs.store.etcd.codec import Codec
     from dlmfs.store.etcd.rpc import RANGE, Rpc
 
@@ -206,14 +209,19 @@ async def _names(access: Access, endpoint: str, cluster: str) -> list[Finding]:
         asyncio.get_running_loop(), dataclasses.replace(access, endpoints=(endpoint,)), _ignore
     )
     codec = Codec(f"dlmfs/{cluster}/".encode())
-    every = Range(b"n/")
+    names: list[str] = []
+    behind: bytes | None = b""
     try:
-        answer = await rpc.call(RANGE, codec.read(every), TIMEOUT_S)
+        while behind is not None:
+            page = Range(NODES, behind, PAGE)
+            answer = await rpc.call(RANGE, codec.read(page), TIMEOUT_S)
+            found = codec.found(page, answer.kvs)
+            assert isinstance(found, tuple)
+            records = [kv for kv in found if isinstance(kv, KeyValue)]
+            names += [name for kv in records if (name := node_of(kv.key)) is not None]
+            behind = records[-1].key if len(records) == PAGE else None
     finally:
         await rpc.close()
-    records = codec.found(every, answer.kvs)
-    assert isinstance(records, tuple)
-    names = [kv.key[2:].decode() for kv in records if hasattr(kv, "key") and b"/" not in kv.key[2:]]
     return [ok("nodes", f"names in use in {cluster}: {' '.join(names) or 'none'}")]
 
 
