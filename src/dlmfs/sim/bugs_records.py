@@ -23,6 +23,7 @@ BUGS: Final[tuple[Planted, ...]] = (
 """,
         100,
         "a member is believed dead because its record cannot be read (promise 1)",
+        first=380,
     ),
     Planted(
         "unread-wish",
@@ -41,5 +42,6 @@ BUGS: Final[tuple[Planted, ...]] = (
 """,
         100,
         "a wish that cannot be read costs the domain at every node (found)",
+        first=280,
     ),
 )
