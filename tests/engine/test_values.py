@@ -149,6 +149,19 @@ def test_making_a_file_makes_no_key_of_the_lock_and_waits_for_nothing() -> None:
     assert cluster.server.data == {}
 
 
+def test_a_file_made_when_the_membership_is_lost_waits_for_the_next_one() -> None:
+    """The lost one looked for its moment for ever, four times a second."""
+    cluster = quiet(2)
+    _, b = cluster.hands
+    lost = b.joined
+    lost.lose("a test")
+    b.crash()
+    cluster.pass_time(60.0)
+    before = cluster.loop.pending()
+    lost.files.made((LOCK,))
+    assert cluster.loop.pending() == before
+
+
 def test_a_file_that_is_opened_at_once_costs_nothing_more() -> None:
     cluster = quiet(2)
     a, _ = cluster.hands

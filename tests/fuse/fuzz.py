@@ -108,9 +108,6 @@ class Loop(SimLoop):
     def remove_reader(self, fd: int) -> bool:
         return self.readers.pop(fd, None) is not None
 
-    def live_timers(self) -> int:
-        return sum(timer.callback is not None for *_, timer in self._heap)
-
 
 class Side:
     """One node: its kernel, device, file system and membership."""
@@ -374,8 +371,8 @@ class Run:
                 thread.join(30.0)
         if self.fake.kernels or self.loop.readers:
             raise Found(f"descriptors left: {self.fake.kernels} {self.loop.readers}")
-        if self.loop.live_timers():
-            raise Found(f"{self.loop.live_timers()} timers left")
+        if self.loop.pending():
+            raise Found(f"{self.loop.pending()} timers left")
         if self.watcher.lines:
             raise Found(f"logged: {self.watcher.lines[0]}")
 

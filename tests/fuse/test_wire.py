@@ -19,6 +19,7 @@ from tests.fuse import messages
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 NAME = st.binary(min_size=1, max_size=255).filter(lambda name: b"\0" not in name)
+ENTRY = NAME.filter(lambda name: b"/" not in name)
 
 
 def body(message: bytes) -> tuple[Any, ...]:
@@ -70,13 +71,13 @@ def test_header(opcode: int, unique: int, node: int, uid: int, pid: int) -> None
     assert wire.parse_header(message) == (43, opcode, unique, node, uid, 0, pid)
 
 
-@given(NAME)
+@given(ENTRY)
 def test_names(name: bytes) -> None:
     for opcode in (op.LOOKUP, op.UNLINK, op.RMDIR, op.REMOVEXATTR):
         assert body(messages.request(opcode, 2, name + b"\0")) == (name,)
 
 
-@given(U32, U32, U32, NAME)
+@given(U32, U32, U32, ENTRY)
 def test_mknod_and_mkdir(mode: int, rdev: int, umask: int, name: bytes) -> None:
     packed = struct.pack("=IIII", mode, rdev, umask, 0) + name + b"\0"
     assert body(messages.request(op.MKNOD, 2, packed)) == (name, mode, umask, rdev)
@@ -84,7 +85,7 @@ def test_mknod_and_mkdir(mode: int, rdev: int, umask: int, name: bytes) -> None:
     assert body(messages.request(op.MKDIR, 2, packed)) == (name, mode, umask)
 
 
-@given(NAME, NAME, U64, U32)
+@given(ENTRY, ENTRY, U64, U32)
 def test_two_names(old: bytes, new: bytes, node: int, flags: int) -> None:
     names = old + b"\0" + new + b"\0"
     message = messages.request(op.RENAME, 2, struct.pack("=Q", node) + names)
@@ -158,6 +159,23 @@ def test_init_with_and_without_the_second_word_of_flags() -> None:
 def test_names_that_are_none(packed: bytes) -> None:
     with pytest.raises(wire.WireError):
         body(messages.request(op.LOOKUP, 2, packed))
+
+
+@pytest.mark.parametrize("name", [b"/", b"a/b", b"/a", b"a/"])
+def test_entries_with_a_slash(name: bytes) -> None:
+    """In the store such a lock's keys are another's: `d/<domain>/w/a/b` is the wish of a node b for a."""
+    packed = {
+        **dict.fromkeys((op.LOOKUP, op.UNLINK, op.RMDIR), b""),
+        op.MKNOD: bytes(16),
+        **dict.fromkeys((op.MKDIR, op.LINK), bytes(8)),
+        op.RENAME: bytes(8) + b"old\0",
+        op.RENAME2: bytes(16) + b"old\0",
+    }
+    for opcode, before in packed.items():
+        with pytest.raises(wire.WireError):
+            body(messages.request(opcode, 2, before + name + b"\0"))
+    assert body(messages.request(op.SYMLINK, 2, b"link\0" + name + b"\0")) == (b"link", name)
+    assert body(messages.request(op.REMOVEXATTR, 2, name + b"\0")) == (name,)
 
 
 def test_write_that_has_not_the_bytes_it_claims() -> None:

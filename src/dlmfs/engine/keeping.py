@@ -55,6 +55,8 @@ class Files:
 
     def made(self, names: Iterable[bytes]) -> None:
         """The node has these locks' files, and perhaps nothing else of them."""
+        if not self._space.live:
+            return  # the next membership is told of all files (`rejoined`)
         self._due.update(dict.fromkeys(names))
         self._soon(DELAY_S)
 

@@ -62,7 +62,8 @@ REFUSED: Final[dict[int, int]] = {
 
 class Operations(Protocol):
     """What a file system does. `h.node` is the inode that the request is about: the directory
-    for a name. Names are not empty and have no zero byte; modes have the umask applied.
+    for a name. Names are not empty and have no zero byte, and an entry's no slash; modes have the
+    umask applied.
 
     An OSError or DlmfsError raised by a handler is answered with its errno.
     """

@@ -123,8 +123,22 @@ def _nothing(_message: bytes, _offset: int) -> tuple[()]:
     return ()
 
 
+def _entries(message: bytes, offset: int, count: int) -> list[bytes]:
+    """The same, of a directory's entries. No kernel sends one with a slash: keys of the store would be
+    taken for others'."""
+    names = _names(message, offset, count)
+    if b"/" in b"".join(names):
+        raise WireError("a name with a slash in it")
+    return names
+
+
 def _name(message: bytes, offset: int) -> tuple[bytes]:
     (name,) = _names(message, offset, 1)
+    return (name,)
+
+
+def _entry(message: bytes, offset: int) -> tuple[bytes]:
+    (name,) = _entries(message, offset, 1)
     return (name,)
 
 
@@ -153,13 +167,13 @@ def _setattr(message: bytes, offset: int) -> tuple[SetAttr]:
 
 def _mknod(message: bytes, offset: int) -> tuple[bytes, int, int, int]:
     mode, rdev, umask = MKNOD_IN.unpack_from(message, offset)
-    (name,) = _names(message, offset + MKNOD_IN.size, 1)
+    (name,) = _entries(message, offset + MKNOD_IN.size, 1)
     return name, mode, umask, rdev
 
 
 def _mkdir(message: bytes, offset: int) -> tuple[bytes, int, int]:
     mode, umask = MKDIR_IN.unpack_from(message, offset)
-    (name,) = _names(message, offset + MKDIR_IN.size, 1)
+    (name,) = _entries(message, offset + MKDIR_IN.size, 1)
     return name, mode, umask
 
 
@@ -170,19 +184,19 @@ def _symlink(message: bytes, offset: int) -> tuple[bytes, bytes]:
 
 def _link(message: bytes, offset: int) -> tuple[int, bytes]:
     (node,) = LINK_IN.unpack_from(message, offset)
-    (name,) = _names(message, offset + LINK_IN.size, 1)
+    (name,) = _entries(message, offset + LINK_IN.size, 1)
     return node, name
 
 
 def _rename(message: bytes, offset: int) -> tuple[bytes, int, bytes, int]:
     (parent,) = RENAME_IN.unpack_from(message, offset)
-    old, new = _names(message, offset + RENAME_IN.size, 2)
+    old, new = _entries(message, offset + RENAME_IN.size, 2)
     return old, parent, new, 0
 
 
 def _rename2(message: bytes, offset: int) -> tuple[bytes, int, bytes, int]:
     parent, flags = RENAME2_IN.unpack_from(message, offset)
-    old, new = _names(message, offset + RENAME2_IN.size, 2)
+    old, new = _entries(message, offset + RENAME2_IN.size, 2)
     return old, parent, new, flags
 
 
@@ -234,15 +248,15 @@ Parser = Callable[[bytes, int], tuple[Any, ...]]
 # Struct.unpack_from is the whole parser where the structure is all there is and skips what the
 # handler does not take: those of the hot path (OPEN, RELEASE, READ) run no Python code at all.
 PARSERS: Final[dict[int, Parser]] = {
-    op.LOOKUP: _name,
+    op.LOOKUP: _entry,
     op.FORGET: FORGET_IN.unpack_from,
     op.GETATTR: _getattr,
     op.SETATTR: _setattr,
     op.SYMLINK: _symlink,
     op.MKNOD: _mknod,
     op.MKDIR: _mkdir,
-    op.UNLINK: _name,
-    op.RMDIR: _name,
+    op.UNLINK: _entry,
+    op.RMDIR: _entry,
     op.RENAME: _rename,
     op.LINK: _link,
     op.OPEN: OPEN_IN.unpack_from,
