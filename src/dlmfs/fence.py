@@ -115,7 +115,7 @@ class Watchdog:
             with contextlib.suppress(BaseException):
                 _close_all_but(states, complaints)
                 privileges.confine(privileges.WATCHDOG)
-                _Guard(states, complaints, on_lost).run()
+                _Guard(states, complaints, on_lost, self._kill_after_s).run()
             os._exit(0)
         os.close(states)
         os.close(complaints)
@@ -272,13 +272,14 @@ def _close_all_but(*kept: int) -> None:
 
 
 class _Guard:
-    """The other end. An end of the pipe without a word is the daemon's death: its locks run out at
-    the deadline like those of a stopped one."""
+    """The other end. An end of the pipe without a word is the daemon's death: its mount is dead, too, and
+    who takes its name gives the locks to others before the deadline, after a grace."""
 
-    def __init__(self, pipe: int, complaints: int, on_lost: OnLost) -> None:
+    def __init__(self, pipe: int, complaints: int, on_lost: OnLost, kill_after_s: float) -> None:
         self.pipe = pipe
         self.complaints = complaints
         self.on_lost = on_lost
+        self.kill_after_s = kill_after_s
         self.held: dict[int, int] = {}
         """By thread: a descriptor of its process."""
         self.fence_at: float | None = None
@@ -293,15 +294,14 @@ class _Guard:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         daemon_is_there = True
-        while daemon_is_there or self.held or self.dying:
+        while daemon_is_there or self.dying:
             ready, _, _ = select.select([self.pipe] if daemon_is_there else [], [], [], LOOK_S / 5)
             if ready:
                 # Whole messages only: each is written at once, and so is a multiple of them read.
                 words = os.read(self.pipe, CHUNK // MESSAGE.size * MESSAGE.size)
                 if not words:
                     daemon_is_there = False
-                    if self.fence_at is None:
-                        return
+                    self._orphaned()
                 if not all(self._take(*message) for message in MESSAGE.iter_unpack(words)):
                     return
             self._look()
@@ -339,6 +339,12 @@ class _Guard:
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
             os.close(fd)
         self.dying = [each for each in self.dying if now < each[1]]
+
+    def _orphaned(self) -> None:
+        """The daemon has died. Those that ignore SIGTERM are killed in half of the grace, or when they
+        would be in any case."""
+        kill_at = boottime() + self.kill_after_s
+        self._terminate(kill_at if self.fence_at is None else min(kill_at, self.kill_at))
 
     def _terminate(self, kill_at: float) -> None:
         for fd in self.held.values():

@@ -200,6 +200,33 @@ time.sleep(600)
             holder.stdout.close()
 
 
+def test_holders_of_a_daemon_that_died_are_signalled_at_once(
+    loop: Loop, program: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    """Not at the deadline: who takes the daemon's name gives its locks to others before.
+    Who does not care is killed in half of the grace, and who has closed is left alone."""
+    watchdog = Watchdog(OnLost.KILL, 1.0, loop)
+    holder, innocent = program(), program()
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    command = [sys.executable, "-I", "-S", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as deaf:
+        try:
+            assert deaf.stdout is not None
+            assert deaf.stdout.readline() == b"1\n"
+            watchdog.alive_until(boottime() + 2 * PATIENCE_S, boottime() + 2 * PATIENCE_S)
+            for each in (holder, innocent, deaf):
+                watchdog.holds(each.pid)
+            watchdog.closed(innocent.pid)
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), watchdog._pipe)
+            assert holder.wait(PATIENCE_S) == -signal.SIGTERM
+            assert deaf.wait(PATIENCE_S) == -signal.SIGKILL
+            assert innocent.poll() is None
+        finally:
+            deaf.kill()
+            watchdog.close()
+
+
 def test_an_end_leaves_no_process_behind_though_it_stands_still(loop: Loop) -> None:
     watchdog = Watchdog(OnLost.KILL, 1.0, loop)
     stop(watchdog)
