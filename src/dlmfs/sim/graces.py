@@ -81,10 +81,12 @@ class Graces:
         grace_s /= fastest
         if other.lease in self.expired:
             return other.told
-        if other.crashed is not None and not scenario.leased:
-            return other.crashed + scenario.lock_delay_s / fastest
-        if other.crashed is not None and other.crashed > other.told:
-            return min(other.told + grace_s, other.crashed + scenario.lock_delay_s / fastest)
+        if other.crashed is not None:
+            delayed = other.crashed + scenario.lock_delay_s / fastest
+            if other.crashed > other.told:  # at its node's end, say, and that was told before
+                return min(other.told + grace_s, delayed)
+            if not scenario.leased:
+                return delayed
         return other.told + grace_s
 
     def _marked(self, other: Open) -> None:
