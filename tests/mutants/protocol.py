@@ -349,6 +349,16 @@ PROTOCOL: Final = (
         "after a restore a node with a long lease serves beside others",
     ),
     Mutant(
+        "quarantine-from-its-grant",
+        "engine/restored.py",
+        "QUARANTINE_TTLS: Final = 2.0",
+        "QUARANTINE_TTLS: Final = 1.0",
+        (
+            "tests/engine/test_restored.py::test_a_quarantine_committed_late_covers_who_looked_before",
+        ),
+        "a late commit of the quarantine lets others in while a node serves (restore)",
+    ),
+    Mutant(
         "stamps-without-end",
         "engine/timeline.py",
         "if self._stamped == self._seen_before and self._newest() > self._stamped:",

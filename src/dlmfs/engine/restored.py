@@ -4,8 +4,9 @@ Rules of this file
 ------------------
 * Who finds the store restored raises the offset of tokens above all that it knows to have been given,
   and puts the quarantine in the same commit. Every session sees that with its next renewal, and ends.
-* The quarantine stands on a lease of its own that is never renewed: the largest lease time of all nodes
-  known. By its end every session that began before it has looked, or its time is over.
+* The quarantine stands on a lease of its own that is never renewed: twice the largest lease time of all
+  nodes known, because that counts from its grant, and the commit may apply up to a lease time later. By
+  its end every session that began before the commit has looked, or its time is over.
 * No session begins while it stands (`naming` compares), and each reads the offset by the commit that
   begins it: all that are under way at once have the same.
 """
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("dlmfs.node")
 
 RETRY_S: Final = 0.5
+QUARANTINE_TTLS: Final = 2.0
+"""How long the quarantine's lease is, in lease times."""
 
 
 class Recovery:
@@ -124,7 +127,8 @@ class Recovery:
             assert isinstance(nodes, tuple)
             ttl_s = max(self._member.config.ttl_s, self._member.timing.ttl_s, *_lease_times(nodes))
             begun = partial(self._member.enter, opened)
-            self._member.store.open_session(self._member.name, ttl_s, _nothing, begun)
+            lease_s = QUARANTINE_TTLS * ttl_s
+            self._member.store.open_session(self._member.name, lease_s, _nothing, begun)
 
         def opened(session: Session | DlmfsError) -> None:
             if isinstance(session, DlmfsError):
