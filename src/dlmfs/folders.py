@@ -174,8 +174,16 @@ def make(parent: int, path: str, mode: int) -> int:
     """Make a folder, or go into it: this user's own, that nobody else can write. `parent`: the descriptor
     of the folder that it lies in. Raises BadState if it is not so, else OSError."""
     with contextlib.suppress(FileExistsError):
-        os.mkdir(os.path.basename(path), mode, dir_fd=parent)
+        _mkdir(parent, os.path.basename(path), mode)
     return _into(parent, path)
+
+
+def _mkdir(parent: int, name: str, mode: int) -> None:
+    """mkdir(2), whatever the umask: what a daemon of root tells all programs lies in such a folder."""
+    os.mkdir(name, mode, dir_fd=parent)
+    # It may be gone by now, and another's in its place: of two that begin in `settle` one removes both.
+    with contextlib.suppress(FileNotFoundError, NotPermitted):
+        set_mode(parent, name, mode)
 
 
 def _into(parent: int, path: str) -> int:
@@ -274,10 +282,10 @@ def _settled(fd: int, base: str, stem: str, mode: int) -> str | None:
 def _made(fd: int, stem: str, mode: int) -> str:
     """A new folder: of that name, or one that nobody can have guessed."""
     with contextlib.suppress(FileExistsError):
-        os.mkdir(stem, mode, dir_fd=fd)
+        _mkdir(fd, stem, mode)
         return stem
     name = f"{stem}.{secrets.token_hex(8)}"
-    os.mkdir(name, mode, dir_fd=fd)
+    _mkdir(fd, name, mode)
     return name
 
 

@@ -132,6 +132,13 @@ def open_umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.fixture
+def closed_umask() -> Iterator[None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
 def test_all_of_a_state_is_its_users_alone(tmp_path: Path, open_umask: None) -> None:
     """Whatever the umask is, and whatever a file of before was."""
     assert open_umask is None
@@ -234,6 +241,20 @@ def test_a_users_folder_is_the_same_for_all_his_processes(shared: Path) -> None:
     assert [settled(shared) for _ in range(2)] == [first] * 2
     assert folders.owned(str(first), os.geteuid()) == [str(first)]
     assert folders.owned(str(first), OTHER) == []
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_is_for_all_can_be_reached_by_all_whatever_the_umask(
+    shared: Path, closed_umask: None, taken: bool
+) -> None:
+    """From a root shell that hides what it makes, the deadline and the socket were hidden from users."""
+    assert closed_umask is None
+    if taken:
+        (shared / "dlmfs").touch()
+    own = Path(folders.settle(str(shared / "dlmfs"), 0o755))
+    assert (own.name == "dlmfs") is not taken
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (own, own / folders.CONTROL)]
+    assert modes == [0o755, 0o755]
 
 
 @pytest.mark.root
