@@ -9,9 +9,14 @@ from dlmfs.engine.records import Abandoned, Head, Member, Wish
 from dlmfs.model import Mode, compatible
 
 
+def place(wish: Wish) -> tuple[bool, int]:
+    """Its place in the queue: conversions first (protocol-traps 4), then by arrival."""
+    return not wish.convert, wish.revision
+
+
 def ordered(wishes: Iterable[Wish]) -> list[Wish]:
-    """Conversions first (protocol-traps 4), then by arrival."""
-    return sorted(wishes, key=lambda w: (not w.convert, w.revision))
+    """As they are served."""
+    return sorted(wishes, key=place)
 
 
 def bury(head: Head, dead: Callable[[str, int], bool]) -> Head:

@@ -9,11 +9,11 @@ Rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from dlmfs.engine.hearing import read_head, read_wish
-from dlmfs.engine.queue import Pass, bury, grant_pass, ordered
+from dlmfs.engine.queue import Pass, bury, grant_pass, ordered, place
 from dlmfs.engine.records import Head, Mail, Member, Wish, settled
 from dlmfs.model import Mode, compatible
 from dlmfs.store.base import KeyValue, TxnResult
@@ -224,13 +224,13 @@ class View:
         )
         return modes, [w.revision for w in others]
 
-    def ahead(self) -> list[Wish]:
-        """The others' wishes before ours; all of them while we have none."""
-        queue = ordered(self.wishes.values())
-        if self.wish is not None:
-            place = next((i for i, w in enumerate(queue) if w.node == self.space.node), len(queue))
-            queue = queue[:place]
-        return [w for w in queue if w.node != self.space.node]
+    def ahead(self) -> Iterator[Wish]:
+        """The others' wishes before ours, in no order; all of them while we have none."""
+        # Not sorted: hundreds may wait, and this is asked whenever one of them goes.
+        mine = None if self.wish is None else self.wishes.get(self.space.node)
+        for wish in self.wishes.values():
+            if wish.node != self.space.node and (mine is None or place(wish) < place(mine)):
+                yield wish
 
     def conflict_ahead(self, mode: Mode) -> bool:
         """Whether a trylock of `mode` would have to wait behind somebody (rule 10)."""

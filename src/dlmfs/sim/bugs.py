@@ -11,6 +11,7 @@ from typing import Final
 from dlmfs.sim import bugs_records
 from dlmfs.sim.bugs_ends import ENDS
 from dlmfs.sim.bugs_restore import RESTORES
+from dlmfs.sim.bugs_values import VALUES
 from dlmfs.sim.planted import Planted
 from dlmfs.sim.rare import RARE
 
@@ -66,63 +67,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         100,
         "a free mode is taken past those who queue (rule 7)",
     ),
-    Planted(
-        "mark-dropped-by-unlink",
-        CHANGES,
-        "keep = head.members or not head.forgettable()",
-        "keep = head.members",
-        100,
-        "the last unlink removes a head that tells of a death (rule 15)",
-        first=300,
-    ),
-    Planted(
-        "seen-by-nobody",
-        VIEW,
-        "or self.had_ex < mark.revision:",
-        "or False:",
-        100,
-        "a mark counts as seen by an exclusive grant that reached no program (promise 4)",
-    ),
-    Planted(
-        "never-seen",
-        VIEW,
-        "or self.had_ex < mark.revision:",
-        "or True:",
-        100,
-        "a head that tells of a death outlives all who know of it (found)",
-    ),
-    Planted(
-        "file-keeps-nothing",
-        FILES,
-        "        self.spaces[parent.ino].files.made((name,))\n",
-        "",
-        100,
-        "a value dies although a node has the lock's file, which it has not opened (promise 4; found)",
-    ),
-    Planted(
-        "first-values-untold",
-        SENDER,
-        "        if not locks:\n            return txn\n",
-        "        if True:\n            return txn\n",
-        100,
-        "a file that was made before the value was written does not keep it (promise 4)",
-    ),
-    Planted(
-        "dead-value-mixed",
-        "engine/value.py",
-        "old = EMPTY_LVB if self._invalid() else head.lvb",
-        "old = head.lvb",
-        100,
-        "with dead-value=invalid a write brings the rest of a dead holder's value back",
-    ),
-    Planted(
-        "write-hides-nothing",
-        CHANGES,
-        "head = head._replace(lvb=lvb, abandoned=None)",
-        "head = head._replace(lvb=lvb)",
-        100,
-        "a write under EX leaves the mark of a death standing",
-    ),
+    *VALUES,
     Planted(
         "waiters-sleep",
         HEARING,
@@ -146,8 +91,8 @@ BUGS: Final[tuple[Planted, ...]] = (
     Planted(
         "conversions-in-line",
         QUEUE,
-        "key=lambda w: (not w.convert, w.revision)",
-        "key=lambda w: w.revision",
+        "    return not wish.convert, wish.revision\n",
+        "    return False, wish.revision\n",
         100,
         "conversions wait in order of arrival (traps 4)",
     ),
@@ -217,6 +162,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "            guard = unchanged(space.keys.mine, space.incarnation)._replace(field='create')\n",
         100,
         "transactions are not bound to an epoch: a late one still applies (traps 1)",
+        first=100,
     ),
     Planted(
         "no-guard",
@@ -225,6 +171,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "txn = Txn((), tuple(p.txn for p in parts), (Get(space.keys.mine),))",
         100,
         "transactions of a node that is out of the domain still apply (rule 2)",
+        first=100,
     ),
     Planted(
         "gap-ignored",
@@ -432,15 +379,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         "        if True:\n",
         100,
         "the answer to whose process a waiter is comes when it waits no more",
-    ),
-    Planted(
-        "deaths-of-others",
-        LOCK,
-        "elif view.grantable(res.level) or view.front_of_dead():",
-        "elif view.grantable(res.level):",
-        100,
-        "the first waiter leaves a dead member in the head, and who gives way grants nobody (found)",
-        first=700,
     ),
     Planted(
         "patient-trylock",
