@@ -118,12 +118,12 @@ DOORS: Final = (
         "a token is forgotten by a power failure, and an older one is let in",
     ),
     Mutant(
-        "guard-by-a-link",
+        "guard-by-another-name",
         "client/guard.py",
-        "_OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW |",
-        "_OPEN: Final = os.O_RDWR | os.O_CREAT |",
-        (f"{GUARD}::test_a_token_file_that_somebody_put_there_is_not_used",),
-        "a token is written where somebody's link leads",
+        " or info.st_nlink > 1:",
+        ":",
+        ("tests/client/test_guard.py::test_a_token_file_that_somebody_put_there_is_not_used",),
+        "a token is written into a file that somebody gave a second name",
     ),
     Mutant(
         "guard-readable",
