@@ -152,6 +152,13 @@ def test_an_answer_that_is_none(tmp_path: Path, capsys: Capture, uid: int) -> No
                 assert not set(said) & set("\x1b\u202e"), (kind, words, said)
 
 
+def test_no_number_passes_where_no_field_is_known(theirs: Impostor) -> None:
+    """It would be printed for programs, whose JSON has no NaN."""
+    theirs.says(b'{"ok": {"node": "n", "how": "left", "after_s": 1.0, "more": NaN}}\n')
+    with pytest.raises(Unavailable, match="not understood"):
+        control.ask(theirs.entry, {"cmd": "evict", "node": "n"})
+
+
 def test_an_error_in_words_is_told_harmless(theirs: Impostor, capsys: Capture) -> None:
     told = {"class": "Unavailable", "message": "\x1b[2Jgone\ndlmfs: all is well"}
     theirs.says(json.dumps({"error": told}).encode() + b"\n")

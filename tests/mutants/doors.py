@@ -337,4 +337,20 @@ DOORS: Final = (
         ("tests/client/test_guard.py::test_a_token_that_cannot_be_yet_shuts_nobody_out",),
         "one wrong token shuts everybody out of a database row for good",
     ),
+    Mutant(
+        "nan-in-an-answer",
+        "control.py",
+        "json.loads(line, parse_constant=_no_constant)",
+        "json.loads(line)",
+        ("tests/control/test_others.py::test_no_number_passes_where_no_field_is_known",),
+        "`dlmfs status --json` prints what is no JSON",
+    ),
+    Mutant(
+        "others-answer-as-long",
+        "control.py",
+        "most = ANSWER_MAX if rundir.is_trusted(entry) else OTHERS_ANSWER_MAX",
+        "most = ANSWER_MAX",
+        ("tests/control/test_others.py::test_an_answer_without_end",),
+        "another user's daemon fills the memory of root's commands",
+    ),
 )

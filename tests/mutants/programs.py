@@ -188,4 +188,20 @@ PROGRAMS: Final = (
         ("tests/client/test_deadline.py::test_the_next_mounts_file_stays",),
         "an umount takes the next mount's deadline away",
     ),
+    Mutant(
+        "failed-look-forgotten",
+        "fs/interrupts.py",
+        "        over = False\n        try:\n            over = self._settle(unique, 0.0)",
+        "        over = True\n        try:\n            over = self._settle(unique, 0.0)",
+        ("tests/fs/test_interrupts.py::test_a_look_that_fails_is_repeated",),
+        "a look at /proc that fails once leaves a program that nothing can interrupt",
+    ),
+    Mutant(
+        "all-privileges-kept",
+        "privileges.py",
+        "        each.permitted &= sum(",
+        "        each.permitted |= 0 & sum(",
+        ("tests/fs/test_privileges.py::test_a_local_mount",),
+        "root's daemon keeps every capability",
+    ),
 )

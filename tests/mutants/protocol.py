@@ -406,4 +406,48 @@ PROTOCOL: Final = (
         ),
         "a fenced node serves a domain",
     ),
+    Mutant(
+        "name-without-grace",
+        "engine/naming.py",
+        "first = record.lease != self._awaited and self._session.renewed_at is not None",
+        "first = False",
+        (
+            "tests/engine/test_lease.py::test_a_dead_daemons_holders_have_their_time_when_another_takes_its_name",
+        ),
+        "a killed daemon that is started anew gives the locks of programs away that are at work",
+    ),
+    Mutant(
+        "files-after-a-failed-leave",
+        "engine/keeping.py",
+        "            self._timer.cancel()\n            self._timer = None\n",
+        "            self._timer.cancel()\n",
+        (
+            "tests/engine/test_values.py::test_files_made_after_a_leave_that_failed_are_looked_after",
+        ),
+        "after an rmdir that failed no file keeps a value",
+    ),
+    Mutant(
+        "unlink-unanswered",
+        "engine/wreck.py",
+        "            for done in forgets:\n                done(None)\n            return\n        left",
+        "            return\n        left",
+        ("tests/engine/test_wreck.py::test_an_unlink_is_answered_when_the_membership_ends_by_it",),
+        "rm never returns when the lock breaks twice",
+    ),
+    Mutant(
+        "two-connections-believed",
+        "engine/timeline.py",
+        "if self._looked_in != self._doubts:",
+        "if False:",
+        ("tests/engine/test_restored.py::test_a_look_through_two_connections_proves_nothing",),
+        "what one store showed passes for another's proof (promise 1)",
+    ),
+    Mutant(
+        "unlink-is-a-restore",
+        "engine/timeline.py",
+        "return not mine or (unsure and bool(lock.forgets) and level is Mode.NL)",
+        "return not mine",
+        ("tests/engine/test_restored.py::test_an_unlink_whose_answer_was_lost_is_no_restore",),
+        "an unlink at a lost connection fences the whole cluster",
+    ),
 )

@@ -43,7 +43,8 @@ SOURCES: Final = "src/dlmfs"
 LEFT_OUT: Final = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
 HANGS_S: Final = 60
 """A test that runs so long has noticed."""
-ALL_HANG_S: Final = 300
+BATCH: Final = 16
+"""So many mutants' tests are tried together without any."""
 BROKEN: Final = 70
 SKIPPED: Final = 71
 PR_SET_CHILD_SUBREAPER: Final = 36
@@ -92,8 +93,12 @@ class Tree:
                 os._exit(self._in_child(tests, loud=loud))
             finally:
                 os._exit(BROKEN)
+        ended = 0
         try:
-            _, status = os.waitpid(child, 0)
+            while (
+                ended != child
+            ):  # daemons that it leaves are ours, and somebody may wait for their end
+                ended, status = os.waitpid(-1, 0)
         finally:
             _end_children()
         return os.waitstatus_to_exitcode(status)
@@ -152,11 +157,52 @@ def _cpu_s() -> float:
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
-def _says(code: int) -> str:
-    """Why a mutant was not caught."""
-    if code == pytest.ExitCode.OK:
-        return "no test noticed"
-    return "its tests are skipped here" if code == SKIPPED else f"pytest ended with {code}"
+class Campaign:
+    """Some mutants, one after the other, for so many seconds."""
+
+    def __init__(self, seconds: float, *, verbose: bool) -> None:
+        self._began = time.monotonic()
+        self._seconds = seconds
+        self._verbose = verbose
+        self.ran = self.skipped = 0
+        self.survived: list[str] = []
+        self.sound = True
+        """The tests pass without any mutant."""
+
+    @property
+    def took_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def run(self, tree: Tree, mutants: Sequence[Mutant]) -> None:
+        for start in range(0, len(mutants), BATCH):
+            batch = mutants[start : start + BATCH]
+            if self.took_s > self._seconds or not self._try_tests(tree, batch):
+                return
+            for mutant in batch:
+                if self.took_s <= self._seconds:
+                    self._try(tree, mutant)
+
+    def _try_tests(self, tree: Tree, batch: Sequence[Mutant]) -> bool:
+        tests = sorted({test for mutant in batch for test in mutant.tests})
+        self.sound = tree.pytest(tests) in (pytest.ExitCode.OK, SKIPPED)
+        if not self.sound:
+            print("mutants: without any mutant these tests fail:", flush=True)
+            tree.pytest(tests, loud=True)
+        return self.sound
+
+    def _try(self, tree: Tree, mutant: Mutant) -> None:
+        before = _cpu_s()
+        code = tree.run(mutant)
+        self.ran += 1
+        if self._verbose:
+            print(f"{_cpu_s() - before:6.1f} s  {mutant.name}", flush=True)
+        if code == SKIPPED:
+            self.skipped += 1
+        elif code != pytest.ExitCode.TESTS_FAILED:
+            why = "no test noticed" if code == pytest.ExitCode.OK else f"pytest ended with {code}"
+            self.survived.append(mutant.name)
+            print(f"{mutant.name}: {why}: {mutant.what}", flush=True)
+            print(f"    {' '.join(mutant.tests)}", flush=True)
 
 
 def main() -> int:
@@ -171,35 +217,15 @@ def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     chosen = _chosen(options.names, turned=options.seconds < float("inf"))
-    began = time.monotonic()
-    survived: list[str] = []
-    ran = skipped = 0
+    campaign = Campaign(options.seconds, verbose=options.verbose)
     with copied() as tree:
-        tests = sorted({test for mutant in chosen for test in mutant.tests})
-        if tree.pytest(tests) not in (pytest.ExitCode.OK, SKIPPED):
-            print("mutants: without any mutant these tests fail:", flush=True)
-            tree.pytest(tests, loud=True)
-            return 1
-        for mutant in chosen:
-            if time.monotonic() - began > options.seconds:
-                break
-            ran += 1
-            before = _cpu_s()
-            code = tree.run(mutant)
-            if options.verbose:
-                print(f"{_cpu_s() - before:6.1f} s  {mutant.name}", flush=True)
-            if code == SKIPPED:
-                skipped += 1
-            elif code != pytest.ExitCode.TESTS_FAILED:
-                survived.append(mutant.name)
-                print(f"{mutant.name}: {_says(code)}: {mutant.what}", flush=True)
-                print(f"    {' '.join(mutant.tests)}", flush=True)
-    took = time.monotonic() - began
-    left = f", {len(chosen) - ran} not run" if ran < len(chosen) else ""
-    left += f", {skipped} whose tests are skipped here" if skipped else ""
-    caught = ran - skipped - len(survived)
-    print(f"mutants: {caught} of {ran} caught in {took:.0f} s, {_cpu_s():.0f} s of CPU{left}")
-    return 1 if survived else 0
+        campaign.run(tree, chosen)
+    left = f", {len(chosen) - campaign.ran} not run" if campaign.ran < len(chosen) else ""
+    left += f", {campaign.skipped} whose tests are skipped here" if campaign.skipped else ""
+    caught = campaign.ran - campaign.skipped - len(campaign.survived)
+    took = f"{campaign.took_s:.0f} s, {_cpu_s():.0f} s of CPU"
+    print(f"mutants: {caught} of {campaign.ran} caught in {took}{left}")
+    return 0 if campaign.sound and not campaign.survived else 1
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ def _mask(*numbers: int) -> int:
     return sum(1 << (number - 1) for number in numbers)
 
 
-_KILL: Final = _mask(signal.SIGKILL)
 _STOPS: Final = _mask(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _HARMLESS: Final = _STOPS | _mask(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
 """Signals whose default action ends no process (signal(7))."""
@@ -52,7 +51,7 @@ def cause(thread: int) -> Cause:
     if own is None or shared is None or blocked is None or ignored is None or caught is None:
         return Cause.CAUGHT
     due = (own | shared) & ~blocked & ~ignored
-    if due & ~caught & ~_HARMLESS or due & _KILL:
+    if due & ~caught & ~_HARMLESS:
         return Cause.FATAL
     if due & caught:
         return Cause.CAUGHT
