@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,6 +151,8 @@ def test_an_answer_that_is_none(tmp_path: Path, capsys: Capture, uid: int) -> No
                 assert "not understood" in said or "does not answer" in said, (kind, words, said)
                 assert said.count("\n") <= 4, (kind, words, said)
                 assert not set(said) & set("\x1b\u202e"), (kind, words, said)
+    timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers), "they would speak later"
 
 
 def test_no_number_passes_where_no_field_is_known(theirs: Impostor) -> None:

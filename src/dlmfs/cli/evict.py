@@ -44,7 +44,9 @@ def run(args: list[str]) -> int:
     tell = threading.Timer(SOON_S, _tell, [parsed.node])
     tell.daemon = True
     tell.start()
-    told = ask(entry, {"cmd": "evict", "node": parsed.node}, timeout_s=PATIENCE_S)
-    tell.cancel()
+    try:
+        told = ask(entry, {"cmd": "evict", "node": parsed.node}, timeout_s=PATIENCE_S)
+    finally:
+        tell.cancel()
     say(f"{told['node']} {HOW[told['how']]} after {told['after_s']} s")
     return 0
