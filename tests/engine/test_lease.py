@@ -15,11 +15,12 @@ from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.engine.membership import Config, Membership
 from dlmfs.engine.records import NODES
-from dlmfs.errors import DlmfsError, NodeNameInUse
+from dlmfs.errors import DlmfsError, LockLost, NodeNameInUse
 from dlmfs.model import Mode
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Put, Txn
 from dlmfs.store.memory import MemoryServer
+from dlmfs.store.memory_session import MemorySession
 from dlmfs.store.memory_store import MemoryStore
 from dlmfs.timing import GRACE_S, Timing
 
@@ -136,6 +137,26 @@ def test_the_states_follow_the_age_of_the_last_good_renewal() -> None:
     for age, state in ages.items():
         assert lease_state(TIMING, 100.0, 100.0 + age) is LeaseState(state), age
     assert lease_state(TIMING, None, 1e9) is LeaseState.HEALTHY
+
+
+def test_a_session_that_ends_while_it_takes_its_name_is_no_life(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    """Nobody renews it any more: the node would be there for most of a lease time, and go."""
+    node = Node(server, "n").start()
+    session = node.member.session
+    assert session is not None
+    server.expire(session.lease)
+    run(loop, lambda: node.fenced_at is not None)
+    run(loop, lambda: node.member.session is not session)
+    assert not node.member.up  # the name is not taken yet
+    assert isinstance(node.member.session, MemorySession)
+    node.member.session.lose(LockLost("the lease has ended in the store"))
+    run(loop, lambda: node.member.up)
+    back = node.member.session
+    loop.run_for(3 * TTL_S)
+    assert node.member.up
+    assert node.member.session is back
 
 
 def test_a_cut_off_node_is_unproved_then_fenced_before_the_lease_is_over(

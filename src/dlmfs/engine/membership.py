@@ -141,6 +141,8 @@ class Membership:
         """Who waits for the beginning that is under way."""
         self._watch: Watch | None = None
         self._closed = False
+        self._lost_early: DlmfsError | None = None
+        """The session that is being set up has ended."""
 
     # -- beginning ------------------------------------------------------------------------------
 
@@ -174,6 +176,7 @@ class Membership:
             naming.take()
 
         self._asker = told
+        self._lost_early = None
         self.timeline = timeline = Timeline(self)
         begun = partial(self.enter, opened)
         self.store.open_session(self.name, self.config.ttl_s, self._session_lost, begun, timeline)
@@ -182,7 +185,7 @@ class Membership:
         """Whether the session that is being set up is still good."""
         assert self.session is not None
         now = lease_state(self.timing, self.session.renewed_at, self.clock())
-        return now is not LeaseState.FENCED and not self._closed
+        return now is not LeaseState.FENCED and not self._closed and self._lost_early is None
 
     def _named(self, done: Done, named: Named | DlmfsError) -> None:
         if isinstance(named, DlmfsError):
@@ -190,6 +193,8 @@ class Membership:
             return
         self.name, self.record = named.name, named.record
         try:
+            if self._lost_early is not None:
+                raise self._lost_early
             self.timeline.begin(named.timeline, named.revision, self._begun)
         except DlmfsError as error:
             assert self.session is not None
@@ -302,6 +307,8 @@ class Membership:
 
     def _session_lost(self, error: DlmfsError) -> None:
         """The store says that the session is over, or that it is another one itself."""
+        if not self.up:
+            self._lost_early = error  # while it takes its name; nobody renews it any more
         self._fence(error)
 
     def lose(self, reason: str) -> None:
