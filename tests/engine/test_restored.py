@@ -76,7 +76,9 @@ def test_all_are_fenced_come_back_after_a_lease_time_and_tokens_grow(
     server: MemoryServer, loop: SimLoop, way: str
 ) -> None:
     a, b, idle = nodes = start(server, "a", "b", "c")
+    loop.run_for(3 * RENEWAL_S)  # the copy has a stamp, an earlier one
     copy = server.snapshot()
+    assert STAMP in copy.data
     for _ in range(200):  # so that what comes after the restore has smaller revisions
         server.apply(Txn((), (Put(b"tenant", b""),)))
     tokens = [held(loop, a, 1)]
@@ -125,6 +127,61 @@ def test_a_value_that_the_copy_has_not_is_missed(server: MemoryServer, loop: Sim
     restore(server, copy, nodes, bump=10**9)
     run(loop, lambda: a.member.fences == 1, 1.0)
     assert "the lock d/x" in str(a.member.reason)
+
+
+def test_a_value_is_missed_though_another_has_changed_the_head_since(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    """So that its revision is larger than that of what was lost."""
+    (a,) = start(server, "a")
+    held(loop, a, 1)
+    loop.run_for(0.1)
+    copy = server.snapshot()
+    written: list[object] = []
+    lock = a.member.spaces[b"d"].lock(b"x")
+    lock.write_lvb(0, b"precious", written.append)
+    run(loop, lambda: written == [None])
+    server.restore(copy, bump=10**9, term=server.term)
+    head = lock.space.keys.head(b"x")
+    server.apply(Txn((), (Put(head, server.data[head].value.replace(b",0]", b",%d]" % 103)),)))
+    a.store.restarted()
+    run(loop, lambda: a.member.fences == 1, 1.0)
+    assert "the lock d/x" in str(a.member.reason)
+
+
+def test_what_a_node_took_away_must_not_come_back(server: MemoryServer, loop: SimLoop) -> None:
+    """A lock was left, and the copy has this node in its head: others would wait for it for ever."""
+    a, b = nodes = start(server, "a", "b")
+    held(loop, a, 1)
+    lock = a.member.spaces[b"d"].lock(b"x")
+    lock.close(a.granted_to[-1])
+    loop.run_for(3 * RENEWAL_S)
+    copy = server.snapshot()
+    left: list[object] = []
+    lock.forget(left.append)
+    run(loop, lambda: left == [None])
+    a.member.spaces[b"d"].drop(b"x")
+    restore(server, copy, nodes, bump=10**9)
+    run(loop, lambda: a.member.fences == 1, 1.0)
+    assert "is there again" in str(a.member.reason)
+    run(loop, lambda: healthy(b) and bool(b.back))
+    held(loop, b, 2)
+
+
+def test_what_the_watch_told_of_others_is_read_anew(server: MemoryServer, loop: SimLoop) -> None:
+    """Of a member that the store forgot, and of one that took its revision: neither may be mistaken."""
+    a, b = start(server, "a", "b")
+    held(loop, a, 1, Mode.PR)
+    loop.run_for(3 * RENEWAL_S)
+    copy = server.snapshot()
+    c = Node(server, "c").start()
+    c.join()
+    loop.run_for(0.1)
+    assert "c" in a.member.spaces[b"d"].members
+    c.store.crash()
+    restore(server, copy, [a, b], others=300)
+    run(loop, lambda: healthy(a) and "c" not in a.member.spaces[b"d"].members)
+    assert a.member.fences == 0
 
 
 def test_a_lost_connection_alone_harms_nothing_and_nothing_is_served_before_the_look(
@@ -183,7 +240,10 @@ def test_many_stampings_while_one_was_away_are_no_proof(
 def test_stamps_are_one_for_all_and_none_while_nothing_happens(
     server: MemoryServer, loop: SimLoop
 ) -> None:
-    nodes = start(server, *"abcdefgh")
+    nodes: list[Node] = []
+    for name in "abcdefgh":
+        nodes += start(server, name)
+        loop.run_for(RENEWAL_S / 8)  # not all at once
     loop.run_for(3 * RENEWAL_S)
     at_rest = server.revision
     loop.run_for(20 * RENEWAL_S)
@@ -308,7 +368,9 @@ def test_a_quarantine_committed_late_covers_who_looked_before(
 def test_restored_while_a_node_had_no_session(server: MemoryServer, loop: SimLoop) -> None:
     """Cut off and fenced, it remembers the stamp: it must not begin where it would give old tokens."""
     a, b = start(server, "a", "b")
+    loop.run_for(3 * RENEWAL_S)
     copy = server.snapshot()
+    assert STAMP in copy.data
     token = held(loop, a, 1)
     loop.run_for(3 * RENEWAL_S)
     a.store.cut()

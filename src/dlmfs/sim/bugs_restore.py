@@ -28,20 +28,12 @@ RESTORES: Final[tuple[Planted, ...]] = (
         "what is younger than the stamp is not looked at after a lost connection (restore)",
     ),
     Planted(
-        "come-back-unproved",
-        TIMELINE,
-        "            if kv is not None and kv.mod_revision < revision:",
-        "            if False:",
-        100,
-        "what a node took away is there again, and it does not look (restore; found)",
-    ),
-    Planted(
         "no-quarantine",
         RESTORED,
-        "        elif records.quarantine is not None:\n            self._again",
-        "        elif False:\n            self._again",
+        "self._commit(Txn(compares, (put, quarantine)), session)",
+        "self._commit(Txn(compares, (put,)), session)",
         100,
-        "who finds the store restored begins anew at once",
+        "who finds the store restored begins anew at once, and so do all others",
     ),
     Planted(
         "offset-not-raised",
@@ -50,6 +42,7 @@ RESTORES: Final[tuple[Planted, ...]] = (
         "        return revision << TOKEN_SHIFT",
         100,
         "tokens go back with the revisions (restore)",
+        first=100,
     ),
     Planted(
         "offset-unread",
@@ -58,5 +51,6 @@ RESTORES: Final[tuple[Planted, ...]] = (
         "        if False:",
         100,
         "a node does not hear from another that the store was restored",
+        first=400,
     ),
 )
