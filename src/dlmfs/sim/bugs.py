@@ -154,6 +154,7 @@ BUGS: Final[tuple[Planted, ...]] = (
                 part.lock.resume()""",
         100,
         "an unknown outcome is taken for a failure (traps 1)",
+        first=100,
     ),
     Planted(
         "no-epoch",

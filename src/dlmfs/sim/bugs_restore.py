@@ -42,15 +42,6 @@ RESTORES: Final[tuple[Planted, ...]] = (
         "        return revision << TOKEN_SHIFT",
         100,
         "tokens go back with the revisions (restore)",
-        first=100,
-    ),
-    Planted(
-        "offset-unread",
-        TIMELINE,
-        "        if records.offset.offset > self.tokens.offset:",
-        "        if False:",
-        100,
-        "a node does not hear from another that the store was restored",
-        first=400,
+        first=150,
     ),
 )
