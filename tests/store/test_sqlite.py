@@ -665,3 +665,20 @@ def test_a_transaction_that_breaks_is_answered(
             patch.setattr(schema, "evaluate", buggy)
             assert isinstance(client.fails(Txn((), (Put(b"a", b""),))), Bug)
         assert client.txn(Txn((), (Put(b"a", b""),))).succeeded
+
+
+@pytest.mark.allow_warnings
+def test_a_state_that_is_restored_in_place_fences(driver: SqliteDriver, tmp_path: Path) -> None:
+    """The file is the same, its content that of a copy: what was granted since is forgotten."""
+    client = Client(driver)
+    copy = sqlite3.connect(tmp_path / "copy.db")
+    live = sqlite3.connect(client.store.path)  # type: ignore[attr-defined]
+    live.backup(copy)
+    client.txn(Txn((), (Put(b"later", b""),)))
+    client.store.sweep()  # type: ignore[attr-defined]
+    copy.backup(live)
+    client.store.sweep()  # type: ignore[attr-defined]
+    driver.run_until(lambda: bool(client.lost))
+    assert "restored while in use" in client.lost[0]
+    for conn in (copy, live):
+        conn.close()

@@ -96,6 +96,7 @@ class SqliteStore:
         self._beside = {p: self._look(p) for p in (f"{self.path}-wal", f"{self.path}-shm")}
         self._watches: list[SqliteWatch] = []
         self._version = -1
+        self._revision = 0
         self._swept = 0
         """The first revision that the sweep has not looked at."""
         self._pumping = False
@@ -231,9 +232,21 @@ class SqliteStore:
             if version != self._version and self._is_behind():
                 self.pump_soon()
             self._version = version
-            self._keep_mark(schema.revision_of(self._worker.fast))
+            self._went_on(schema.revision_of(self._worker.fast))
         except sqlite3.Error:
             return  # a peer recovers the log just now, or it is damaged: the next transaction says so
+
+    def _went_on(self, revision: int) -> None:
+        """The revision now. One below that of a moment ago is that of a copy put in this one's place, by
+        `sqlite3 .restore` and its like, which keep the file: what was granted since is forgotten."""
+        if revision < self._revision:
+            self.fence(
+                f"the state file {self.path} went back from revision {self._revision} to {revision}: it "
+                "was restored while in use; remount its nodes"
+            )
+            return
+        self._revision = revision
+        self._keep_mark(revision)
 
     def _start(self, known: schema.Sessions | None) -> int:
         """The revision from which a state goes on that was lost, or is one of before (from a backup)."""
