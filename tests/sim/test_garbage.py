@@ -10,7 +10,9 @@ import pytest
 
 from dlmfs.core.lease import LeaseState
 from dlmfs.engine.eviction import mark_key
+from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.records import Keys
+from dlmfs.errors import Unavailable
 from dlmfs.model import Mode
 from dlmfs.sim import garbage
 from dlmfs.sim.cluster import Cluster
@@ -212,3 +214,23 @@ def test_a_domain_is_left_beside_a_head_that_cannot_be_read() -> None:
         for node in cluster.nodes:
             assert node.unmount()
         assert cluster.loop.run_until(lambda: all(machine.dead for machine in over), 60.0)
+
+
+def test_a_lost_domain_is_not_joined_before_its_holders_had_their_time() -> None:
+    """Its directory removed and made again or not: to join takes away what stands there of us."""
+    with quiet():
+        stage = Stage()
+        node, loop = stage.cluster.nodes[0], stage.cluster.loop
+        member = node.membership
+        stage.put(KEYS.mine, b"garbage")
+        assert loop.run_until(lambda: not member.spaces[DOMAIN].live, 10.0)
+        member.leave(member.spaces[DOMAIN], lambda _error: None)
+        answers: list[object] = []
+        member.join(DOMAIN, answers.append)
+        assert loop.run_until(lambda: bool(answers), 1.0)
+        assert isinstance(answers[0], Unavailable)
+        assert not stage.waiter.files
+        loop.run_for(member.config.grace_s)
+        member.join(DOMAIN, answers.append)
+        assert loop.run_until(lambda: len(answers) == 2, 10.0)
+        assert isinstance(answers[1], Lockspace)

@@ -30,6 +30,8 @@ class Domains:
         self._member = member
         self.spaces: dict[bytes, Lockspace] = {}
         self._joining: dict[bytes, Lockspace] = {}
+        self._held_until: dict[bytes, float] = {}
+        """Of domains that were lost: until when their holders have their time, on the loop's clock."""
 
     def join(self, domain: bytes, done: Callable[[Lockspace | DlmfsError], None]) -> None:
         """Become a member of a domain. Unavailable while fenced."""
@@ -37,6 +39,10 @@ class Domains:
         if not member.serving():
             done(Unavailable(f"this node is fenced: {member.reason}"))
             return
+        if member.loop.time() < self._held_until.get(domain, 0.0):
+            done(Unavailable("what was held here, and lost, has not had its time to be closed"))
+            return
+        self._held_until.pop(domain, None)
         space = self._space(domain)
 
         def joined(error: DlmfsError | None) -> None:
@@ -141,4 +147,5 @@ class Domains:
         again = self._member.up and not self._member.ending.begun
         if again and self.spaces.get(space.domain) is space:
             grace_s = self._member.config.grace_s
+            self._held_until[space.domain] = self._member.loop.time() + grace_s
             self._member.loop.call_later(grace_s, self.join_again, space.domain)

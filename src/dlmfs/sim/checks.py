@@ -489,7 +489,8 @@ class Checks:
         lost = [
             o for o in seen.opens if o.node is node and o.life == node.life and o.outcome == "ok"
         ]
-        held = [opened for opened in lost if opened.released is None]
+        known = {id(opened) for grace in seen.graces for opened in grace.held}
+        held = [o for o in lost if o.released is None and id(o) not in known]  # once lost is lost
         at = min(self.now, node.deadline())
         for opened in lost:
             if opened.closed is None:

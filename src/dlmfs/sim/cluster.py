@@ -224,6 +224,8 @@ class Cluster:
         return not self._unsettled(brief=True)
 
     def _unsettled(self, *, brief: bool = False) -> str:
+        if self.spoilt:
+            return f"not mended: {list(self.spoilt)}"
         for node in self.nodes:
             if not node.up:
                 return f"{node.name} is not up"

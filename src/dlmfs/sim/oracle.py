@@ -352,6 +352,10 @@ class _Change:
         if self.new.members and self.new.abandoned is None and not self.oracle.lock_delay:
             domain, waiting = self.lock[0], self.oracle.lock(self.lock).wishes.values()
             living = any(self._alive(n, m) for n, m in self.new.members.items())
+            # Whose membership was taken from it comes back, and takes back what it wished for.
+            living |= any(
+                (domain, n, m.incarnation) in self.oracle.lost for n, m in self.new.members.items()
+            )
             looked_after = any(self.oracle.alive(domain, w.node, w.incarnation) for w in waiting)
             if not living and not looked_after:
                 self._fail("only dead members are left: nobody looks at it again (traps 9)")

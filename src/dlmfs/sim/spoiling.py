@@ -7,6 +7,7 @@ deleted, which is only safe where nobody believes in a level of it any more.
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
 
@@ -23,15 +24,23 @@ if TYPE_CHECKING:
 KINDS: Final = ("noise", "strange", "deep", "mutated")
 """Not the large ones: they only take time."""
 AGAIN_S: Final = 1.0
+TIME_S: Final = 15.0
+"""More than the grace of a node by the slowest clock."""
 
 
 def spoil(cluster: Cluster, _node: SimNode, rng: Random) -> None:
     """Some record that stands there, or one of no shape."""
-    standing = sorted(key for key in cluster.arbiter.data if not key.startswith(TIMELINE))
+    standing = sorted(filter(_may_go, cluster.arbiter.data))
     key = rng.choice([*standing, rng.choice(garbage.ODD_KEYS)])
     put(cluster, key, rng)
     cluster.loop.call_later(rng.uniform(0.0, cluster.scenario.ttl_s), mend, cluster, key)
     cluster.disturb(3 * cluster.scenario.ttl_s)
+
+
+def _may_go(key: bytes) -> bool:
+    """Not the marks that tokens go on from, and not a node's word that it has files: to remove one of
+    these by hand may cost what it stands for."""
+    return not key.startswith(TIMELINE) and key.split(b"/")[2:3] != [b"f"]
 
 
 def put(cluster: Cluster, key: bytes, rng: Random) -> None:
@@ -46,23 +55,28 @@ def put(cluster: Cluster, key: bytes, rng: Random) -> None:
     cluster.spoilt[key] = arbiter.revision
 
 
-def mend(cluster: Cluster, key: bytes) -> None:
-    """Undo it, if nobody else has."""
+def mend(cluster: Cluster, key: bytes, *, after_all: bool = False) -> None:
+    """Undo it, if nobody else has. `after_all`: whoever lost something by it has had its time."""
     revision = cluster.spoilt.pop(key, None)
     kv = cluster.arbiter.data.get(key)
     if kv is None or kv.mod_revision != revision:
         return
     lock, member = lock_of(key), member_of(key)
-    if member is not None and _lives(cluster, *member, kv.create_revision):
-        cluster.spoilt[key] = kv.mod_revision  # to delete it would be to say that it is dead
-        cluster.loop.call_later(AGAIN_S, mend, cluster, key)
-        return
-    cluster.tell("operator", f"mends {key!r}")
+    lives = member is not None and _lives(cluster, *member, kv.create_revision)
     if lock is not None:
+        lives = _is_believed(cluster, lock)
         head = cluster.oracle.lock(lock).head
-        if head != NONE and (_is_believed(cluster, lock) or cluster.rng.random() < 0.5):
+        if head != NONE and (lives or (not after_all and cluster.rng.random() < 0.5)):
+            cluster.tell("operator", f"puts {key!r} back")
             _apply(cluster, Put(key, head.encode()))
             return
+    if lives or (not after_all and (member is not None or lock is not None)):
+        # To delete it is to say that all who had to do with it are dead, and their holders gone.
+        cluster.spoilt[key] = kv.mod_revision
+        again = partial(mend, cluster, key, after_all=not lives)
+        cluster.loop.call_later(AGAIN_S if lives else TIME_S, again)
+        return
+    cluster.tell("operator", f"removes {key!r}")
     _apply(cluster, Delete(key))
 
 

@@ -112,11 +112,19 @@ def evict(cluster: Cluster, node: SimNode, _rng: Random) -> None:
         # request more when it wakes (docs/simulation.md, "Limits").
         if cluster.scenario.leased:
             delay = cluster.scenario.ttl_s + 1
-            cluster.loop.call_later(delay, partial(end, cluster), member.session.lease)
+            cluster.loop.call_later(
+                delay, partial(end, cluster, node.name, member.record), member.session.lease
+            )
 
 
-def end(cluster: Cluster, lease: int) -> None:
-    if lease in cluster.arbiter.leases:
+def end(cluster: Cluster, name: str, record: int, lease: int) -> None:
+    """The evicted life of a node, if it is still there by its record."""
+    standing = cluster.arbiter.data.get(NODES + name.encode())
+    if (
+        standing is not None
+        and standing.create_revision == record
+        and lease in cluster.arbiter.leases
+    ):
         cluster.checks.graces.expired.add(lease)
         cluster.arbiter.expire(lease)
 
