@@ -6,6 +6,10 @@ from typing import Final
 
 from tests.mutants.mutant import Mutant
 
+DEATH_KNOWN_TO_ONE: Final = (
+    "tests/engine/test_races.py::test_a_death_that_only_the_newest_waiter_knows_of_holds_nobody_up"
+)
+
 PROTOCOL: Final = (
     Mutant(
         "waiting-read-forgotten",
@@ -449,5 +453,13 @@ PROTOCOL: Final = (
         "return not mine",
         ("tests/engine/test_restored.py::test_an_unlink_whose_answer_was_lost_is_no_restore",),
         "an unlink at a lost connection fences the whole cluster",
+    ),
+    Mutant(
+        "deaths-of-others",
+        "engine/lock.py",
+        "elif view.grantable(res.level) or view.front_of_dead():",
+        "elif view.grantable(res.level):",
+        (DEATH_KNOWN_TO_ONE,),
+        "the first waiter leaves a dead member in the head, and who gives way grants nobody",
     ),
 )

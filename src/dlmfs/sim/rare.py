@@ -13,14 +13,6 @@ FILES: Final = "fs/filesystem.py"
 
 RARE: Final[tuple[Planted, ...]] = (
     Planted(
-        "deaths-of-others",
-        LOCK,
-        "elif view.grantable(res.level) or view.front_of_dead():",
-        "elif view.grantable(res.level):",
-        100,
-        "the first waiter leaves a dead member in the head, and who gives way grants nobody (found)",
-    ),
-    Planted(
         "told-nothing",
         LOCK,
         "            self.local.wanted = None\n",
