@@ -2,7 +2,8 @@
 
 Start: state, session, node name, mount, device, control socket, then "ready".
 End (umount, a signal, an aborted connection): `engine.ending`, all the while as a node that answers
-requests and questions; then the mount is detached. Nothing of a clean end is left in the store.
+requests and questions; then the mount is detached. A clean end leaves nothing in the store but the
+stamp (`engine.timeline`).
 """
 
 from __future__ import annotations

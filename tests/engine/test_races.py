@@ -14,7 +14,7 @@ import pytest
 from dlmfs.core.claims import COUNTER_MAX
 from dlmfs.core.events import Claim, Phase
 from dlmfs.engine.lockspace import Life
-from dlmfs.errors import BadState, DlmfsError, OutcomeUnknown, StoreFull, Unavailable
+from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
 from dlmfs.model import Mode, Owner
 from dlmfs.store.base import Txn, TxnDone
 from tests.engine.hand import LOCK, QUEUE, SOON_S, HandCluster, ended, holds, waits
@@ -482,3 +482,18 @@ def test_a_late_attempt_at_a_new_epoch_changes_nothing() -> None:
     a.store.txn(late[0], lambda _result: None)
     cluster.pass_time()
     assert cluster.server.data[space.keys.mine].mod_revision == space.epoch
+
+
+def test_a_leave_that_a_loss_overtakes_is_no_clean_one() -> None:
+    """Its locks end with the membership, not with their leave: their places stand still."""
+    cluster = HandCluster(1)
+    (a,) = cluster.hands
+    cluster.end(a, cluster.hold(a, Mode.EX))
+    space = a.joined
+    a.network(delay_s=5.0)
+    said: list[DlmfsError | None] = []
+    space.leave(said.append)
+    commits = space.commits
+    space.lose("a test")
+    assert [type(error) for error in said] == [LockLost]
+    assert space.commits == commits

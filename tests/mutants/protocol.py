@@ -462,4 +462,12 @@ PROTOCOL: Final = (
         (DEATH_KNOWN_TO_ONE,),
         "the first waiter leaves a dead member in the head, and who gives way grants nobody",
     ),
+    Mutant(
+        "left-though-fenced",
+        "engine/leaving.py",
+        "        if not space.live:\n            # Fenced",
+        "        if False:\n            # Fenced",
+        ("tests/engine/test_races.py::test_a_leave_that_a_loss_overtakes_is_no_clean_one",),
+        "a leave that a fence overtakes goes on as a clean one",
+    ),
 )

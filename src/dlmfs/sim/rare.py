@@ -65,12 +65,4 @@ RARE: Final[tuple[Planted, ...]] = (
         100,
         "a file is made in a directory whose removal goes on after its answer (found)",
     ),
-    Planted(
-        "left-though-fenced",
-        "engine/leaving.py",
-        "        if not space.live:\n            # Fenced",
-        "        if False:\n            # Fenced",
-        100,
-        "a leave that a fence overtakes goes on as a clean one (found)",
-    ),
 )
