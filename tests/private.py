@@ -7,6 +7,8 @@ import os
 import subprocess
 from typing import Final
 
+from dlmfs.store import highwater
+
 CLONE_NEWNS: Final = 0x20000
 
 
@@ -15,6 +17,8 @@ def own_mounts() -> None:
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    for folder in ("/run", "/dev/shm"):
+    os.makedirs(highwater.ROOT, mode=0o700, exist_ok=True)
+    for folder in ("/run", "/dev/shm", highwater.ROOT):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder], check=True)
     os.chmod("/run", 0o755)
+    os.chmod(highwater.ROOT, 0o700)

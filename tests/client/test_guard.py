@@ -8,6 +8,7 @@ import io
 import os
 import sqlite3
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ from dlmfs.client.guard import (
     check,
     headers,
 )
-from dlmfs.client.tokens import AHEAD_MAX
+from dlmfs.client.tokens import AHEAD_MAX, furthest
 from dlmfs.errors import BadState
 from tests.fs.nodes import PATIENCE_S
 from tests.waiting.agents import stood_in_line_for, until
@@ -174,6 +175,29 @@ def test_a_token_that_cannot_be_yet_shuts_nobody_out(
                 pass
             assert request(token) == "200"
             refused(token + 2 * AHEAD_MAX)
+
+
+def test_a_guard_can_be_told_that_a_token_years_ahead_is_right(
+    tmp_path: Path, database: Path
+) -> None:
+    """As docs/library.md has it, for a host whose clock was once ahead."""
+    far = furthest(0) * 2
+    path = tmp_path / "f"
+    with pytest.raises(UsageError, match="years ahead"), FileGuard(path).admit(far):
+        pass
+    subprocess.run(["sh", "-c", f"printf '%020d\n' {far} > {path}.token"], check=True)
+    with FileGuard(path).admit(far):
+        pass
+    told = tmp_path / "register"
+    told.write_text(f'{{"": {far}}}\n')
+    assert Register(str(told)).enter("", far)
+    guard = SqlGuard()
+    with closing(sqlite3.connect(database)) as conn:
+        guard.create(conn)
+        conn.execute(f"INSERT INTO dlmfs_guard VALUES ('r', {far}, '')")
+        conn.commit()
+        with guard.transaction(conn, "r", far):
+            pass
 
 
 def test_a_register_is_bounded() -> None:

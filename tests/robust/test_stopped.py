@@ -177,6 +177,8 @@ time.time = lambda: now() + shift()
 time.time_ns = lambda: now_ns() + shift() * 10**9
 sys.path.insert(0, src)
 from dlmfs.cli.main import main
+from dlmfs.store import highwater
+highwater.ROOT = file + ".mark"  # the host's own mark would stay years ahead
 sys.argv[0] = "dlmfs"
 sys.exit(main(sys.argv[3:]))
 """

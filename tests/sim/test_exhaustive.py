@@ -272,7 +272,7 @@ TRAPS: Final[list[tuple[str, Break, Scope, str]]] = [
         "only the dead are left",
         only_the_dead_are_left,
         Scope("", (("ex close unlink",), ("pr close",)), deaths=1, faulty=(1,)),
-        "dead member",
+        "to the dead alone",
     ),
     (
         "leave with levels",

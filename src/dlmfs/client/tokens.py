@@ -35,7 +35,8 @@ def furthest(seen: int) -> int:
 def too_far(what: str, token: int, seen: int) -> UsageError:
     return UsageError(
         f"the token {token} is years ahead of {seen}, the largest that {what} has seen: noted, it would "
-        "shut out all others. If it is right, reset what the guard remembers (docs/library.md, Guards)"
+        "shut out all others. If it is right (a clock was once ahead), tell the guard so: "
+        "docs/library.md, Guards"
     )
 
 
