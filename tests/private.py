@@ -7,9 +7,9 @@ import os
 import subprocess
 from typing import Final
 
-from dlmfs.store import highwater
-
 CLONE_NEWNS: Final = 0x20000
+MARK: Final = "/var/lib/dlmfs"
+"""Where root's high-water mark of the tokens is (`dlmfs.store.highwater`)."""
 
 
 def own_mounts() -> None:
@@ -17,8 +17,8 @@ def own_mounts() -> None:
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    os.makedirs(highwater.ROOT, mode=0o700, exist_ok=True)
-    for folder in ("/run", "/dev/shm", highwater.ROOT):
+    os.makedirs(MARK, mode=0o700, exist_ok=True)
+    for folder in ("/run", "/dev/shm", MARK):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder], check=True)
     os.chmod("/run", 0o755)
-    os.chmod(highwater.ROOT, 0o700)
+    os.chmod(MARK, 0o700)

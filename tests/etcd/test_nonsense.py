@@ -291,6 +291,30 @@ def test_a_renewal_is_tried_with_the_next_member(relay: Relay, shared_etcd: Etcd
     run(relay, shared_etcd, test)
 
 
+def test_a_renewal_counts_from_its_sending(relay: Relay, shared_etcd: Etcd) -> None:
+    """The server counts from when it hears of it, which may be at once."""
+
+    async def test(client: Client) -> None:
+        session = await client.session()
+        assert isinstance(session, EtcdSession)
+        answered: list[float] = []
+        counted: list[float | None] = []
+
+        def late(method: str, _request: bytes, answer: bytes) -> bytes:
+            if method == KEEP and not answered:
+                answered.append(client.loop.time())
+                session.clock = lambda: client.loop.time() + 1.0
+            return answer
+
+        session.renewed = lambda session: counted.append(session.renewed_at)
+        relay.lie = late
+        await until_so(lambda: bool(counted))
+        assert counted[0] is not None
+        assert counted[0] <= answered[0]
+
+    run(relay, shared_etcd, test)
+
+
 def test_a_lease_that_is_renewed_but_has_our_key_no_more_is_lost(
     relay: Relay, shared_etcd: Etcd
 ) -> None:

@@ -167,6 +167,14 @@ STORE: Final = (
         "a watch that goes back is believed",
     ),
     Mutant(
+        "renewal-from-its-answer",
+        "store/etcd/session.py",
+        "counts = self.renewal.confirmed(sent, term, through)",
+        "counts = self.renewal.confirmed(self.clock(), term, through)",
+        ("tests/etcd/test_nonsense.py::test_a_renewal_counts_from_its_sending",),
+        "a renewal counts from its answer: the deadline is later than the lease's end (promise 3)",
+    ),
+    Mutant(
         "key-not-looked-for",
         "store/etcd/session.py",
         "mine = bool(own.kvs) and own.kvs[0].mod_revision == self.born",

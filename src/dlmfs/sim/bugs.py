@@ -32,7 +32,6 @@ DOMAINS: Final = "engine/domains.py"
 OPEN: Final = "fs/openfiles.py"
 INTERRUPTS: Final = "fs/interrupts.py"
 FILES: Final = "fs/filesystem.py"
-SESSION: Final = "store/memory_session.py"
 
 BUGS: Final[tuple[Planted, ...]] = (
     Planted(
@@ -244,15 +243,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         first=100,
     ),
     Planted(
-        "renewal-from-its-answer",
-        SESSION,
-        "good = self.renewal.confirmed(sent, term, unbroken)",
-        "good = self.renewal.confirmed(self.store.clock(), term, unbroken)",
-        100,
-        "a renewal counts from its answer, not from its sending",
-        first=1050,
-    ),
-    Planted(
         "two-members",
         LEASE,
         "same = term == self.term and connection is not None and connection == self.connection",
@@ -371,7 +361,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "        heir.resume()\n",
         100,
         "what a lock that broke had sent still applies: no new epoch (rule 4)",
-        first=150,
+        first=1700,
     ),
     Planted(
         "kinship-of-the-gone",
@@ -404,15 +394,6 @@ BUGS: Final[tuple[Planted, ...]] = (
         "self.serving = self.expire = lambda: True",
         100,
         "operations are served without a look at the clock: only a timer fences (promise 3)",
-    ),
-    Planted(
-        "uncounted-twice",
-        OPEN,
-        "        if handle.charged:\n",
-        "        if True:\n",
-        100,
-        "a wait that is withdrawn as its lease runs out is taken off the account twice (found)",
-        first=200,
     ),
     Planted(
         "place-kept-for-ever",

@@ -10,6 +10,7 @@ LOCK: Final = "engine/lock.py"
 LOCAL: Final = "engine/local.py"
 DOMAINS: Final = "engine/domains.py"
 FILES: Final = "fs/filesystem.py"
+OPEN: Final = "fs/openfiles.py"
 
 RARE: Final[tuple[Planted, ...]] = (
     Planted(
@@ -64,5 +65,13 @@ RARE: Final[tuple[Planted, ...]] = (
         "if self.spaces[parent.ino].life is Life.LEAVING:",
         100,
         "a file is made in a directory whose removal goes on after its answer (found)",
+    ),
+    Planted(
+        "uncounted-twice",
+        OPEN,
+        "        if handle.charged:\n",
+        "        if True:\n",
+        100,
+        "a wait that is withdrawn as its lease runs out is taken off the account twice (found)",
     ),
 )
