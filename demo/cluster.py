@@ -69,7 +69,7 @@ class Relay:
 class Cluster(Demo):
     """See the head of the file."""
 
-    options = f"owner=file,ttl={TTL_S}"
+    options = f"holder=file,ttl={TTL_S}"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

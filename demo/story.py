@@ -110,7 +110,7 @@ class Demo:
     def source(self, node: str) -> str:  # noqa: ARG002 - on etcd they differ
         return f"local:{self.state}"
 
-    options = "owner=file"
+    options = "holder=file"
 
     def mount(self, where: Path, node: str) -> None:
         where.mkdir(exist_ok=True)

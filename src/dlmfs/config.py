@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from dlmfs.errors import UsageError
-from dlmfs.model import NODE_NAME, DeadValue, Limits, OnLost, Owner
+from dlmfs.model import NODE_NAME, DeadValue, HolderRule, Limits, OnLost
 from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
@@ -28,7 +28,7 @@ class MountOptions:
     """`-o`, with the meaning of mount(8) where it has one."""
 
     node: str | None = None
-    owner: Owner = Owner.NODE
+    holder: HolderRule = HolderRule.NODE
     ttl_s: float = TTL_DEFAULT_S
     allow_other: bool | None = None
     default_permissions: bool = True
@@ -138,6 +138,11 @@ def parse_options(texts: list[str]) -> MountOptions:
 
 
 def _unknown(option: str, name: str) -> str:
+    if name == "owner":
+        return (
+            f"mount option '{option}': it is called holder={option[6:] or 'node'}, since mount(8) keeps "
+            "owner= for itself"
+        )
     close = difflib.get_close_matches(name, KNOWN, 1)
     if name in KNOWN:
         takes = "no" if name in _FLAGS or name in _IGNORED else "a"
@@ -159,11 +164,11 @@ def _parse_node(_name: str, value: str) -> dict[str, object]:
     return {"node": value}
 
 
-def _parse_owner(_name: str, value: str) -> dict[str, object]:
+def _parse_holder(_name: str, value: str) -> dict[str, object]:
     try:
-        return {"owner": Owner(value)}
+        return {"holder": HolderRule(value)}
     except ValueError:
-        raise UsageError(f"owner={value}: choose owner=node or owner=file") from None
+        raise UsageError(f"holder={value}: choose holder=node or holder=file") from None
 
 
 def _parse_on_lost(_name: str, value: str) -> dict[str, object]:
@@ -220,7 +225,7 @@ def _parse_subtype(_name: str, value: str) -> dict[str, object]:
 
 _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "node": _parse_node,
-    "owner": _parse_owner,
+    "holder": _parse_holder,
     "ttl": _parse_ttl,
     "lock-delay": _parse_lock_delay,
     "grace": _parse_grace,

@@ -59,7 +59,7 @@ def node_facts(node: Node) -> Facts:
         "version": __version__,
         "state": member.state.value,
         "reason": member.reason,
-        "owner": node.config.options.owner.value,
+        "holder_rule": node.config.options.holder.value,
         "host": own["host"],
         "place": f"{own['boot']}/{own['pidns']}",
         "pid": own["pid"],

@@ -31,7 +31,7 @@ OWN_MAX: Final = 1000
 """Of an ordinary user's own."""
 GETS: Final = 100
 """Keys read at once; etcd takes 128 operations."""
-SAID: Final = ("version", "state", "reason", "owner")
+SAID: Final = ("version", "state", "reason", "holder_rule")
 """What a node says of itself."""
 SAID_MAX: Final = 500
 NAMES_MAX: Final = 100

@@ -25,7 +25,7 @@ NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 TOKEN_SHIFT: Final = 16
 """A token is `(revision + offset) << TOKEN_SHIFT | local counter` (`core.tokens`), under either owner
-rule, so that nodes with different owner rules hand out comparable tokens."""
+rule, so that nodes with different holder rules hand out comparable tokens."""
 
 REVISION_MAX: Final = (1 << (63 - TOKEN_SHIFT)) - 1
 """The largest revision of which tokens can be made that fit 63 bits."""
@@ -39,8 +39,8 @@ class Mode(enum.IntEnum):
     EX = 2
 
 
-class Owner(enum.Enum):
-    """Who holds a lock: the whole node (dlmfs.txt) or each open file (`-o owner=`)."""
+class HolderRule(enum.Enum):
+    """Who holds a lock: the whole node (dlmfs.txt) or each open file (`-o holder=`)."""
 
     NODE = "node"
     FILE = "file"

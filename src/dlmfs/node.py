@@ -153,7 +153,7 @@ class Node:
             names,
             {**identity.own(), "mount": self.config.mountpoint},
             identity.is_over,
-            options.owner,
+            options.holder,
             options.ttl_s,
             lock_delay_of(self.config.source, options),
             options.grace_s,

@@ -55,7 +55,7 @@ async def status(node: Node, sight: Sight) -> Facts:
         "pid": os.getpid(),
         "source": node.config.source_text,
         "mountpoint": node.config.mountpoint,
-        "owner": node.config.options.owner.value,
+        "holder_rule": node.config.options.holder.value,
         "uptime_s": round(node.membership.clock() - node.started, 1),
         "lease": _lease(node.membership),
         "ending": _ending(node.membership.ending),

@@ -60,7 +60,7 @@ class Traffic:
             "node": member.name,
             "mountpoint": node.config.mountpoint,
             "source": node.config.source_text,
-            "owner": node.config.options.owner.value,
+            "holder_rule": node.config.options.holder.value,
             "state": member.state.value,
             "reason": member.reason,
             "all_locks": sum(len(space.locks) for space in member.spaces.values()),

@@ -89,7 +89,7 @@ def _blockers(
     """Who stands in the way of the node's waiter number `place`."""
     own = lock["claims"][name]
     claim = own["waiters"][place]
-    each_file = nodes[name]["owner"] == "file"
+    each_file = nodes[name]["holder_rule"] == "file"
     for other, theirs in lock["claims"].items():
         if other != name or each_file:
             for holder in theirs["holders"]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dlmfs.config import KNOWN, EtcdSource, LocalSource, MountOptions, parse_options, parse_source
 from dlmfs.errors import UsageError
 from dlmfs.fuse.mountinfo import mounts
-from dlmfs.model import Owner
+from dlmfs.model import HolderRule
 from tests.fs.conftest import nodes as _nodes
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes, dlmfs
 
@@ -45,22 +45,23 @@ def entries(where: Path) -> list[str]:
 
 def test_what_mount_and_fstab_pass_is_accepted() -> None:
     words = "rw,dev,suid,nodev,nosuid,noexec,noatime,_netdev,nofail,x-systemd.automount,owner,user"
-    options = parse_options([words, "owner=file,node=web1,ttl=20", r"fsname=a\,b"])
-    assert options.owner is Owner.FILE
+    options = parse_options([words, "holder=file,node=web1,ttl=20", r"fsname=a\,b"])
+    assert options.holder is HolderRule.FILE
     assert (options.node, options.ttl_s, options.fsname) == ("web1", 20.0, "a,b")
     assert options.noexec
     assert parse_options([]) == MountOptions()
-    assert parse_options(["owner=file,owner=node"]).owner is Owner.NODE
+    assert parse_options(["holder=file,holder=node"]).holder is HolderRule.NODE
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("onwer=file", "did you mean 'owner'"),
+        ("hodler=file", "did you mean 'holder'"),
         ("foo", "unknown mount option 'foo'"),
         ("ttl=1", "from 5 to 3600"),
         ("ttl=soon", "from 5 to 3600"),
-        ("owner=me", "owner=node or owner=file"),
+        ("owner=file", "is called holder=file"),
+        ("holder=me", "holder=node or holder=file"),
         ("node=../x", "node name"),
         ("ro=1", "takes no value"),
         ("node", "takes a value"),
@@ -411,7 +412,7 @@ def test_a_lock_is_named_alike_in_every_command(nodes: Nodes) -> None:
 
 @fuse
 def test_status_and_info_for_people(nodes: Nodes) -> None:
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     holder = nodes.hold(a / "dom/x")
     assert holder.wait() == "held"
     assert nodes.hold(b / "dom/x").waits
@@ -450,10 +451,10 @@ def test_mount_8(nodes: Nodes, helper: Path) -> None:
     nodes.mounts.append(where)
     source = f"local:{nodes.state}"
     subprocess.run(
-        ["mount", "-t", "fuse.dlmfs", "-o", "owner=file", source, str(where)], check=True
+        ["mount", "-t", "fuse.dlmfs", "-o", "holder=file", source, str(where)], check=True
     )
     assert entries(where) == [source]
-    assert nodes.status(where)["owner"] == "file"
+    assert nodes.status(where)["holder_rule"] == "file"
 
 
 @fuse

@@ -162,7 +162,7 @@ def test_it_is_called_after_its_command(nodes: Nodes) -> None:
 
 @fuse
 def test_in_vain_it_says_where_and_what_tells_more(nodes: Nodes) -> None:
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     name = os.fsdecode(b"\xff\n\x1b[31m")
     shown = r"\xff\n\x1b[31m"
     path = a / "dom" / name
@@ -250,7 +250,7 @@ def test_without_standard_streams_the_lock_is_not_taken_for_one(nodes: Nodes) ->
 @fuse
 def test_the_command_inherits_the_lock_unless_closed(nodes: Nodes, start: Start) -> None:
     """What it leaves in the background goes on protected, as under flock(1)."""
-    x = nodes.mount("a", "owner=file") / "dom/x"
+    x = nodes.mount("a", "holder=file") / "dom/x"
     for options, code in (([], 1), (["-o"], 0)):
         job = start(*options, x, "--", "sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!")
         sleeper = int(job.line())
@@ -266,11 +266,11 @@ def test_the_command_inherits_the_lock_unless_closed(nodes: Nodes, start: Start)
 
 
 @fuse
-@pytest.mark.parametrize("owner", ["node", "file"])
+@pytest.mark.parametrize("rule", ["node", "file"])
 def test_it_excludes_its_like_on_the_same_node_and_on_others(
-    nodes: Nodes, start: Start, owner: str
+    nodes: Nodes, start: Start, rule: str
 ) -> None:
-    a, b = nodes.pair(f"owner={owner}")
+    a, b = nodes.pair(f"holder={rule}")
     holder = start(a / "dom/x", "-c", "echo has; read _")
     assert holder.line() == "has"
     for where in (a, b):
@@ -289,9 +289,9 @@ def test_it_excludes_its_like_on_the_same_node_and_on_others(
 
 
 @fuse
-@pytest.mark.parametrize("owner", ["node", "file"])
-def test_shared_is_with_shared_only(nodes: Nodes, start: Start, owner: str) -> None:
-    a, b = nodes.pair(f"owner={owner}")
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_shared_is_with_shared_only(nodes: Nodes, start: Start, rule: str) -> None:
+    a, b = nodes.pair(f"holder={rule}")
     holder = start("-s", a / "dom/x", "-c", "echo has; read _")
     assert holder.line() == "has"
     for where in (a, b):
@@ -305,7 +305,7 @@ INSIDE = '#!/bin/sh\nset -e\nmkdir "$1/inside"\nexec rmdir "$1/inside"\n'
 
 @fuse
 def test_opposite_orders_of_several_locks_neither_deadlock_nor_overlap(nodes: Nodes) -> None:
-    """On one node and on two, under owner=node."""
+    """On one node and on two, under holder=node."""
     a, b = nodes.pair()
     inside = nodes.folder / "inside.sh"
     inside.write_text(INSIDE)
@@ -374,7 +374,7 @@ DETACHED = "(setsid sh -c 'echo $$; exec sleep 1000' &); echo $$; exec sleep 100
 
 @fuse
 def test_a_wait_for_a_neighbour_ends_with_the_mount(nodes: Nodes, start: Start) -> None:
-    """Under owner=node it stands in flock(2), and whoever has the file locked may not notice."""
+    """Under holder=node it stands in flock(2), and whoever has the file locked may not notice."""
     a = nodes.mount("a")
     (a / "dom").mkdir()
     with open(a / "dom/x", "w") as careless:

@@ -39,7 +39,7 @@ def run_by(program: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 def test_where_no_thread_can_be_had_no_command_is_started(nodes: Nodes) -> None:
     """As at a limit on processes: the command would run on, and with `-o` without its lock."""
-    x, ran = nodes.mount("a", "owner=file") / "dom/x", nodes.folder / "ran"
+    x, ran = nodes.mount("a", "holder=file") / "dom/x", nodes.folder / "ran"
     done = run_by(NO_THREADS, "lock", "-o", x, "touch", ran)
     assert (done.returncode, done.stderr.count("\n")) == (69, 1), done.stderr
     assert locked("-n", x, "true").returncode == 0
@@ -60,7 +60,7 @@ sys.exit(main.main())
 
 def test_the_process_behind_is_killed_at_once(nodes: Nodes) -> None:
     """The one in front may be slow, and gets the command all the same."""
-    x = nodes.mount("a", "owner=file") / "dom/x"
+    x = nodes.mount("a", "holder=file") / "dom/x"
     done = run_by(
         SLOW_IN_FRONT, "lock", x, "-c", "echo $$; kill -KILL $PPID; exec sleep 1000 >&- 2>&-"
     )
@@ -89,14 +89,14 @@ sys.exit(main.main())
 
 def test_the_deadline_is_that_of_the_grant(nodes: Nodes) -> None:
     """Whoever has a token after the deadline was found was not fenced before."""
-    x, words = nodes.mount("a", "owner=file") / "dom/x", nodes.folder / "words"
+    x, words = nodes.mount("a", "holder=file") / "dom/x", nodes.folder / "words"
     assert run_by(ORDER, "lock", x, "true", words).returncode == 0
     assert words.read_text().split() == ["deadline", "token"]
 
 
 def test_children_of_before_are_not_the_commands(nodes: Nodes) -> None:
     """`helper & exec dlmfs lock ...`: should the process behind be killed, the helper goes on."""
-    x = nodes.mount("a", "owner=file") / "dom/x"
+    x = nodes.mount("a", "holder=file") / "dom/x"
     script = 'sleep 1000 & echo $!; exec "$@"'
     says = "(setsid sleep 1000 & echo $!); echo $$; sleep 1000"
     front = subprocess.Popen(
@@ -125,7 +125,7 @@ def test_children_of_before_are_not_the_commands(nodes: Nodes) -> None:
 def test_as_the_first_process_of_a_container_it_passes_sigterm_on(nodes: Nodes) -> None:
     """What it passes on comes from process 1, whose parent has no number here; nor has the daemon,
     which is outside: that does not make it the watchdog's word."""
-    x = nodes.mount("a", "owner=file") / "dom/x"
+    x = nodes.mount("a", "holder=file") / "dom/x"
     says = "trap 'exit 3' TERM; echo ready; sleep 1000 & wait"
     container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     with subprocess.Popen(
@@ -146,7 +146,7 @@ def test_as_the_first_process_of_a_container_it_passes_sigterm_on(nodes: Nodes) 
 @pytest.mark.root
 def test_where_children_are_in_another_namespace_it_says_so(nodes: Nodes) -> None:
     """It cannot do its work there, and 1 would mean that the lock is another's."""
-    x = nodes.mount("a", "owner=file") / "dom/x"
+    x = nodes.mount("a", "holder=file") / "dom/x"
     done = subprocess.run(
         ["unshare", "--pid", *DLMFS, "lock", "-n", str(x), "true"],
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,

@@ -55,7 +55,7 @@ def nothing_is_left(nodes: Nodes, x: Path) -> None:
 @pytest.mark.parametrize("end", [0, signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_wait_ends_all_the_same(nodes: Nodes, start: Start, read: bool, end: int) -> None:
     """By its time or by a signal; what it is granted later is never used."""
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     x = a / "dom/x"
     holder = start(x, "-c", "echo has; read _")
     assert holder.line() == "has"
@@ -86,7 +86,7 @@ def test_the_wait_ends_all_the_same(nodes: Nodes, start: Start, read: bool, end:
 
 def test_who_would_not_wait_is_told(nodes: Nodes) -> None:
     """With a shorter time than the real one."""
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     x = a / "dom/x"
     assert locked(x, "true").returncode == 0
     hasty = (

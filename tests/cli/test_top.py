@@ -36,7 +36,7 @@ def names(seen: dict[str, Any]) -> list[str]:
 
 def busy(nodes: Nodes) -> tuple[Path, Path, Opener]:
     """x is held at a and awaited by two at b; y is held at b; z is idle."""
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     holder = Opener(nodes, ("x", a / "dom/x")).has(1)
     Opener(nodes, ("x", b / "dom/y")).has(1)
     (a / "dom/z").touch()

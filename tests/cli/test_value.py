@@ -75,8 +75,8 @@ def test_standard_input(nodes: Nodes) -> None:
 
 
 def test_those_who_set_it_on_one_node_exclude_each_other(nodes: Nodes) -> None:
-    """Under owner=node the node holds the lock, for both: each would find what it expects."""
-    path = nodes.mount("a", "owner=node") / "dom/x"
+    """Under holder=node the node holds the lock, for both: each would find what it expects."""
+    path = nodes.mount("a", "holder=node") / "dom/x"
     path.parent.mkdir()
     value("set", path, "0")
     fd = os.open(path, os.O_RDWR)
@@ -105,7 +105,7 @@ def test_expect_compares_before_it_writes(nodes: Nodes) -> None:
 
 
 def test_token_refuses_a_lock_that_was_granted_anew(nodes: Nodes) -> None:
-    """As in the environment of a program that has the lock, under owner=node."""
+    """As in the environment of a program that has the lock, under holder=node."""
     a, b = nodes.pair()
     holder = nodes.hold(a / "dom/x")
     assert holder.wait() == "held"
@@ -143,7 +143,7 @@ def test_busy_locks_are_waited_for_as_long_as_told(nodes: Nodes) -> None:
 def test_a_stopped_daemon_does_not_stop_the_clock(nodes: Nodes, read: bool) -> None:
     """A signal does not end an open(2) there: the time must be over all the same. Once the daemon has
     read the request not even SIGKILL does."""
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     (a / "dom").mkdir()
     x = a / "dom/x"
     value("set", x, "1")
@@ -245,9 +245,9 @@ class Watching:
         return self.process.wait(PATIENCE_S)
 
 
-@pytest.mark.parametrize("owner", ["node", "file"])
-def test_watch_prints_each_new_value(nodes: Nodes, owner: str) -> None:
-    a, b = nodes.pair(f"owner={owner}")
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_watch_prints_each_new_value(nodes: Nodes, rule: str) -> None:
+    a, b = nodes.pair(f"holder={rule}")
     value("set", a / "dom/x", "0")
     watching = Watching(nodes, b / "dom/x")
     assert watching.line() == b"0"

@@ -28,7 +28,7 @@ def lock(name: str, queue: str = "", **claims: tuple[list[Any], list[Any]]) -> d
 
 
 def nodes(names: str, owner: str = "file") -> dict[str, Any]:
-    return {n: {"node": n, "owner": owner, "place": f"host-{n}"} for n in names.split()}
+    return {n: {"node": n, "holder_rule": owner, "place": f"host-{n}"} for n in names.split()}
 
 
 def found(
@@ -74,7 +74,7 @@ def test_a_process_waits_for_itself_where_each_file_is_an_owner() -> None:
     (cycle,) = found([x], nodes("a"))
     assert cycle.certain
     assert len(cycle.edges) == 1
-    assert found([x], nodes("a", "node")) == [], "under owner=node they share it"
+    assert found([x], nodes("a", "node")) == [], "under holder=node they share it"
 
 
 def test_shared_claims_do_not_wait_for_each_other() -> None:

@@ -91,7 +91,7 @@ def test_a_chain_over_three_nodes_is_told_link_by_link(nodes: Nodes) -> None:
 
 def test_the_order_of_local_and_remote_waiters(nodes: Nodes) -> None:
     """One waits at the holder's node before the other node's wish came, one after it."""
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     Opener(nodes, ("x", a / "dom/x")).has(1)
     order = []
     for number, where in enumerate((a, b, a), 1):
@@ -103,7 +103,7 @@ def test_the_order_of_local_and_remote_waiters(nodes: Nodes) -> None:
 
 def test_a_deadlock_across_two_mounts_of_one_host(nodes: Nodes) -> None:
     """One has x through node a and waits through node b: the nodes know each half of it."""
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     one = Opener(nodes, ("x", a / "dom/x"), ("x", b / "dom/y")).has(1)
     two = Opener(nodes, ("x", b / "dom/y"), ("x", a / "dom/x")).has(1)
     one.go()
@@ -117,8 +117,8 @@ def test_a_deadlock_across_two_mounts_of_one_host(nodes: Nodes) -> None:
 
 
 def test_a_process_that_waits_for_itself(nodes: Nodes) -> None:
-    """Under owner=file each open file is an owner; under owner=node the second open is granted."""
-    a = nodes.mount("a", "owner=file")
+    """Under holder=file each open file is an owner; under holder=node the second open is granted."""
+    a = nodes.mount("a", "holder=file")
     (a / "dom").mkdir()
     Opener(nodes, ("x", a / "dom/x"), ("x", a / "dom/x")).has(1).go()
     queued(a / "dom/x", 1)
@@ -130,7 +130,7 @@ def test_a_process_that_waits_for_itself(nodes: Nodes) -> None:
 @pytest.mark.parametrize("inherited", [True, False])
 def test_a_child_of_the_holder_waits_for_it(nodes: Nodes, inherited: bool) -> None:
     """A shell script that has a lock and runs a program that wants the same one."""
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     (a / "dom").mkdir()
     closing = "" if inherited else "9>&-"
     path = a / "dom/x"
@@ -171,7 +171,7 @@ def test_what_owner_node_means_is_said(nodes: Nodes) -> None:
     assert nodes.hold(a / "dom/x").wait() == "held"
     text = run("why", a / "dom/x")
     assert text.count(" has it exclusively") == 2
-    assert "owner=node at a: the processes of such a node share its locks" in text
+    assert "holder=node at a: the processes of such a node share its locks" in text
 
 
 def test_a_stopped_program_is_told(nodes: Nodes) -> None:
@@ -260,7 +260,7 @@ def test_a_dead_daemon_gives_its_locks_back_and_is_not_asked(nodes: Nodes) -> No
 
 
 def test_many_waiters_are_counted_and_not_all_told(nodes: Nodes) -> None:
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     Opener(nodes, ("x", a / "dom/x")).has(1)
     code = (
         "import os, sys, threading\n"

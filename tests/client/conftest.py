@@ -31,7 +31,7 @@ def _pair(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
     folder = Path(tempfile.mkdtemp(prefix="dlmfs-test-", dir=base))
     try:
         with closing(Nodes(folder)) as made:
-            yield made.pair(f"owner={request.param}")
+            yield made.pair(f"holder={request.param}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Locks for asyncio, on real mounts, under both owner rules."""
+"""Locks for asyncio, on real mounts, under both holder rules."""
 
 from __future__ import annotations
 

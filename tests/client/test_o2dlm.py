@@ -37,7 +37,7 @@ def test_the_table_of_errors() -> None:
 
 
 def test_initialize(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     (a / "dom").mkdir()
     (a / "dom/file").touch()
     recorded = [
@@ -63,7 +63,7 @@ def test_initialize(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_calls_answer_as_the_c_library(nodes: Nodes) -> None:
-    a = nodes.mount("a", "owner=file")
+    a = nodes.mount("a", "holder=file")
     x, y = o2dlm.initialize(a, "dom"), o2dlm.initialize(a, "dom")
     long = "aaaaaaaaaabbbbbbbbbbccccccccccd"
     assert len(long) == 31

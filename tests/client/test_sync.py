@@ -1,4 +1,4 @@
-"""Locks for programs with threads, on real mounts, under both owner rules."""
+"""Locks for programs with threads, on real mounts, under both holder rules."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_is_not_held_says_so(lock: Twice) -> None:
 
 
 def test_on_one_node_lock_objects_exclude_each_other(lock: Twice) -> None:
-    """Threads of one process, and `dlmfs lock`; under owner=node too."""
+    """Threads of one process, and `dlmfs lock`; under holder=node too."""
     inside: list[int] = []
     most = 0
 
@@ -191,7 +191,7 @@ def test_a_wait_that_is_over_leaves_nothing_behind(lock: Twice) -> None:
 
 
 def test_a_wait_for_another_program_of_the_node(lock: Twice) -> None:
-    """Under owner=node it stands in flock(2), which a signal must end as well."""
+    """Under holder=node it stands in flock(2), which a signal must end as well."""
     job = Job(lock.a, "-c", "echo has; read _")
     try:
         assert job.line() == "has"
@@ -429,8 +429,8 @@ def test_a_name_that_is_no_domains() -> None:
 
 
 def test_who_waits_behind_one_that_does_not_notice_the_loss_is_told(nodes: Nodes) -> None:
-    """Under owner=node they wait for each other in flock(2), of which the mount's end is no end."""
-    path = nodes.mount("a", "owner=node") / "dom/x"
+    """Under holder=node they wait for each other in flock(2), of which the mount's end is no end."""
+    path = nodes.mount("a", "holder=node") / "dom/x"
     path.parent.mkdir()
     outcome: list[type[BaseException] | None] = []
     with open(path, "w+b", buffering=0) as careless:
@@ -472,7 +472,7 @@ def test_what_was_about_an_earlier_holding_is_not_told_of_the_next(lock: Twice) 
 
 def test_a_stopped_daemon_does_not_keep_another_mounts_locks(nodes: Nodes) -> None:
     """While it is asked about a lock that it has just granted, the one epoll can do nothing else."""
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     device = place.place(a / "dom/x").dev
     mine = Lock(b / "dom/mine")
     mine.acquire()

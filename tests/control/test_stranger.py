@@ -70,7 +70,7 @@ def nodes() -> Iterator[Nodes]:
 def where(nodes: Nodes) -> Path:
     """Two nodes. `open`, 0755, has `seen` (0644) and `hush` (0600, with a value); `shut`, 0700, has
     `payroll`, whose holder waits for `hush`; who holds `seen`, at the other node, waits for `payroll`."""
-    a, b = nodes.mount("a", "owner=file"), nodes.mount("b", "owner=file")
+    a, b = nodes.mount("a", "holder=file"), nodes.mount("b", "holder=file")
     for node in (a, b):
         (node / "open").mkdir()
         (node / "shut").mkdir(mode=0o700)

@@ -40,7 +40,7 @@ from dlmfs.core.events import (
     Withdraw,
 )
 from dlmfs.core.lockres import Lockres
-from dlmfs.model import Mode, Owner, compatible
+from dlmfs.model import HolderRule, Mode, compatible
 
 PR, EX, NL = Mode.PR, Mode.EX, Mode.NL
 
@@ -67,7 +67,7 @@ class OracleNode:
 class Cluster(RuleBasedStateMachine):
     """Nodes, claims and an ideal cluster; answers may be delivered late, in order per node."""
 
-    owner = Owner.NODE
+    owner = HolderRule.NODE
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Cluster(RuleBasedStateMachine):
         for other, peer in enumerate(self.nodes):
             if other != index:
                 assert compatible(node.res.level, peer.res.level)
-        if self.owner is Owner.FILE:
+        if self.owner is HolderRule.FILE:
             for held in node.res.holders.values():
                 assert held is claim or compatible(held.mode, claim.mode)
             floor = self.last_token if claim.mode is EX else self.last_ex_token
@@ -293,7 +293,7 @@ class Cluster(RuleBasedStateMachine):
 
 
 class ClusterOfFiles(Cluster):
-    owner = Owner.FILE
+    owner = HolderRule.FILE
 
 
 @pytest.mark.parametrize("machine", [Cluster, ClusterOfFiles])
@@ -307,7 +307,7 @@ def granted(res: Lockres, actions: list[Action]) -> list[Claim]:
     return [a.claim for a in actions if isinstance(a, Grant)]
 
 
-def holding(owner: Owner, mode: Mode = EX) -> tuple[Lockres, Claim]:
+def holding(owner: HolderRule, mode: Mode = EX) -> tuple[Lockres, Claim]:
     res = Lockres(owner)
     claim = Claim(1, mode)
     assert res.open(claim) == [Ask(mode, trying=False, convert=False)]
@@ -316,21 +316,21 @@ def holding(owner: Owner, mode: Mode = EX) -> tuple[Lockres, Claim]:
 
 
 def test_reopening_a_cached_lock_asks_nobody() -> None:
-    res, claim = holding(Owner.NODE)
+    res, claim = holding(HolderRule.NODE)
     res.close(claim)
     again = Claim(2, EX)
     assert res.open(again) == [Grant(again)]
 
 
-def test_owner_node_lets_two_programs_hold_it_exclusively() -> None:
+def test_holder_node_lets_two_programs_hold_it_exclusively() -> None:
     """dlmfs.txt: userspace programs are assumed to handle their own local locking."""
-    res, _ = holding(Owner.NODE)
+    res, _ = holding(HolderRule.NODE)
     other = Claim(2, EX)
     assert res.open(other) == [Grant(other)]
 
 
-def test_owner_file_makes_every_open_file_an_owner() -> None:
-    res, claim = holding(Owner.FILE)
+def test_holder_file_makes_every_open_file_a_holder() -> None:
+    res, claim = holding(HolderRule.FILE)
     other = Claim(2, EX)
     assert Grant(other) not in res.open(other)
     assert Grant(other) in res.close(claim)
@@ -338,7 +338,7 @@ def test_owner_file_makes_every_open_file_an_owner() -> None:
 
 
 def test_who_came_before_the_remote_wish_is_served_before_it() -> None:
-    res, claim = holding(Owner.FILE)
+    res, claim = holding(HolderRule.FILE)
     before, after = Claim(2, EX), Claim(3, EX)
     res.open(before)
     res.wanted(EX, EX, NL)
@@ -349,7 +349,7 @@ def test_who_came_before_the_remote_wish_is_served_before_it() -> None:
 
 
 def test_a_process_that_holds_the_lock_is_not_put_behind_the_remote_wish() -> None:
-    res, _ = holding(Owner.NODE)
+    res, _ = holding(HolderRule.NODE)
     res.wanted(EX, EX, NL)
     again = Claim(2, PR, pid=4711)
     assert res.open(again) == [Identify(again)]
@@ -357,13 +357,13 @@ def test_a_process_that_holds_the_lock_is_not_put_behind_the_remote_wish() -> No
 
 
 def test_the_holder_is_told_once_when_somebody_waits() -> None:
-    res, claim = holding(Owner.NODE)
+    res, claim = holding(HolderRule.NODE)
     assert res.wanted(EX, EX, NL) == [Notify(claim)]
     assert res.wanted(PR, EX, NL) == []
 
 
 def test_a_remote_trylock_never_waits_for_a_user_and_never_for_an_idle_cache() -> None:
-    res, claim = holding(Owner.NODE)
+    res, claim = holding(HolderRule.NODE)
     assert res.wanted(NL, NL, EX) == [RefuseTry()]
     res.wanted(NL, NL, NL)
     res.close(claim)
@@ -372,7 +372,7 @@ def test_a_remote_trylock_never_waits_for_a_user_and_never_for_an_idle_cache() -
 
 def test_a_trylock_during_a_hand_over_is_not_refused_by_guess() -> None:
     """Who wanted it has gone: nobody is in the way, and the next request will tell (promise 6)."""
-    res, claim = holding(Owner.NODE)
+    res, claim = holding(HolderRule.NODE)
     res.close(claim)
     assert res.wanted(PR, PR, NL) == [Drop(PR, NL)]
     res.wanted(NL, NL, NL)
@@ -383,19 +383,19 @@ def test_a_trylock_during_a_hand_over_is_not_refused_by_guess() -> None:
 
 
 def test_an_idle_shared_level_is_given_up_and_a_used_one_converted() -> None:
-    res, claim = holding(Owner.NODE, PR)
+    res, claim = holding(HolderRule.NODE, PR)
     exclusive = Claim(2, EX)
     assert res.open(exclusive) == [Ask(EX, trying=False, convert=True)]
     assert res.level is PR
 
-    res, claim = holding(Owner.NODE, PR)
+    res, claim = holding(HolderRule.NODE, PR)
     res.close(claim)
     assert res.open(Claim(2, EX)) == [Ask(EX, trying=False, convert=False)]
     assert res.level is NL
 
 
 def test_a_late_grant_that_nobody_wants_is_handed_over_at_once() -> None:
-    res = Lockres(Owner.NODE)
+    res = Lockres(HolderRule.NODE)
     claim = Claim(1, EX)
     res.open(claim)
     assert res.interrupt(claim) == [Withdraw()]
@@ -404,7 +404,7 @@ def test_a_late_grant_that_nobody_wants_is_handed_over_at_once() -> None:
 
 
 def test_lost_lock_fails_waiters_and_wakes_holders() -> None:
-    res, claim = holding(Owner.FILE)
+    res, claim = holding(HolderRule.FILE)
     waiter = Claim(2, EX)
     res.open(waiter)
     assert set(res.lose(errno.ENOLCK)) == {Fail(waiter, errno.ENOLCK), Notify(claim)}
@@ -414,7 +414,7 @@ def test_lost_lock_fails_waiters_and_wakes_holders() -> None:
 
 def test_tokens_grow_beyond_the_local_counter() -> None:
     """16 bits of counter are used up: a new revision is asked for, in the middle of the queue."""
-    res, claim = holding(Owner.FILE)
+    res, claim = holding(HolderRule.FILE)
     token = claim.token
     for fh in range(2, COUNTER_MAX + 10):
         res.close(claim)
@@ -429,7 +429,7 @@ def test_tokens_grow_beyond_the_local_counter() -> None:
 
 @pytest.mark.parametrize("event", [Event.GRANTED, Event.QUEUED, Event.REFUSED, Event.DROPPED])
 def test_an_impossible_event_is_a_broken_invariant(event: Event) -> None:
-    res = Lockres(Owner.NODE)
+    res = Lockres(HolderRule.NODE)
     assert Phase.IDLE not in POSSIBLE[event]
     calls = {
         Event.GRANTED: lambda: res.granted(EX, 1),

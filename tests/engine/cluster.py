@@ -22,7 +22,7 @@ from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import DlmfsError, LockLost
-from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode, Owner, compatible
+from dlmfs.model import EMPTY_LVB, LVB_SIZE, HolderRule, Mode, compatible
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import BOUNDS, Bounds, Session
 from dlmfs.store.memory import MemoryServer
@@ -61,10 +61,10 @@ class Program:
 class SimNode:
     """A node: store handle, session, lockspace, and the programs on it."""
 
-    def __init__(self, cluster: SimCluster, name: str, owner: Owner) -> None:
+    def __init__(self, cluster: SimCluster, name: str, rule: HolderRule) -> None:
         self.cluster = cluster
         self.name = name
-        self.owner = owner
+        self.rule = rule
         self.alive = True
         self.buried: set[int] = set()
         """Programs that died with a former self; its timers may still name them."""
@@ -93,7 +93,7 @@ class SimNode:
             domain=b"dom",
             node=self.name,
             lease=session.lease,
-            owner=self.owner,
+            rule=self.rule,
             timing=Timing(TTL_S),
         )
 
@@ -206,7 +206,7 @@ class SimCluster:
         nodes: int = 3,
         locks: int = 2,
         faults: Faults | None = None,
-        owners: tuple[Owner, ...] = (Owner.NODE, Owner.FILE),
+        rules: tuple[HolderRule, ...] = (HolderRule.NODE, HolderRule.FILE),
         bounds: Bounds = BOUNDS,
     ) -> None:
         self.rng = Random(seed)
@@ -218,7 +218,7 @@ class SimCluster:
         self.grants = 0
         self.fh = 0
         self.writes = 0
-        self.nodes = [SimNode(self, f"n{i}", self.rng.choice(owners)) for i in range(nodes)]
+        self.nodes = [SimNode(self, f"n{i}", self.rng.choice(rules)) for i in range(nodes)]
         self.loop.run_until(lambda: all(n.space is not None for n in self.nodes), 120)
 
     # -- checkers -------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ class SimCluster:
                     f"{program.node.name} serves {claim} while {node.name} is at {lock.res.level!r}"
                 )
         floor = history.max_token if claim.mode is Mode.EX else history.max_ex_token
-        same_node_owner = program.node.owner is Owner.NODE
-        if claim.token < floor or (claim.token == floor and not same_node_owner):
+        same_holder = program.node.rule is HolderRule.NODE
+        if claim.token < floor or (claim.token == floor and not same_holder):
             raise Violation(f"token of {claim} went back: {claim.token} after {floor}")
         history.max_token = max(history.max_token, claim.token)
         if claim.mode is Mode.EX:

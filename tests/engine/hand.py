@@ -13,7 +13,7 @@ from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.records import Head
 from dlmfs.errors import DlmfsError
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from dlmfs.store.base import BOUNDS, Bounds, Txn, TxnDone
 from dlmfs.store.memory_store import Faults
 from tests.engine.cluster import Program, SimCluster, SimNode
@@ -49,11 +49,11 @@ class Steady(Random):
 class HandNode(SimNode):
     """A node that keeps the reason of every failed open instead of judging it."""
 
-    def __init__(self, cluster: SimCluster, name: str, owner: Owner) -> None:
+    def __init__(self, cluster: SimCluster, name: str, rule: HolderRule) -> None:
         self.reasons: dict[int, int] = {}
         self.faults: list[str] | None = None
         """Where exceptions came that a test has provoked; None: none may come."""
-        super().__init__(cluster, name, owner)
+        super().__init__(cluster, name, rule)
 
     def failed(self, claim: Claim, reason: int) -> None:
         self.reasons[claim.fh] = reason
@@ -106,15 +106,15 @@ class HandCluster(SimCluster):
     def __init__(
         self,
         count: int,
-        owner: Owner = Owner.NODE,
+        rule: HolderRule = HolderRule.NODE,
         *,
         seed: int = 1,
         watch_delay_s: float = 0.001,
         bounds: Bounds = BOUNDS,
     ) -> None:
         faults = Faults(watch_delay_s=watch_delay_s)
-        super().__init__(seed, nodes=0, locks=1, faults=faults, owners=(owner,), bounds=bounds)
-        self.hands = [HandNode(self, f"n{i}", owner) for i in range(count)]
+        super().__init__(seed, nodes=0, locks=1, faults=faults, rules=(rule,), bounds=bounds)
+        self.hands = [HandNode(self, f"n{i}", rule) for i in range(count)]
         self.nodes.extend(self.hands)
         assert self.loop.run_until(lambda: all(n.space is not None for n in self.hands), 10)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dlmfs.core.events import Claim, Stage
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from dlmfs.store.memory_store import Faults
 from tests.engine.cluster import Program, SimCluster, SimNode
 
@@ -14,7 +14,7 @@ class Counted(SimCluster):
     """Two or three quiet nodes, and how much the store and they had to do since the last look."""
 
     def __init__(self, nodes: int = 2, locks: int = 1) -> None:
-        super().__init__(1, nodes=nodes, locks=locks, faults=Faults(), owners=(Owner.NODE,))
+        super().__init__(1, nodes=nodes, locks=locks, faults=Faults(), rules=(HolderRule.NODE,))
         self.look()
 
     def look(self) -> int:

@@ -15,7 +15,7 @@ from dlmfs.core.claims import COUNTER_MAX
 from dlmfs.core.events import Claim, Phase
 from dlmfs.engine.lockspace import Life
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, StoreFull, Unavailable
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from dlmfs.store.base import Txn, TxnDone
 from tests.engine.hand import LOCK, QUEUE, SOON_S, HandCluster, ended, holds, waits
 
@@ -31,7 +31,7 @@ def test_a_renewal_of_the_token_sees_a_wish_filed_just_before() -> None:
     was committed a moment before and the watch has yet to tell. The renewal must compare the queue:
     else its commit passes for a look at a queue without the wish, and nobody ever gives way.
     """
-    cluster = HandCluster(2, Owner.FILE)
+    cluster = HandCluster(2, HolderRule.FILE)
     a, b = cluster.hands
     cluster.cache(a, Mode.EX)
     a.lock.res._counter = COUNTER_MAX
@@ -126,7 +126,7 @@ def test_an_exception_in_a_callback_leaves_no_waiter_of_the_lock_unanswered() ->
     it, but the lock still believed to be inside the loop: its waiters' failures were queued behind
     an action that nobody carried out any more, and their programs hung (promise 3).
     """
-    cluster = HandCluster(1, Owner.FILE)
+    cluster = HandCluster(1, HolderRule.FILE)
     (a,) = cluster.hands
     holding = cluster.hold(a, Mode.EX)
     cluster.open(a, Mode.EX)

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import pytest
 
 from dlmfs.core.events import Claim
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from tests.engine.hand import HandCluster, HandNode, ended, holds, waits
 
 LONG = bool(os.environ.get("DLMFS_LONG"))
@@ -46,7 +46,7 @@ class Greed:
         self.rng = Random(seed)
         self.cluster = HandCluster(
             self.rng.randint(2, 4),
-            self.rng.choice(list(Owner)),
+            self.rng.choice(list(HolderRule)),
             seed=seed,
             watch_delay_s=self.rng.choice([0.0, 0.001, 0.01]),
         )

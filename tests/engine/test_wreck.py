@@ -14,7 +14,7 @@ from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.view import View
 from dlmfs.errors import DlmfsError
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from dlmfs.store.base import Txn
 from dlmfs.timing import GRACE_S
 from tests.engine.cluster import LockHistory, Program
@@ -27,7 +27,7 @@ OTHER = b"other"
 
 @pytest.fixture
 def pair() -> tuple[HandCluster, HandNode, HandNode]:
-    cluster = HandCluster(2, Owner.FILE)
+    cluster = HandCluster(2, HolderRule.FILE)
     a, b = cluster.hands
     a.faults = []
     return cluster, a, b

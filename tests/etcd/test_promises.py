@@ -38,7 +38,7 @@ def test_promise_exclusion(nodes: EtcdNodes) -> None:
 
 def test_promise_exclusion_a_counter_in_the_value_loses_nothing(nodes: EtcdNodes) -> None:
     """Three nodes with two processes each, which exclude each other as well."""
-    mounts = [nodes.mount(name, "owner=file") for name in "abc"]
+    mounts = [nodes.mount(name, "holder=file") for name in "abc"]
     for where in mounts:
         (where / "dom").mkdir()
     each, rounds = 2, 25
@@ -55,7 +55,7 @@ def test_promise_exclusion_a_counter_in_the_value_loses_nothing(nodes: EtcdNodes
 
 
 def test_promise_tokens_grow(nodes: EtcdNodes) -> None:
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     last = 0
     for where in (a, a, b, a, b, b):
         holder = nodes.hold(where / "dom/x")

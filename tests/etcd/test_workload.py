@@ -50,7 +50,7 @@ class Site:
                 self.employ(name, len(self.workers))
 
     def mount(self, name: str) -> None:
-        owner = f"owner={WORKERS[name][0]}"
+        owner = f"holder={WORKERS[name][0]}"
         where = self.nodes.mount(name, owner, enter=self.wires[name].node.enter)
         (where / "dom").mkdir()
 

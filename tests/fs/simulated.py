@@ -17,7 +17,7 @@ from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import Directory, LockFile, Tree
 from dlmfs.fuse import opcodes, wire
 from dlmfs.fuse.device import Device
-from dlmfs.model import Owner
+from dlmfs.model import HolderRule
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.base import Session
 from dlmfs.store.memory import MemoryServer
@@ -113,7 +113,7 @@ class Mount:
             domain=DOMAIN,
             node=NODE,
             lease=session.lease,
-            owner=Owner.FILE,
+            rule=HolderRule.FILE,
             timing=Timing(TTL_S),
         )
         joined: list[DlmfsError | None] = []

@@ -34,8 +34,8 @@ def here() -> Iterator[Private]:
 
 @pytest.fixture
 def where(here: Private) -> Iterator[Path]:
-    """A mount of root's in a process namespace of its own, owner=file."""
-    made = here.mount("ns", "owner=file", uid=0, source="local:ns")
+    """A mount of root's in a process namespace of its own, holder=file."""
+    made = here.mount("ns", "holder=file", uid=0, source="local:ns")
     here.sh(MAKE.format(made), uid=0, check=True)
     try:
         yield made

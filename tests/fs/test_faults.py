@@ -232,7 +232,7 @@ def test_a_daemon_with_bugs_loses_what_they_touch_and_says_so(faulty: Nodes) -> 
     where.mkdir()
     faulty.mounts.append(where)
     mount = [sys.executable, "-c", FAULTY, "mount", f"local:{faulty.state}", str(where)]
-    subprocess.run([*mount, "-o", "owner=file"], check=True, timeout=PATIENCE_S)
+    subprocess.run([*mount, "-o", "holder=file"], check=True, timeout=PATIENCE_S)
     (where / "dom").mkdir()
     bad, good = where / "dom" / "bad", where / "dom" / "good"
     held, other = (os.open(path, os.O_RDWR | os.O_CREAT) for path in (bad, good))

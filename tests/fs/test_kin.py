@@ -96,7 +96,7 @@ except OSError as error:
 def test_a_mount_point_that_is_no_utf8_costs_nobody_anything(nodes: Nodes) -> None:
     """In the opener's own namespace, where anybody may mount what he likes. It was read as text, and the
     exception fenced the node."""
-    where = nodes.mount("a", "owner=file")
+    where = nodes.mount("a", "holder=file")
     (where / "dom").mkdir()
     odd = str(nodes.folder / os.fsdecode(b"M\374ll"))
     command = ["unshare", "-m", sys.executable, "-I", "-c", NESTED, odd, str(where / "dom/x")]
@@ -121,7 +121,7 @@ except OSError as error:
 def test_a_descriptor_of_a_path_alone_passes_no_waiting_writer(nodes: Nodes) -> None:
     """Readers that overlap, each with such a descriptor, kept a writer out for as long as they went on
     (promise 5)."""
-    where = nodes.mount("a", "owner=file")
+    where = nodes.mount("a", "holder=file")
     (where / "dom").mkdir()
     reader = nodes.hold(where / "dom/x", os.O_RDONLY)
     assert reader.wait() == "held"

@@ -195,7 +195,7 @@ for request in (0x80086601, 0x801C581F):  # FS_IOC_GETFLAGS, FS_IOC_FSGETXATTR
 @pytest.mark.skipif(os.sysconf("SC_LONG_BIT") != 64, reason="a 32-bit open(2) looks the same")
 def test_an_ioctl_of_flags_waits_for_nobody(nodes: Nodes) -> None:
     """Not even for the lock that its own descriptor holds, as it did for ever."""
-    where = nodes.mount("a", "owner=file")
+    where = nodes.mount("a", "holder=file")
     (where / "dom").mkdir()
     command = [sys.executable, "-I", "-c", FLAGS, str(where / "dom/x")]
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=True)

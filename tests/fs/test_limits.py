@@ -101,7 +101,7 @@ def test_names_and_open_files_are_bounded(nodes: Nodes) -> None:
 
 @pytest.mark.fuse
 def test_waiters_are_bounded_and_the_lock_goes_on(nodes: Nodes) -> None:
-    where = nodes.mount("a", "owner=file", "max_waiters=2")
+    where = nodes.mount("a", "holder=file", "max_waiters=2")
     (where / "dom").mkdir()
     holder = nodes.hold(where / "dom/x")
     assert holder.wait() == "held"

@@ -46,13 +46,13 @@ def test_promise_exclusion(nodes: Nodes) -> None:
     assert second.wait() == "held"
 
 
-@pytest.mark.parametrize("owner", ["node", "file"])
-def test_promise_exclusion_a_counter_in_the_value_loses_nothing(nodes: Nodes, owner: str) -> None:
-    """Three nodes; with owner=file two processes each, which exclude each other as well."""
-    mounts = [nodes.mount(name, f"owner={owner}") for name in "abc"]
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_promise_exclusion_a_counter_in_the_value_loses_nothing(nodes: Nodes, rule: str) -> None:
+    """Three nodes; with holder=file two processes each, which exclude each other as well."""
+    mounts = [nodes.mount(name, f"holder={rule}") for name in "abc"]
     for where in mounts:
         (where / "dom").mkdir()
-    each, rounds = (2 if owner == "file" else 1), 40
+    each, rounds = (2 if rule == "file" else 1), 40
     children = [
         subprocess.Popen([sys.executable, "-c", COUNT, str(where / "dom/n"), str(rounds)])
         for where in mounts
@@ -66,7 +66,7 @@ def test_promise_exclusion_a_counter_in_the_value_loses_nothing(nodes: Nodes, ow
 
 
 def test_promise_tokens_grow(nodes: Nodes) -> None:
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     last = 0
     for where in (a, a, b, a, b, b):
         holder = nodes.hold(where / "dom/x")
@@ -100,7 +100,7 @@ def test_promise_value_survives_the_death_of_its_writer_and_says_so(nodes: Nodes
     a, b = nodes.pair()
     victim = nodes.hold(a / "dom/x")
     assert victim.wait() == "held"
-    fd = os.open(a / "dom/x", os.O_RDWR)  # owner=node: the same node may
+    fd = os.open(a / "dom/x", os.O_RDWR)  # holder=node: the same node may
     os.write(fd, b"precious")
     waiter = nodes.hold(b / "dom/x")
     assert waiter.waits
@@ -127,7 +127,7 @@ def test_promise_progress_a_dead_process_frees_its_lock(nodes: Nodes) -> None:
 
 
 def test_promise_progress_readers_do_not_starve_a_writer(nodes: Nodes) -> None:
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     reader = nodes.hold(a / "dom/x", os.O_RDONLY)
     assert reader.wait() == "held"
     writer = nodes.hold(b / "dom/x")
@@ -244,9 +244,9 @@ def test_poll_tells_the_holder_that_another_node_waits(nodes: Nodes) -> None:
     assert waiter.wait() == "held"
 
 
-def test_owner_node_shares_and_owner_file_excludes_on_one_mount(nodes: Nodes) -> None:
+def test_holder_node_shares_and_holder_file_excludes_on_one_mount(nodes: Nodes) -> None:
     by_node = nodes.mount("a")
-    by_file = nodes.mount("b", "owner=file")
+    by_file = nodes.mount("b", "holder=file")
     for where in (by_node, by_file):
         (where / "dom").mkdir()
     held = nodes.hold(by_node / "dom/x")

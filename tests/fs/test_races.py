@@ -163,7 +163,7 @@ def test_a_clean_end_with_waiters_behind_each_other_marks_no_death(nodes: Nodes)
     grant the second, which was no longer listed: the exception ended the daemon in the middle, its
     locks were held until it was found dead, and marked as a dead holder's (promise 4).
     """
-    a, b = nodes.pair("owner=file")
+    a, b = nodes.pair("holder=file")
     cached = nodes.hold(a / "dom/x")
     assert cached.wait() == "held"
     cached.release()
@@ -185,7 +185,7 @@ def test_a_trylock_after_another_nodes_close_is_never_refused_for_its_sake(
 ) -> None:
     """close(2) returns before the daemon reads the RELEASE. The trylock's wish could overtake it, and
     found a user who had gone (promise 6). One in ten was refused so."""
-    a, b = (node / "dom/x" for node in nodes.pair(f"owner={rule}"))
+    a, b = (node / "dom/x" for node in nodes.pair(f"holder={rule}"))
     for path in (a, b):
         path.touch()
     for turn in range(200):

@@ -200,7 +200,7 @@ def test_root_and_chown_on_the_mount_of_a_user(here: Private, open_to_all: Path)
 def test_others_wait_and_exclude_as_the_owner_does(here: Private, open_to_all: Path) -> None:
     """The lock knows no users: one user's holder keeps another user's trylock out."""
     here.sh(f"chmod 666 {open_to_all}/dom/x", check=True)
-    where = here.mount("second", "owner=file")
+    where = here.mount("second", "holder=file")
     here.sh(f"mkdir {where}/dom", check=True)
     with here.holding(open_to_all / "dom/x", uid=OTHER):
         assert here.errno(where / "dom/x", CREATE | os.O_NONBLOCK) == errno.ETXTBSY

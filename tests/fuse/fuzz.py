@@ -26,7 +26,7 @@ from dlmfs.fs.tree import LockFile, Tree
 from dlmfs.fuse import device as device_module
 from dlmfs.fuse import opcodes as op
 from dlmfs.fuse.device import Device
-from dlmfs.model import Limits, Owner
+from dlmfs.model import HolderRule, Limits
 from dlmfs.sim.loop import SimLoop
 from dlmfs.store.memory import MemoryServer
 from dlmfs.store.memory_store import Faults, MemoryStore
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     seed: int
     faults: bool
     small: bool
-    owner: Owner
+    owner: HolderRule
     abrupt: bool
     early: int
     steps: tuple[Step, ...]
@@ -88,7 +88,7 @@ def plan(seed: int, length: int = LENGTH) -> Plan:
         seed,
         faults,
         rng.random() < 0.2,
-        rng.choice((Owner.NODE, Owner.FILE)),
+        rng.choice((HolderRule.NODE, HolderRule.FILE)),
         rng.random() < 0.3,
         rng.choice((0, 0, 3)),
         tuple(steps),

@@ -137,7 +137,7 @@ def test_a_killed_waiter_keeps_nobody_behind_it_waiting(dom: Domain) -> None:
 
 @pytest.mark.parametrize("flags", [RW, RO, RW | TRY, RO | TRY])
 def test_a_node_holds_both_modes_at_once(dom: Domain, flags: int) -> None:
-    """owner=node: the level is the node's, so a second exclusive open on it succeeds."""
+    """holder=node: the level is the node's, so a second exclusive open on it succeeds."""
     dom.hold(dom.a / "x", RW)
     dom.hold(dom.a / "x", RO)
     dom.program().open(dom.a / "x", flags)

@@ -143,7 +143,7 @@ def test_lazy_umount_keeps_the_locks_until_the_last_close(scene: Scene) -> None:
 
 
 def _served_in_turn(waiters: list[Holder]) -> None:
-    """owner=node: both at once. Their attribute call fails on the detached path, not the open."""
+    """holder=node: both at once. Their attribute call fails on the detached path, not the open."""
     for waiter in waiters:
         assert waiter.wait() in ("held", f"error {errno.ENOENT}")
     for waiter in waiters:

@@ -21,7 +21,7 @@ from tests.robust.helpers import GONE, LONG, Worker, kill, remount, sound, wante
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(600 if LONG else 120)]
 
 KILLS = 100 if LONG else 7
-"""For each of the two owner rules."""
+"""For each of the two holder rules."""
 
 COUNT = """
 import os, sys
@@ -72,8 +72,8 @@ except OSError as error:
 class Load:
     """What goes on at one node from its mount to its death."""
 
-    def __init__(self, where: Path, owner: str) -> None:
-        self.counters = [Worker(COUNT, where / "dom/n") for _ in range(2 if owner == "file" else 1)]
+    def __init__(self, where: Path, rule: str) -> None:
+        self.counters = [Worker(COUNT, where / "dom/n") for _ in range(2 if rule == "file" else 1)]
         self.churn = Worker(CHURN, where)
         self.stopped = False
 
@@ -107,18 +107,18 @@ class Load:
 class Cluster:
     """Two nodes under load, of which one is killed now and then."""
 
-    def __init__(self, nodes: Nodes, owner: str, rng: random.Random) -> None:
+    def __init__(self, nodes: Nodes, rule: str, rng: random.Random) -> None:
         self.nodes = nodes
-        self.owner = owner
+        self.rule = rule
         self.rng = rng
         self.past: list[Load] = []
         self.loads: dict[Path, Load] = {}
         for name in "ab":
-            self.start(self.nodes.mount(name, f"owner={owner}", "lock-delay=0"))
+            self.start(self.nodes.mount(name, f"holder={rule}", "lock-delay=0"))
 
     def start(self, where: Path) -> None:
         (where / "dom").mkdir()
-        self.loads[where] = Load(where, self.owner)
+        self.loads[where] = Load(where, self.rule)
 
     def kill_one(self) -> None:
         victim, survivor = self.rng.sample(sorted(self.loads), 2)
@@ -140,7 +140,7 @@ class Cluster:
         for worker in self.loads[survivor].workers:
             worker.wait_for(3)
         assert sound(self.nodes.state)
-        self.start(remount(self.nodes, victim.name, f"owner={self.owner}", "lock-delay=0"))
+        self.start(remount(self.nodes, victim.name, f"holder={self.rule}", "lock-delay=0"))
 
     @staticmethod
     def _says_who_died(path: Path, name: str) -> None:
@@ -162,7 +162,7 @@ class Cluster:
         values = [value for value, _ in rows]
         assert len(set(values)) == len(values), "two nodes made the same increment"
         for (value, token), (later, following) in itertools.pairwise(rows):
-            larger = following > token if self.owner == "file" else following >= token
+            larger = following > token if self.rule == "file" else following >= token
             assert larger, f"increment {later} has an older token than {value}"
         fd = os.open(min(self.loads) / "dom/n", os.O_RDONLY | os.O_CREAT)
         last = int(os.pread(fd, 64, 0).rstrip(b"\0"))
@@ -171,9 +171,9 @@ class Cluster:
         assert values[-1] <= last <= len(values) + unsure
 
 
-@pytest.mark.parametrize("owner", ["node", "file"])
-def test_killed_daemons_under_load(nodes: Nodes, owner: str) -> None:
-    cluster = Cluster(nodes, owner, random.Random(f"kill {owner}"))
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_killed_daemons_under_load(nodes: Nodes, rule: str) -> None:
+    cluster = Cluster(nodes, rule, random.Random(f"kill {rule}"))
     try:
         for _ in range(KILLS):
             cluster.kill_one()

@@ -23,7 +23,7 @@ from dlmfs.engine.records import Wish
 from dlmfs.engine.sender import Part, Sender
 from dlmfs.engine.view import View
 from dlmfs.errors import DlmfsError, OutcomeUnknown
-from dlmfs.model import Owner
+from dlmfs.model import HolderRule
 from dlmfs.sim.exhaustive.check import SCOPES, Limit, check, fingerprint
 from dlmfs.sim.exhaustive.choices import Explorer
 from dlmfs.sim.exhaustive.snapshot import BASE, freeze, shape, thaw
@@ -201,7 +201,7 @@ def waits_for_ever(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_token_for_all(patch: pytest.MonkeyPatch) -> None:
-    """Trap 11: under owner=file a local grant has no number of its own."""
+    """Trap 11: under holder=file a local grant has no number of its own."""
     real = Lockres._hold
 
     def hold(self: Lockres, claim: Claim) -> None:
@@ -295,7 +295,7 @@ TRAPS: Final[list[tuple[str, Break, Scope, str]]] = [
     (
         "one token for all",
         one_token_for_all,
-        Scope("", (("ex close", "ex close"), ("pr close",)), owner=Owner.FILE),
+        Scope("", (("ex close", "ex close"), ("pr close",)), rule=HolderRule.FILE),
         "has token",
     ),
     (

@@ -53,7 +53,7 @@ ROOM: Final = Bounds(128, 8 << 20)
 def scenario(*, leased: bool) -> Scenario:
     return replace(
         draw(0),
-        owners=("node",) * 3,
+        rules=("node",) * 3,
         rates=(1.0,) * 3,
         domains=1,
         locks=2,

@@ -38,7 +38,7 @@ def need(tool: str, package: str) -> None:
 def test_who_has_the_file_open(nodes: Nodes, tool: str, package: str) -> None:
     """The holder is named; a process that waits in open(2) has nothing open yet."""
     need(tool, package)
-    a, _ = nodes.pair("owner=file")
+    a, _ = nodes.pair("holder=file")
     holder = nodes.hold(a / "dom/x")
     assert holder.wait() == "held"
     waiter = nodes.hold(a / "dom/x")

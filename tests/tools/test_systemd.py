@@ -147,7 +147,7 @@ def test_what_the_service_does(nodes: Nodes) -> None:
     unit = Unit((UNITS / "dlmfs@.service").read_text())
     assert unit("Service", "Type") == "forking"
     known = variables(unit, "jobs")
-    assert known == {"SOURCE": "local:jobs", "MOUNTPOINT": "/mnt/jobs", "OPTIONS": "owner=file"}
+    assert known == {"SOURCE": "local:jobs", "MOUNTPOINT": "/mnt/jobs", "OPTIONS": "holder=file"}
     where = nodes.folder / "service"
     where.mkdir()
     nodes.mounts.append(where)
@@ -159,7 +159,7 @@ def test_what_the_service_does(nodes: Nodes) -> None:
         less = ["setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounds}"]
     start = [*less, *command(unit("Service", "ExecStart"), known)]
     subprocess.run(start, check=True, timeout=PATIENCE_S)
-    assert nodes.status(where)["owner"] == "file"
+    assert nodes.status(where)["holder_rule"] == "file"
     (where / "dom").mkdir()
     subprocess.run(command(unit("Service", "ExecStop"), known), check=True, timeout=PATIENCE_S)
     assert mounted(where) == []
@@ -253,7 +253,7 @@ def test_what_the_mount_unit_does(nodes: Nodes, helper: Path) -> None:
     where = mount_as(unit, nodes)
     (entry,) = mounted(where)
     assert "noexec" in entry.options
-    assert nodes.status(where)["owner"] == "file"
+    assert nodes.status(where)["holder_rule"] == "file"
     subprocess.run(["umount", str(where)], check=True, timeout=PATIENCE_S)
     assert mounted(where) == []
 
@@ -286,4 +286,4 @@ def test_an_fstab_line_with_automount(nodes: Nodes, helper: Path, tmp_path: Path
     assert made["mnt-locks.automount"]("Automount", "Where") == "/mnt/locks"
     assert made["mnt-locks.mount"]("Mount", "Type") == "fuse.dlmfs"
     where = mount_as(made["mnt-locks.mount"], nodes)
-    assert nodes.status(where)["owner"] == "file"
+    assert nodes.status(where)["holder_rule"] == "file"

@@ -61,21 +61,21 @@ class Cluster:
         self._names = (f"lock{n}" for n in itertools.count(1))
         self.used: set[Path] = set()
 
-    def mount(self, node: str, owner: str) -> Path:
-        """The node's mount; nodes of one owner rule are a cluster of their own."""
-        if (node, owner) not in self._mounts:
-            if owner not in self._spaces:
-                (self.folder / owner).mkdir()
-                self._spaces[owner] = Nodes(self.folder / owner)
-            where = self._spaces[owner].mount(node, f"owner={owner}")
+    def mount(self, node: str, rule: str) -> Path:
+        """The node's mount; nodes of one holder rule are a cluster of their own."""
+        if (node, rule) not in self._mounts:
+            if rule not in self._spaces:
+                (self.folder / rule).mkdir()
+                self._spaces[rule] = Nodes(self.folder / rule)
+            where = self._spaces[rule].mount(node, f"holder={rule}")
             (where / "dom").mkdir()
-            self._mounts[node, owner] = where
-        return self._mounts[node, owner]
+            self._mounts[node, rule] = where
+        return self._mounts[node, rule]
 
-    def lock(self, owner: str, nodes: str) -> list[Path]:
+    def lock(self, rule: str, nodes: str) -> list[Path]:
         """A new lock: its path at each of the nodes. "abb" names three paths, two of them equal."""
         name = next(self._names)
-        paths = [self.mount(node, owner) / "dom" / name for node in nodes]
+        paths = [self.mount(node, rule) / "dom" / name for node in nodes]
         self.used.update(paths)
         return paths
 

@@ -35,13 +35,13 @@ STUCK_S = 45.0
 class Churn:
     """The workers, one after the other in each slot, and who sends them signals."""
 
-    def __init__(self, mounts: list[Path], record: Path, owner: str, rng: random.Random) -> None:
+    def __init__(self, mounts: list[Path], record: Path, rule: str, rng: random.Random) -> None:
         self.record = record
         self.rng = rng
         self.record.write_bytes(bytes(worker.SLOT_SIZE * worker.OWNERS))
         self.where = [where / "dom" for where in mounts for _ in range(EACH)]
         by_node = [n for n in range(len(mounts)) for _ in range(EACH)]
-        self.owners = by_node if owner == "node" else list(range(len(self.where)))
+        self.owners = by_node if rule == "node" else list(range(len(self.where)))
         self.children = [self._start(slot) for slot in range(len(self.where))]
         self.kills = self.signals = 0
         self.seen = [(0, 0.0)] * len(self.where)
@@ -144,11 +144,11 @@ class Churn:
 
 
 @pytest.mark.timeout(CHURN_S + 240)
-@pytest.mark.parametrize("owner", ["node", "file"])
-def test_no_waiter_is_lost(nodes: Nodes, owner: str) -> None:
-    mounts = list(nodes.pair(f"owner={owner}"))
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_no_waiter_is_lost(nodes: Nodes, rule: str) -> None:
+    mounts = list(nodes.pair(f"holder={rule}"))
     daemons = [status(where)["pid"] for where in mounts]
-    churn = Churn(mounts, nodes.folder / "record", owner, random.Random(SEED))
+    churn = Churn(mounts, nodes.folder / "record", rule, random.Random(SEED))
     try:
         churn.run(CHURN_S / 2)
         churn.finish()

@@ -156,7 +156,7 @@ def process_of(tid: int) -> int:
 def test_thousands_on_one_node_are_granted_in_order(
     cluster: Cluster, agent: MakeAgent, crowd: Crowd
 ) -> None:
-    """owner=file: each is an owner of its own, and all are local."""
+    """holder=file: each is an owner of its own, and all are local."""
     (path,) = cluster.lock("file", "a")
     holder = agent()
     holder.opens("h", path, EX)
@@ -204,7 +204,7 @@ def test_thousands_on_two_nodes_are_granted_in_order(
 def test_thousands_on_a_node_that_shares_its_lock_are_granted_together(
     cluster: Cluster, agent: MakeAgent, crowd: Crowd
 ) -> None:
-    """owner=node: the lock comes to the node once, for all of them."""
+    """holder=node: the lock comes to the node once, for all of them."""
     here, there = cluster.lock("node", "ab")
     holder = agent()
     token = holder.opens("h", here, EX)

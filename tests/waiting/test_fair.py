@@ -16,7 +16,7 @@ from tests.waiting.conftest import Cluster, MakeAgent
 
 pytestmark = pytest.mark.fuse
 
-both_rules = pytest.mark.parametrize("owner", ["node", "file"])
+both_rules = pytest.mark.parametrize("rule", ["node", "file"])
 
 STREAM = """
 import os, sys
@@ -33,8 +33,8 @@ while True:
 class Line:
     """Waiters of one lock, in the order of their arrival."""
 
-    def __init__(self, cluster: Cluster, agent: MakeAgent, owner: str, nodes: str) -> None:
-        self.paths = dict(zip(nodes, cluster.lock(owner, nodes), strict=True))
+    def __init__(self, cluster: Cluster, agent: MakeAgent, rule: str, nodes: str) -> None:
+        self.paths = dict(zip(nodes, cluster.lock(rule, nodes), strict=True))
         self.agent = agent
         self.waiters: list[Agent] = []
         self.at: list[str] = []
@@ -78,7 +78,7 @@ def one_by_one(waiters: list[Agent], token: int) -> int:
 
 @pytest.mark.parametrize("order", ["ab", "ba", "aba", "aabba", "bbaa", "bca", "abca", "aabbcca"])
 def test_the_order_of_arrival_is_kept(cluster: Cluster, agent: MakeAgent, order: str) -> None:
-    """owner=file, the lock held at a. "aba": one that waits at a, one at b, another at a."""
+    """holder=file, the lock held at a. "aba": one that waits at a, one at b, another at a."""
     line = Line(cluster, agent, "file", "abc")
     holder = line.holds("a")
     for node in order:
@@ -90,7 +90,7 @@ def test_the_order_of_arrival_is_kept(cluster: Cluster, agent: MakeAgent, order:
 
 
 def test_the_order_of_arrival_is_kept_between_nodes(cluster: Cluster, agent: MakeAgent) -> None:
-    """owner=node: each of the nodes has the lock in its turn, also the holder's for newcomers."""
+    """holder=node: each of the nodes has the lock in its turn, also the holder's for newcomers."""
     line = Line(cluster, agent, "node", "abc")
     holder = line.holds("a")
     for node in "bca":
@@ -103,11 +103,11 @@ def test_the_order_of_arrival_is_kept_between_nodes(cluster: Cluster, agent: Mak
 
 @both_rules
 def test_who_waits_behind_one_that_was_killed_keeps_the_turn(
-    cluster: Cluster, agent: MakeAgent, owner: str
+    cluster: Cluster, agent: MakeAgent, rule: str
 ) -> None:
     """The node's wish stands in the queue for whoever waits there, not for the one that came first:
     when it is granted, the one behind is served, and not sent to the end of the queue."""
-    line = Line(cluster, agent, owner, "abc")
+    line = Line(cluster, agent, rule, "abc")
     holder = line.holds("a")
     line.comes("b")
     line.wish_known("b", "a")
@@ -124,10 +124,10 @@ def test_who_waits_behind_one_that_was_killed_keeps_the_turn(
 
 @both_rules
 def test_many_on_one_side_do_not_keep_one_on_the_other_waiting(
-    cluster: Cluster, agent: MakeAgent, owner: str
+    cluster: Cluster, agent: MakeAgent, rule: str
 ) -> None:
     """Turn by turn: those who came after the other node's wish come after that node."""
-    line = Line(cluster, agent, owner, "ab")
+    line = Line(cluster, agent, rule, "ab")
     holder = line.holds("a")
     remote = line.comes("b")
     line.wish_known("b", "a")
@@ -140,7 +140,7 @@ def test_many_on_one_side_do_not_keep_one_on_the_other_waiting(
     remote.close("x")
     token = remote.tokens["x"]
     for group in (local, late):
-        if owner == "file":
+        if rule == "file":
             token = one_by_one(group, token)
             continue
         # The node has its turn: all of them hold together, and the others wait for the last.
@@ -153,10 +153,10 @@ def test_many_on_one_side_do_not_keep_one_on_the_other_waiting(
 
 @both_rules
 def test_readers_on_both_sides_do_not_starve_a_writer(
-    cluster: Cluster, agent: MakeAgent, owner: str
+    cluster: Cluster, agent: MakeAgent, rule: str
 ) -> None:
     """In the kernel a new reader overtakes a writer that waits (kernel-behaviour)."""
-    line = Line(cluster, agent, owner, "abc")
+    line = Line(cluster, agent, rule, "abc")
     readers = [agent(), agent()]
     for reader, node in zip(readers, "ab", strict=True):
         reader.opens("x", line.paths[node], PR)
@@ -174,9 +174,9 @@ def test_readers_on_both_sides_do_not_starve_a_writer(
 
 
 @both_rules
-def test_a_writer_does_not_starve_readers(cluster: Cluster, agent: MakeAgent, owner: str) -> None:
+def test_a_writer_does_not_starve_readers(cluster: Cluster, agent: MakeAgent, rule: str) -> None:
     """Two writers in turn at one node, while a reader of the other waits."""
-    line = Line(cluster, agent, owner, "ab")
+    line = Line(cluster, agent, rule, "ab")
     writer = line.holds("a")
     reader = line.comes("b", PR)
     line.wish_known("b", "a")
@@ -191,12 +191,12 @@ def test_a_writer_does_not_starve_readers(cluster: Cluster, agent: MakeAgent, ow
 
 @both_rules
 def test_two_busy_nodes_have_a_fair_share_each(
-    cluster: Cluster, agent: MakeAgent, tmp_path: Path, owner: str
+    cluster: Cluster, agent: MakeAgent, tmp_path: Path, rule: str
 ) -> None:
     """Two processes at a and one at b open and close without a pause, and all make progress, though
     local grants cost a tenth of a hand-over. How many each has depends on the machine's scheduler;
     that nobody is passed over is for the simulation to say."""
-    paths = cluster.lock(owner, "ab")
+    paths = cluster.lock(rule, "ab")
     for path in paths:
         os.mknod(path)
     log = tmp_path / "log"

@@ -40,13 +40,13 @@ pytestmark = pytest.mark.fuse
 class Where(NamedTuple):
     """Who is where: the holder, the waiter that gets a signal, the one behind it."""
 
-    owner: str
+    rule: str
     holder: str
     first: str
     second: str
 
 
-# Under owner=node the processes of a node do not exclude each other: there the one behind must be
+# Under holder=node the processes of a node do not exclude each other: there the one behind must be
 # on another node than the first, and the first on another one than the holder.
 PLACES = [
     Where("node", "a", "b", "c"),
@@ -74,7 +74,7 @@ class Queue:
         timer_s: float = 0,
     ) -> None:
         self.where = where
-        self.paths = cluster.lock(where.owner, where.holder + where.first + where.second)
+        self.paths = cluster.lock(where.rule, where.holder + where.first + where.second)
         self.holder, self.first, self.second = agent(), agent(), agent()
         self.holder.opens("h", self.paths[0], EX)
         if timer_s:
@@ -143,7 +143,7 @@ def signalled(queue: Queue) -> None:
     queue.first.expect("signal", but="")
 
 
-@pytest.fixture(params=PLACES, ids=lambda w: f"{w.owner}-{w.holder}{w.first}{w.second}")
+@pytest.fixture(params=PLACES, ids=lambda w: f"{w.rule}-{w.holder}{w.first}{w.second}")
 def where(request: pytest.FixtureRequest) -> Where:
     place: Where = request.param
     return place
@@ -197,14 +197,14 @@ def test_a_killed_waiter_leaves_the_queue_at_once(
         until(partial(at_rest, path), "nothing of the killed one is left")
 
 
-@pytest.mark.parametrize("owner", ["node", "file"])
+@pytest.mark.parametrize("rule", ["node", "file"])
 @pytest.mark.parametrize("reader", "ac")
 def test_who_waited_only_for_one_that_was_killed_is_granted(
-    cluster: Cluster, agent: MakeAgent, owner: str, reader: str
+    cluster: Cluster, agent: MakeAgent, rule: str, reader: str
 ) -> None:
     """A reader behind a writer that waits for a reader. Nobody closes anything and no grant changes:
     that the wish vanished must be enough (protocol-traps 2)."""
-    paths = cluster.lock(owner, "ab" + reader)
+    paths = cluster.lock(rule, "ab" + reader)
     holder, writer, behind = agent(), agent(), agent()
     holder.opens("h", paths[0], PR)
     writer.waits("w", paths[1], EX)
@@ -406,10 +406,10 @@ print(bad)
 """
 
 
-@pytest.mark.parametrize("owner", ["node", "file"])
-def test_no_signal_makes_a_write_or_a_first_open_fail(cluster: Cluster, owner: str) -> None:
+@pytest.mark.parametrize("rule", ["node", "file"])
+def test_no_signal_makes_a_write_or_a_first_open_fail(cluster: Cluster, rule: str) -> None:
     """As in the kernel, where a write is a copy in memory. Calls of C, which try nothing again."""
-    (path,) = cluster.lock(owner, "a")
+    (path,) = cluster.lock(rule, "a")
     command = [sys.executable, "-I", "-S", "-c", STORM, str(path)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=4 * PATIENCE_S, check=False

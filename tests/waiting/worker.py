@@ -9,7 +9,7 @@ What is checked with every grant, against a record outside of dlmfs:
 * Tokens. Each owner notes its grants' tokens in a slot of its own; a new one must be larger than
   all that conflicting owners noted.
 
-With owner=node the processes of a node are one owner, with owner=file each process is (it holds
+With holder=node the processes of a node are one owner, with holder=file each process is (it holds
 one open file at a time, unless it is waiting for a conversion).
 """
 
@@ -146,7 +146,7 @@ class Worker:
             os.pwrite(fd, b"%d" % os.getpid(), 0)
 
     def convert(self, fd: int, lock: int) -> None:
-        """A reader asks for more. It may be told EDEADLK; with owner=file it waits for itself, and
+        """A reader asks for more. It may be told EDEADLK; with holder=file it waits for itself, and
         only its alarm ends that."""
         signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(0.001, 0.01), 0.002)
         second = self.open(lock, EX, patient=False)

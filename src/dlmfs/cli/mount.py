@@ -32,7 +32,7 @@ SOURCE   local             the embedded engine: all mounts of this user on this 
 """
 OPTIONS: Final = """\
 -o       node=NAME         this node's name (default: the host name, then HOST-2, ...)
-         owner=node|file   who holds a lock: the whole node (default, as the kernel's dlmfs), or
+         holder=node|file   who holds a lock: the whole node (default, as the kernel's dlmfs), or
                            each open file, so that processes here exclude each other too
          ttl=SECONDS       lease time on etcd, 5 to 3600 (default 15)
          ca=, cert=, key=, credentials=

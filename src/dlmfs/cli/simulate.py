@@ -152,7 +152,7 @@ def _shrunk(scenario: Scenario, outcome: Outcome) -> tuple[Scenario, Outcome]:
 
 def _tell(scenario: Scenario, outcome: Outcome, *, trace: bool) -> None:
     if outcome.failure is not None or trace:
-        say(f"{scenario.nodes} nodes, owner={','.join(scenario.owners)}, ttl {scenario.ttl_s:g} s,")
+        say(f"{scenario.nodes} nodes, holder={','.join(scenario.rules)}, ttl {scenario.ttl_s:g} s,")
         say(f"clock rates {', '.join(f'{rate:.2f}' for rate in scenario.rates)}; {scenario.faults}")
         say(*outcome.history)
     how = f"{outcome.seconds:.1f} s simulated, {outcome.events} events, {outcome.faults} faults"

@@ -69,7 +69,7 @@ def render(report: Facts, *, everything: bool = False) -> list[str]:
     lease = report["lease"]
     head = (
         f"{report['mountpoint']}  node {report['node']}  {lease['state']}  source "
-        f"{report['source']}  owner={report['owner']}  pid {report['pid']}  up "
+        f"{report['source']}  holder={report['holder_rule']}  pid {report['pid']}  up "
     )
     lines = [head + age(report["uptime_s"])]
     if lease["reason"]:

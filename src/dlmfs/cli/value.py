@@ -29,7 +29,7 @@ from dlmfs.errors import DlmfsError, LockLost, NotPermitted, StoreFull, Unavaila
 from dlmfs.model import EMPTY_LVB, LVB_SIZE
 
 LOOK_S: Final = 1.0
-"""How often `watch` looks at a value that it holds: under owner=node a writer of the same node need
+"""How often `watch` looks at a value that it holds: under holder=node a writer of the same node need
 not wait for it, and wakes nobody."""
 BACK_S: Final = 1.0
 """Between two attempts to come back after a loss."""
@@ -125,7 +125,7 @@ def _take(parsed: argparse.Namespace, flags: int) -> int:
 
 
 def _open(path: str, flags: int) -> int:
-    """Under owner=node all processes of a node share its lock, and two could both find the expected
+    """Under holder=node all processes of a node share its lock, and two could both find the expected
     value before either writes. So those who write also exclude each other by a POSIX lock: not by
     flock(2), as `dlmfs lock` does, whose command may set the value."""
     fd = os.open(path, flags, 0o666)

@@ -194,7 +194,7 @@ class _Teller:
                 lines.append("    `fuser -v` on the lock's file there names it")
         if claims["more_holders"]:
             lines.append(f"  and {claims['more_holders']} more at node {node}")
-        if self.nodes[node]["owner"] == "node" and node not in self.sharing:
+        if self.nodes[node]["holder_rule"] == "node" and node not in self.sharing:
             self.sharing.append(node)
         return lines
 
@@ -301,7 +301,7 @@ class _Teller:
                 lines.append(f"node {name} did not answer: {node['silent']['says']}")
         if self.sharing:
             lines.append(
-                f"owner=node at {', '.join(self.sharing)}: the processes of such a node share its locks; "
-                "only other nodes are kept out"
+                f"holder=node at {', '.join(self.sharing)}: the processes of such a node share its "
+                "locks; only other nodes are kept out"
             )
         return ["", *lines] if lines else []

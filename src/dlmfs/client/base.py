@@ -97,7 +97,7 @@ class BaseLock:
     def token(self) -> int:
         """The fencing token: larger than that of every earlier conflicting grant of this lock.
 
-        Under owner=node the node is the holder, and programs on it that have the lock one after the
+        Under holder=node the node is the holder, and programs on it that have the lock one after the
         other may be given the same token. Raises UsageError if the lock was not acquired."""
         return self._kept().token
 

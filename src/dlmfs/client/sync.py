@@ -18,7 +18,7 @@ class Lock(BaseLock):
     """`with Lock("jobs/backup"):` has the lock, alone in the cluster.
 
     `lost` and `wanted` are events: the lock is gone for good; somebody else waits for it.
-    Under owner=node, too, Lock objects exclude each other, and `dlmfs lock`, on one node: they lock
+    Under holder=node, too, Lock objects exclude each other, and `dlmfs lock`, on one node: they lock
     the lock's file with flock(2). Programs that only open it do not.
     """
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from dlmfs.core.events import Claim, Stage
 from dlmfs.core.tokens import PLAIN, Tokens
-from dlmfs.model import TOKEN_SHIFT, Mode, Owner
+from dlmfs.model import TOKEN_SHIFT, HolderRule, Mode
 
 COUNTER_MAX: Final = (1 << TOKEN_SHIFT) - 1
 
@@ -29,14 +29,14 @@ class Claims:
         "frozen",
         "grants",
         "holders",
-        "owner",
         "pr",
         "revision",
+        "rule",
         "waiters",
     )
 
-    def __init__(self, owner: Owner, tokens: Tokens = PLAIN) -> None:
-        self.owner = owner
+    def __init__(self, rule: HolderRule, tokens: Tokens = PLAIN) -> None:
+        self.rule = rule
         self.revision = 0
         self.frozen = False
         self._tokens = tokens
@@ -63,8 +63,8 @@ class Claims:
         return self._trying_waiting
 
     def in_conflict(self, claim: Claim) -> bool:
-        """Whether a local holder stands in the claim's way (only under owner=file)."""
-        if self.owner is Owner.NODE:
+        """Whether a local holder stands in the claim's way (only under holder=file)."""
+        if self.rule is HolderRule.NODE:
             return False
         return self.ex > 0 or (claim.mode is Mode.EX and self.pr > 0)
 
@@ -85,8 +85,8 @@ class Claims:
         self._trying_waiting += claim.trying
 
     def _is_kin(self, claim: Claim, *, kin: bool) -> None:
-        # Under owner=file a second exclusive open waits even for its own process (rule 11).
-        claim.kin = kin and not (self.owner is Owner.FILE and claim.mode is Mode.EX)
+        # Under holder=file a second exclusive open waits even for its own process (rule 11).
+        claim.kin = kin and not (self.rule is HolderRule.FILE and claim.mode is Mode.EX)
         self._kin_waiting += claim.kin
 
     def _step_out(self, claim: Claim) -> None:
@@ -100,7 +100,7 @@ class Claims:
             self.ex += 1
         else:
             self.pr += 1
-        if self.owner is Owner.FILE:
+        if self.rule is HolderRule.FILE:
             exclusive = claim.mode is Mode.EX
             # Consecutive readers share a token; every change of hands of an exclusive grant,
             # in or out, needs a larger one (promise 2).

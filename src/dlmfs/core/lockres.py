@@ -36,7 +36,7 @@ from dlmfs.core.events import (
     Withdraw,
 )
 from dlmfs.core.tokens import PLAIN, Tokens
-from dlmfs.model import Mode, Owner, compatible, strongest_beside
+from dlmfs.model import HolderRule, Mode, compatible, strongest_beside
 
 
 class Lockres(Claims):
@@ -60,8 +60,8 @@ class Lockres(Claims):
         "withdrawing",
     )
 
-    def __init__(self, owner: Owner, tokens: Tokens = PLAIN) -> None:
-        super().__init__(owner, tokens)
+    def __init__(self, rule: HolderRule, tokens: Tokens = PLAIN) -> None:
+        super().__init__(rule, tokens)
         self.phase = Phase.IDLE
         self.level = Mode.NL
         self.asked = Mode.NL
@@ -248,8 +248,8 @@ class Lockres(Claims):
         """Whether poll(2) on a held descriptor says POLLIN."""
         if not compatible(self.level, self.strongest):
             return True
-        # Under owner=file the neighbours on this node are other owners too.
-        return self.owner is Owner.FILE and bool(self.holders) and bool(self.waiters)
+        # Under holder=file the neighbours on this node are other owners too.
+        return self.rule is HolderRule.FILE and bool(self.holders) and bool(self.waiters)
 
     # -- inner workings ---------------------------------------------------------------------
 
@@ -293,7 +293,7 @@ class Lockres(Claims):
     def _servable(self, claim: Claim) -> bool:
         if claim.mode > self.level or self.frozen:
             return False
-        if self.owner is Owner.FILE:
+        if self.rule is HolderRule.FILE:
             if self._counter >= COUNTER_MAX:
                 return False
             if self.ex or (claim.mode is Mode.EX and self.pr):
@@ -323,7 +323,7 @@ class Lockres(Claims):
         assert self.ex + self.pr == len(self.holders)
         assert self.level is Mode.EX or self.ex == 0
         assert self.level is not Mode.NL or self.pr == 0
-        assert self.owner is Owner.NODE or self.ex + (self.pr > 0) <= 1
+        assert self.rule is HolderRule.NODE or self.ex + (self.pr > 0) <= 1
         return self._leave()
 
     def _serve(self) -> None:
@@ -414,7 +414,7 @@ class Lockres(Claims):
             first = next(iter(waiting), None)
         if first is None or first.kin is None:
             return
-        worn_out = self.owner is Owner.FILE and self._counter >= COUNTER_MAX
+        worn_out = self.rule is HolderRule.FILE and self._counter >= COUNTER_MAX
         if first.mode <= self.level and not (worn_out and not self.in_conflict(first)):
             return
         self.phase = Phase.ASKING

@@ -153,7 +153,7 @@ def take(view: View, mode: Mode, *, trying: bool, convert: bool) -> tuple[Txn, H
 
 
 def renew(view: View) -> tuple[Txn, Head]:
-    """A larger token at the level we have: owner=file has used up this one's counter."""
+    """A larger token at the level we have: holder=file has used up this one's counter."""
     mine = view.mine()
     assert mine is not None
     members = dict(view.head.members)

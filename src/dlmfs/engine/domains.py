@@ -125,7 +125,7 @@ class Domains:
             domain=domain,
             node=member.name,
             lease=member.session.lease,
-            owner=member.config.owner,
+            rule=member.config.rule,
             timing=member.timing,
             lock_delay_s=member.config.lock_delay_s,
             grace_s=member.config.grace_s,

@@ -80,7 +80,7 @@ def finish(lock: ClusterLock, error: DlmfsError | None) -> None:
     forgets, lock.forgets = lock.forgets, []
     if error is None:
         # The core's cached level went with the place in the head.
-        lock.res = Lockres(lock.space.owner, lock.space.tokens)
+        lock.res = Lockres(lock.space.rule, lock.space.tokens)
         lock.local.wanted = NOTHING
     for done in forgets:
         done(error)

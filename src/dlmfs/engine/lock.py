@@ -73,7 +73,7 @@ class ClusterLock:
     def __init__(self, space: Lockspace, name: bytes) -> None:
         self.space = space
         self.name = name
-        self.res = Lockres(space.owner, space.tokens)
+        self.res = Lockres(space.rule, space.tokens)
         self.res.frozen = space.frozen
         self.view = View(space, name)
         self.value = Value(self.view)

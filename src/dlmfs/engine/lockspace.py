@@ -30,7 +30,7 @@ from dlmfs.engine.lock import ClusterLock, Done
 from dlmfs.engine.records import Keys, Wish, encode_member
 from dlmfs.engine.sender import Sender
 from dlmfs.errors import DlmfsError, LockLost, OutcomeUnknown, Unavailable
-from dlmfs.model import DeadValue, Owner
+from dlmfs.model import DeadValue, HolderRule
 from dlmfs.store.base import (
     Compare,
     Delete,
@@ -110,7 +110,7 @@ class Lockspace:
         domain: bytes,
         node: str,
         lease: int,
-        owner: Owner = Owner.NODE,
+        rule: HolderRule = HolderRule.NODE,
         timing: Timing | None = None,
         lock_delay_s: float = 0.0,
         grace_s: float = GRACE_S,
@@ -125,7 +125,7 @@ class Lockspace:
         self.domain = domain
         self.node = node
         self.lease = lease
-        self.owner = owner
+        self.rule = rule
         self.timing = timing or Timing()
         self.lock_delay_s = lock_delay_s
         self.grace_s = grace_s

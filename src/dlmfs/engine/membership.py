@@ -39,7 +39,7 @@ from dlmfs.engine.records import NODES
 from dlmfs.engine.restored import Recovery
 from dlmfs.engine.timeline import Timeline
 from dlmfs.errors import BadState, DlmfsError, LockLost, OutcomeUnknown, StoreRestored, Unavailable
-from dlmfs.model import DeadValue, Owner
+from dlmfs.model import DeadValue, HolderRule
 from dlmfs.store.base import (
     Event,
     Get,
@@ -91,7 +91,7 @@ class Config:
     names: Sequence[str]
     facts: Mapping[str, object]
     is_over: Callable[[Mapping[str, object]], bool]
-    owner: Owner = Owner.NODE
+    rule: HolderRule = HolderRule.NODE
     ttl_s: float = Timing().ttl_s
     lock_delay_s: float = 0.0
     grace_s: float = GRACE_S

@@ -118,7 +118,7 @@ def _end(lock: ClusterLock) -> list[Claim]:
     """Take the broken state away, and tell everybody that had to do with it. Who held it is returned."""
     space, res = lock.space, lock.res
     holders, waiters = list(res.holders.values()), list(res.waiters.values())
-    lock.res = Lockres(space.owner, space.tokens)
+    lock.res = Lockres(space.rule, space.tokens)
     lock.res.lose(0)
     for claim in (*holders, *waiters):  # before anybody is told: that may break, too
         claim.stage = Stage.ENDED

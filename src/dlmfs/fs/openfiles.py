@@ -389,7 +389,7 @@ class OpenFiles:
         return b""
 
     def poll(self, _h: wire.Header, fh: int, kh: int, flags: int, _events: int) -> Reply:
-        """POLLIN: another node (owner=file: another owner) waits for this lock."""
+        """POLLIN: another node (holder=file: another owner) waits for this lock."""
         handle = self.handles.get(fh)
         if handle is None:
             return errno.EBADF

@@ -8,7 +8,7 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from dlmfs.sim.programs import OpenFile, Process
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _open(node: SimNode, rng: Random) -> None:
     if any(grant.lock > lock for grant in held):
         return
     own = [grant for grant in held if grant.lock == lock]
-    if own and node.owner is Owner.FILE and (mode is Mode.EX or own[0].mode is Mode.EX):
+    if own and node.rule is HolderRule.FILE and (mode is Mode.EX or own[0].mode is Mode.EX):
         return  # it would wait for itself, and is meant to (rule 11)
     trying = rng.random() < 0.3
     again = rng.choice([0, 0, 1, 3])

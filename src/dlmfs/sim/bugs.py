@@ -270,7 +270,7 @@ BUGS: Final[tuple[Planted, ...]] = (
         "self._counter += exclusive or self._last_exclusive",
         "self._counter += 0",
         100,
-        "under owner=file two exclusive holders have one token (rule 12)",
+        "under holder=file two exclusive holders have one token (rule 12)",
     ),
     Planted(
         "kin-waits",

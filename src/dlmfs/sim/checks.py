@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import Head
-from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, DeadValue, Mode, Owner, compatible
+from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, DeadValue, HolderRule, Mode, compatible
 from dlmfs.sim.graces import Graces
 from dlmfs.sim.history import Op, judge
 from dlmfs.sim.kernel import Call, Reply
@@ -313,7 +313,7 @@ class Checks:
         if not strict:
             return
         floor = seen.max_token if opened.mode is Mode.EX else seen.max_ex_token
-        if token < floor or (token == floor and node.owner is Owner.FILE):
+        if token < floor or (token == floor and node.rule is HolderRule.FILE):
             raise Violation(f"{self._name(opened)}: its token {token} is not above {floor}")
         if token == floor and seen.bases.get(base, node.name) != node.name:
             raise Violation(f"{self._name(opened)}: its token {token} is another node's")
@@ -549,7 +549,7 @@ class Checks:
 
     def _ops(self, opened: Open) -> list[Op]:
         owner: tuple[object, ...] = (opened.node.name, opened.life)
-        if opened.node.owner is Owner.FILE:
+        if opened.node.rule is HolderRule.FILE:
             owner = (*owner, opened.number)
         kind = "try" if opened.trying else "acquire"
         invoked = opened.invoked

@@ -22,7 +22,7 @@ from dlmfs.fs.openfiles import Handle
 from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import Directory, Tree
 from dlmfs.fuse.wire import Header
-from dlmfs.model import DeadValue, Mode, Owner
+from dlmfs.model import DeadValue, HolderRule, Mode
 from dlmfs.sim.kernel import Call, Injected, Kernel, Reply
 from dlmfs.sim.machine import Machine
 from dlmfs.sim.oracle import Arbiter, Lock, Violation
@@ -156,7 +156,7 @@ class SimNode:
         self.checks: Checks = cluster.checks
         self.number = number
         self.name = f"n{number}"
-        self.owner = Owner(cluster.scenario.owners[number])
+        self.rule = HolderRule(cluster.scenario.rules[number])
         self.rate = cluster.scenario.rates[number]
         self.slow_kin = Random(f"kin {cluster.scenario.seed}").choice(SLOW_KIN_S)
         """How long it may take to know whose process another is."""
@@ -201,7 +201,7 @@ class SimNode:
             (self.name,),
             facts,
             self._is_over,
-            self.owner,
+            self.rule,
             scenario.ttl_s,
             scenario.lock_delay_s,
             dead_value=self.dead_value,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from dlmfs.model import DeadValue, Owner
+from dlmfs.model import DeadValue, HolderRule
 from dlmfs.store.base import BOUNDS, Bounds
 from dlmfs.store.memory_store import Faults
 
@@ -79,7 +79,7 @@ class Scenario:
     and values must hold, exclusion in time need not (design, promise 1)."""
 
     seed: int
-    owners: tuple[str, ...]
+    rules: tuple[str, ...]
     rates: tuple[float, ...]
     domains: int
     locks: int
@@ -99,7 +99,7 @@ class Scenario:
 
     @property
     def nodes(self) -> int:
-        return len(self.owners)
+        return len(self.rules)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
@@ -113,7 +113,7 @@ class Scenario:
         record["faults"] = Faults(**record["faults"])
         record["steps"] = tuple(Step(*step) for step in record["steps"])
         record["bounds"] = Bounds(*record.get("bounds", BOUNDS))
-        for name in ("owners", "rates", "dead_values"):
+        for name in ("rules", "rates", "dead_values"):
             record[name] = tuple(record.get(name, ()))
         return Scenario(**record)
 
@@ -299,8 +299,8 @@ def draw(seed: int) -> Scenario:
     leased = rng.random() < 0.85
     lenient = leased and rng.random() < 0.15
     kind = rng.choice(["node", "file", "mixed"])
-    owners = tuple(
-        rng.choice([owner.value for owner in Owner]) if kind == "mixed" else kind
+    rules = tuple(
+        rng.choice([rule.value for rule in HolderRule]) if kind == "mixed" else kind
         for _ in range(nodes)
     )
     faults = _in_time(_network(rng), seed)
@@ -310,7 +310,7 @@ def draw(seed: int) -> Scenario:
     fitful = rng.choice([0.0, 0.0, rng.uniform(0, 0.02)])
     scenario = Scenario(
         seed=seed,
-        owners=owners,
+        rules=rules,
         rates=_rates(rng, nodes, lenient=lenient),
         domains=rng.choice([1, 1, 1, 2]),
         locks=rng.choice([1, 1, 2, 3]),

@@ -81,7 +81,7 @@ def _fewer(scenario: Scenario) -> Iterator[Scenario]:
         )
         yield replace(
             scenario,
-            owners=tuple(scenario.owners[number] for number in keep),
+            rules=tuple(scenario.rules[number] for number in keep),
             rates=tuple(scenario.rates[number] for number in keep),
             steps=steps,
         )

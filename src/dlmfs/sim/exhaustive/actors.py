@@ -15,7 +15,7 @@ from dlmfs.core.events import Claim, Phase, Stage
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import Bug, DlmfsError
-from dlmfs.model import LVB_SIZE, Mode, Owner
+from dlmfs.model import LVB_SIZE, HolderRule, Mode
 from dlmfs.sim.exhaustive.snapshot import Parts
 from dlmfs.store.base import Bounds, Txn, TxnDone, WatchBatch, WatchGap
 from dlmfs.store.check import check
@@ -248,7 +248,7 @@ class Node:
         name: str,
         number: int,
         lease: int,
-        owner: Owner,
+        rule: HolderRule,
         programs: Iterable[Program],
         *,
         bounds: Bounds,
@@ -261,7 +261,7 @@ class Node:
         self.joined = False
         self.fh = 0
         self.space = Lockspace(
-            self.handle, self.clock, self, domain=DOMAIN, node=name, lease=lease, owner=owner
+            self.handle, self.clock, self, domain=DOMAIN, node=name, lease=lease, rule=rule
         )
         self.space.join(self._joined)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dlmfs.model import Owner
+from dlmfs.model import HolderRule
 from dlmfs.sim.exhaustive import oracle
 from dlmfs.sim.exhaustive.actors import Facts, Node, NoTime, Program, Seen, parse
 from dlmfs.sim.exhaustive.oracle import Ledger
@@ -126,8 +126,8 @@ class Explorer:
         programs = self._programs(index, world.lives[index])
         served = self._table.serve(world.server, index, 0, "grant")
         scope = self.scope
-        name, owner = self.node_names[index], scope.owner
-        node = Node(name, index, served.result, owner, programs, bounds=scope.bounds)
+        name, rule = self.node_names[index], scope.rule
+        node = Node(name, index, served.result, rule, programs, bounds=scope.bounds)
         leases = _set(world.leases, index, served.result)
         world = world._replace(server=served.server, leases=leases)
         sent = taken(node)
@@ -328,7 +328,7 @@ class Explorer:
         key = (world.ledgers[at], seen, index)
         known = self._moved.get(key)
         if known is None:
-            shared = self.scope.owner is Owner.NODE
+            shared = self.scope.rule is HolderRule.NODE
             ledger = self.names.things[world.ledgers[at]]
             after, problem = oracle.saw(ledger, seen, index, shared=shared)
             known = self._moved[key] = self.names.number(after), problem

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from dlmfs.model import Owner
+from dlmfs.model import HolderRule
 from dlmfs.sim.exhaustive.world import Scope
 
 HELD: Final = ((0, 0),)
@@ -20,11 +20,13 @@ SCOPES: Final[tuple[Scope, ...]] = (
     Scope("hand-over", (("ex close",), ("ex close",)), quick=True),
     Scope("turns", (("ex close", "ex close"), ("ex close", "ex close")), before=HELD, quick=True),
     Scope("readers and writers", (("ex close", "pr close"), ("ex close", "pr close"))),
-    Scope("owner=file", (("ex close", "pr close"), ("ex close",)), owner=Owner.FILE, quick=True),
     Scope(
-        "owner=file, all",
+        "holder=file", (("ex close", "pr close"), ("ex close",)), rule=HolderRule.FILE, quick=True
+    ),
+    Scope(
+        "holder=file, all",
         (("ex close", "pr close"), ("ex close", "pr close")),
-        owner=Owner.FILE,
+        rule=HolderRule.FILE,
     ),
     Scope("signals", (("ex? close", "ex close"), ("ex? close",)), before=HELD, quick=True),
     Scope("conversions", (("pr ex close close",), ("pr ex close close",)), quick=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from dlmfs.model import Owner
+from dlmfs.model import HolderRule
 from dlmfs.sim.exhaustive.actors import parse
 from dlmfs.sim.exhaustive.snapshot import shape
 from dlmfs.store.base import BOUNDS, Bounds
@@ -23,7 +23,7 @@ class Scope:
 
     name: str
     scripts: tuple[tuple[str, ...], ...]
-    owner: Owner = Owner.NODE
+    rule: HolderRule = HolderRule.NODE
     losses: int = 0
     """Answers that do not come; the transaction is applied before, later, or never."""
     deaths: int = 0

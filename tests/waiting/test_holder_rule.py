@@ -1,4 +1,4 @@
-"""Who is an owner: the node (`owner=node`, as dlmfs.txt has it) or each open file (`owner=file`).
+"""Who is an rule: the node (`holder=node`, as dlmfs.txt has it) or each open file (`holder=file`).
 
 Which processes exclude each other, which are served although others wait (engine rule 11),
 conversions and EDEADLK (rule 9), and the order of local and remote waiters under both.
@@ -16,7 +16,7 @@ import pytest
 
 from dlmfs.core.events import Ask, Claim, Fail, Grant, Identify, Stage
 from dlmfs.core.lockres import Lockres
-from dlmfs.model import Mode, Owner
+from dlmfs.model import HolderRule, Mode
 from tests.fs.nodes import DLMFS, PATIENCE_S, Nodes
 from tests.waiting.agents import (
     EX,
@@ -50,7 +50,7 @@ def refused(who: Agent, path: Path, flags: int) -> int:
     return who.fails("try")
 
 
-# -- owner=node: the processes of a node share its lock -----------------------------------------
+# -- holder=node: the processes of a node share its lock -----------------------------------------
 
 
 @pytest.mark.parametrize("first", MODES)
@@ -104,24 +104,24 @@ def test_a_reader_remains_when_the_writer_of_its_node_closes(
 
 @pytest.mark.parametrize("what", ["open", "thread", "heir", "child"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("owner", ["node", "file"])
+@pytest.mark.parametrize("rule", ["node", "file"])
 def test_a_holder_is_served_at_once_although_others_wait(
-    cluster: Cluster, agent: MakeAgent, owner: str, mode: str, what: str
+    cluster: Cluster, agent: MakeAgent, rule: str, mode: str, what: str
 ) -> None:
     """The thread itself, another one of its process, a child that inherited the descriptor, and one
     that closed it (its parent may be waiting for it). A stranger waits behind the remote wish. With
-    owner=file only for readers (rule 11)."""
-    here, there = cluster.lock(owner, "ab")
+    holder=file only for readers (rule 11)."""
+    here, there = cluster.lock(rule, "ab")
     holder, stranger = agent(), agent()
     holder.opens("h", here, PR)
     remote = remote_waits(agent(), "r", there, EX, here)
     stranger.waits("s", here, PR)
-    if mode == "EX" and owner == "file":
+    if mode == "EX" and rule == "file":
         assert refused(holder, here, EX) == errno.ETXTBSY
     else:
         holder.opens("again", here, MODES[mode], what=what)
     assert waiting(here) == [stranger.pid]
-    if what in ("open", "thread") and (mode, owner) != ("EX", "file"):
+    if what in ("open", "thread") and (mode, rule) != ("EX", "file"):
         holder.close("again")
     holder.close("h")
     token = remote.held("r")
@@ -278,7 +278,7 @@ def test_edeadlk_is_only_for_who_holds_the_lock_itself(cluster: Cluster, agent: 
 def test_edeadlk_is_not_for_who_has_closed_its_shared_lock_meanwhile() -> None:
     """Another thread closes it while the conversion is on its way; or its place was kept after a
     signal, and the process closed before it came back. It holds nothing now, so it waits on."""
-    res = Lockres(Owner.NODE)
+    res = Lockres(HolderRule.NODE)
     reader, writer = Claim(1, Mode.PR, pid=5), Claim(2, Mode.EX, pid=5)
     assert res.open(reader) == [Ask(Mode.PR, trying=False, convert=False)]
     assert res.granted(Mode.PR, 1) == [Grant(reader)]
@@ -323,7 +323,7 @@ def test_a_trylock_conversion_is_refused_and_leaves_what_was_there(
     assert mine.opens("w", here, EX | TRY) > token
 
 
-# -- owner=file: each open file is an owner -------------------------------------------------------
+# -- holder=file: each open file is an rule -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_open_files_exclude_each_other(
 def test_a_process_that_waits_for_itself_can_be_interrupted(
     cluster: Cluster, agent: MakeAgent
 ) -> None:
-    """owner=file: its own second exclusive open waits like any other, and promise 7 holds."""
+    """holder=file: its own second exclusive open waits like any other, and promise 7 holds."""
     (path,) = cluster.lock("file", "a")
     one = agent()
     one.opens("1", path, EX)
@@ -395,7 +395,7 @@ def test_dup_and_fork_share_their_open_file(cluster: Cluster, agent: MakeAgent) 
 
 def test_both_owner_rules_on_one_lock_space(nodes: Nodes, agent: MakeAgent) -> None:
     """Each node has its own rule; between them only the modes count, and tokens compare."""
-    by_node, by_file = nodes.mount("a"), nodes.mount("b", "owner=file")
+    by_node, by_file = nodes.mount("a"), nodes.mount("b", "holder=file")
     for where in (by_node, by_file):
         (where / "dom").mkdir()
     first, second = by_node / "dom/x", by_file / "dom/x"
