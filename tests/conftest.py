@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+import dlmfs.store.etcd  # noqa: F401 - before anything imports grpc
 from tests.private import own_mounts
 
 # The examples are the same in every run, so that a change alone can turn a run red; DLMFS_RANDOM=1

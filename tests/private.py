@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import shutil
 import subprocess
+import tempfile
 from typing import Final
 
 CLONE_NEWNS: Final = 0x20000
@@ -18,7 +21,9 @@ def own_mounts() -> None:
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     os.makedirs(MARK, mode=0o700, exist_ok=True)
-    for folder in ("/run", "/dev/shm", MARK):
+    own = tempfile.mkdtemp(prefix="dlmfs-mark-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    subprocess.run(["mount", "--bind", own, MARK], check=True)
+    for folder in ("/run", "/dev/shm"):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder], check=True)
     os.chmod("/run", 0o755)
-    os.chmod(MARK, 0o700)

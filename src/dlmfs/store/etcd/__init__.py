@@ -1,1 +1,6 @@
 """The store on an etcd cluster (extra `dlmfs[etcd]`)."""
+
+import os
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+"""gRPC sets handlers of fork(2) when it is imported, which may end a child that is none of its affair."""
