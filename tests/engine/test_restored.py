@@ -478,3 +478,17 @@ def test_a_look_through_two_connections_proves_nothing(server: MemoryServer, loo
     look = Look(mine=True, timeline=(server.data[STAMP],), found=(), revision=server.revision)
     assert isinstance(timeline.judge(look), OutcomeUnknown)
     run(loop, lambda: a.member.fences == 1, 1.0)
+
+
+def test_a_look_begun_before_there_was_anything_to_prove_proves_nothing(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    """The connection is lost at once, and the session is begun while the look is under way."""
+    (a,) = start(server, "a")
+    timeline = a.member.timeline
+    timeline.doubt()
+    timeline._begun = False
+    assert list(timeline.keys()) == []
+    timeline._begun = True
+    look = Look(mine=True, timeline=(), found=(), revision=server.revision)
+    assert isinstance(timeline.judge(look), OutcomeUnknown)

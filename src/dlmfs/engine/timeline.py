@@ -59,6 +59,7 @@ WHY_MAX: Final = 400
 
 NO_QUARANTINE: Final = created_at(QUARANTINE, 0)
 
+NEVER: Final = -1
 WENT_BACK: Final = "the store went back to an earlier state (restored from a copy?)"
 
 
@@ -249,7 +250,8 @@ class Timeline:
         """After a lost connection: our name's record and the heads that we are in, if they are younger
         than what is proved by the stamp."""
         self._asked = []
-        self._looked_in = self._doubts
+        # What is asked for before there is anything to prove proves nothing afterwards.
+        self._looked_in = self._doubts if self._begun else NEVER
         if not self.doubted or not self._begun:
             return ()
         for space in self._spaces():
