@@ -8,7 +8,7 @@ dlmfs lock "$locks/backup" -- cp -r "$source" "$target.new"
 
 # Several commands: a descriptor. Opening it waits for the lock, closing it lets go. Shared is "<",
 # exclusive "<>"; the file must be there, `touch` makes it without taking the lock. (A mount with
-# holder=node has one owner for all programs of a node; flock(1) then keeps those apart.)
+# holder=node has one holder for all programs of a node; flock(1) then keeps those apart.)
 touch "$locks/catalogue"
 exec {lock}<>"$locks/catalogue"
 flock "$lock"

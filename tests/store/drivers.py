@@ -171,6 +171,8 @@ class EtcdDriver:
 
     def close(self) -> None:
         for store in self.stores:
+            if store.session is not None:  # or it ends during another test, which counts revisions
+                self.loop.run_until_complete(store.session.revoke())
             store.close()
             self.loop.run_until_complete(store.disconnect())
 

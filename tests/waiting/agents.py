@@ -118,8 +118,14 @@ class Agent:
 
     def __init__(self, *within: str) -> None:
         """`within`: a command to run it under."""
+        # In a group of its own, whose parent is here: SIGTSTP stops nobody in an orphaned group, as
+        # that of tests which were started in the background may be.
         self.process = subprocess.Popen(
-            prefix(within), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            prefix(within),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            process_group=0,
         )
         self._text = b""
         self._early: list[str] = []

@@ -61,7 +61,7 @@ def ptrace(request: int, pid: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTSTP], ids=lambda n: n.name)
-@pytest.mark.parametrize("where", FEW, ids=lambda w: f"{w.owner}-{w.holder}{w.first}{w.second}")
+@pytest.mark.parametrize("where", FEW, ids=lambda w: f"{w.rule}-{w.holder}{w.first}{w.second}")
 def test_a_stop_ends_no_wait(
     cluster: Cluster, agent: MakeAgent, where: Where, number: signal.Signals
 ) -> None:
