@@ -247,6 +247,17 @@ def test_a_new_reader_waits_behind_a_queued_writer(dom: Domain) -> None:
     reader.close(reader.result())
 
 
+def test_a_new_reader_waits_behind_a_writer_of_its_own_node(dom: Domain) -> None:
+    """In the kernel it is served at once, since the node has the lock shared already."""
+    holders = [dom.hold(folder / "x", RO) for folder in (dom.a, dom.b)]
+    writer = dom.queue(dom.b / "x", RW)
+    reader = dom.queue(dom.b / "x", RO)
+    for holder, fd in holders:
+        holder.close(fd)
+    for program in (writer, reader):
+        program.close(program.result())
+
+
 def test_readers_that_take_turns_do_not_starve_a_writer(dom: Domain) -> None:
     """Two readers that always overlap: the lock is never free of readers by chance."""
     readers = [dom.program(), dom.program()]

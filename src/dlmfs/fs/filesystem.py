@@ -129,6 +129,10 @@ class FileSystem(OpenFiles):
         inode = self._inode(h.node)
         if change.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | (change.mode & 0o7777)
+        elif (
+            change.uid is not None or change.gid is not None or (change.size is not None and h.uid)
+        ):
+            inode.end_set_id()  # the kernel leaves that to us (HANDLE_KILLPRIV)
         if change.uid is not None:
             inode.uid = change.uid
         if change.gid is not None:
@@ -137,6 +141,7 @@ class FileSystem(OpenFiles):
             inode.atime_ns = change.atime_ns
         if change.mtime_ns is not None:
             inode.mtime_ns = change.mtime_ns
+        inode.changed()
         return wire.attr_out(self._attr(inode), CACHE_S)
 
     def mknod(self, h: wire.Header, name: bytes, mode: int, _umask: int, _rdev: int) -> Reply:

@@ -57,6 +57,15 @@ class Inode:
     def size(self) -> int:
         return LVB_SIZE
 
+    def changed(self) -> None:
+        """Its mode, owner or times are others."""
+        self.ctime_ns = time.time_ns()
+
+    def end_set_id(self) -> None:
+        """As a change of the owner, and of the size by others than root, does to a file."""
+        if not stat.S_ISDIR(self.mode):
+            self.mode &= ~(stat.S_ISUID | (stat.S_ISGID if self.mode & stat.S_IXGRP else 0))
+
     def path(self) -> bytes:
         """Below the mount point, for messages."""
         above = self.parent.path() if self.parent is not None else b""
