@@ -481,3 +481,17 @@ def test_the_helper_checks_but_mounts_nothing_with_fake(nodes: Nodes) -> None:
     where.mkdir()
     subprocess.run([str(link), "local", str(where), "-f", "-n", "-s"], check=True, timeout=60)
     assert entries(where) == []
+
+
+@pytest.mark.fuse
+def test_status_says_that_a_holders_process_is_gone(nodes: Nodes) -> None:
+    """Whoever inherited its descriptor keeps the lock."""
+    lock = nodes.mount("a") / "dom/x"
+    lock.parent.mkdir()
+    shell = 'exec 9<>"$0"; sleep 600 <&- >&- 2>&- & echo $!; exit'
+    done = subprocess.run(["sh", "-c", shell, lock], stdout=subprocess.PIPE, text=True, check=True)
+    try:
+        said = dlmfs("status", str(lock.parent.parent)).stdout
+        assert "which is gone: one that inherited its descriptor keeps it" in said
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)

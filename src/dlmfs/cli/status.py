@@ -8,7 +8,7 @@ from typing import Any, Final
 from dlmfs.cli.choice import ask, choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import say, say_json
-from dlmfs.cli.text import age, plain
+from dlmfs.cli.text import age, plain, who
 from dlmfs.errors import DlmfsError, NotPermitted
 from dlmfs.fuse.mountinfo import MountEntry
 
@@ -159,8 +159,8 @@ def _more(count: int) -> list[str]:
 
 
 def _claim(what: str, claim: Facts) -> str:
-    who = (
-        f"pid {claim['pid']} {plain(claim['command'])}".rstrip() if claim["pid"] else "pid unknown"
-    )
+    name = who(claim)
+    if claim["pid"] and not claim["command"]:
+        name += ", which is gone: one that inherited its descriptor keeps it,"
     token = f"  token {claim['token']}" if claim["token"] else ""
-    return f"      {what:10} {claim['mode']}  {who}  for {age(claim['since_s'])}{token}"
+    return f"      {what:10} {claim['mode']}  {name}  for {age(claim['since_s'])}{token}"
