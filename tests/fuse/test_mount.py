@@ -394,6 +394,11 @@ def test_without_fusermount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             MountFailed,
             "raise mount_max",
         ),
+        (
+            "fusermount3: could not determine username",
+            MountFailed,
+            "give it a line in /etc/passwd",
+        ),
         ("fusermount3: something else", MountFailed, "mounting at /mnt: fusermount3: something"),
         ("", MountFailed, "sent no descriptor"),
     ],

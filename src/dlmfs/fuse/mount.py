@@ -304,6 +304,11 @@ def _fusermount_error(path: str, text: str) -> DlmfsError:
     """fusermount3's complaint, as one of ours that says what to do."""
     if "user_allow_other" in text:
         return NotPermitted("allow_other needs the line 'user_allow_other' in /etc/fuse.conf")
+    if "could not determine username" in text:
+        return MountFailed(
+            f"fusermount3 mounts for known users only, and user id {os.getuid()} is none: give it a line "
+            "in /etc/passwd (in a rootless container: a user of its own), or mount as root"
+        )
     if f"failed to open {DEVICE}" in text:
         if "Permission denied" in text or "not permitted" in text:
             return NotPermitted(f"{DEVICE} may not be opened by this user: check its mode")
