@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, identity, privileges, proc
+from dlmfs import __version__, facts, identity, privileges, proc, takedown
 from dlmfs.config import EtcdSource, lock_delay_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
@@ -105,6 +105,7 @@ class Node:
             reason = await self._ended
             log.info("node %s ends: %s", self.membership.name, reason)
             await self._leave(reason)
+            takedown.begin()
         return 0
 
     def _end(self, reason: str) -> None:
