@@ -1,7 +1,8 @@
 """The asker's end of a daemon's control socket: one JSON line asks, one JSON line answers.
 
 The socket's place follows from the mount table alone (user and device number), so a question
-never touches the mount, and a dead daemon is told from a stopped one.
+never touches the mount, and a dead daemon is told from a stopped one. Where no daemon is found at
+the socket's place the mount itself is looked at (`fuse.glance`): only its answer is a proof of death.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from dlmfs import __version__, proc, rundir, shapes
-from dlmfs.errors import DlmfsError, NoAnswer, NotPermitted, Unavailable, UsageError
+from dlmfs import __version__, folders, proc, rundir, shapes
+from dlmfs.errors import (
+    DaemonDead,
+    DlmfsError,
+    NoAnswer,
+    NotPermitted,
+    Unavailable,
+    Unseen,
+    UsageError,
+)
+from dlmfs.fuse import glance
+from dlmfs.fuse.glance import Life
 from dlmfs.fuse.mount import MountEntry
 
 LOOK_S: Final = 1.0
@@ -41,8 +52,9 @@ def control_path(entry: MountEntry) -> Path:
 
 def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -> Any:
     """The answer of a mount's daemon, which has the shape that this question's has (`shapes`) and is here
-    within `timeout_s`, whole. Raises Unavailable if the daemon is dead or is not understood, NoAnswer
-    if it does not answer (in time), or the DlmfsError that it answers."""
+    within `timeout_s`, whole. Raises DaemonDead, Unavailable if it is not understood, Unseen
+    if it cannot be asked from here, NoAnswer if it does not answer (in time), or the DlmfsError that
+    it answers."""
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
@@ -61,27 +73,57 @@ def ask(entry: MountEntry, request: dict[str, object], timeout_s: float = 5.0) -
 
 
 def _connect(sock: socket.socket, entry: MountEntry) -> int:
-    """The process at the other end. Raises Unavailable, NotPermitted."""
+    """The process at the other end; 0 if it is of a pid namespace that is not seen here. Raises
+    Unavailable, Unseen, NoAnswer, NotPermitted."""
     try:
         sock.connect(str(control_path(entry)))
     except (FileNotFoundError, ConnectionRefusedError):
-        raise Unavailable(
-            f"the daemon of {entry.mountpoint} is gone: `dlmfs umount {entry.mountpoint}` "
-            "clears the dead mount"
-        ) from None
+        raise _not_found(entry) from None
     except PermissionError:
         raise NotPermitted(f"the daemon of {entry.mountpoint} is another user's") from None
     except OSError as error:  # too many wait to be let in: it is stopped, or overrun
         raise NoAnswer(
             f"the daemon of {entry.mountpoint} lets nobody in: {error.strerror or error}"
         ) from None
-    pid = _peer(sock, entry)
-    if pid is None:
+    pid, uid = _peer(sock)
+    if uid not in (0, rundir.owner_of(entry)):
+        if uid == folders.outside():
+            why = "who listens for it is of another user namespace"
+            raise _unseen(entry, why, glance.look(entry).life)
         raise NotPermitted(
             f"what answers for {entry.mountpoint} is not its daemon: another user made "
             f"{control_path(entry)}"
         )
     return pid
+
+
+def _not_found(entry: MountEntry) -> Unavailable:
+    """Nobody listens where the daemon's socket should be. It may be dead; or have its socket in a /run
+    that is not this one, or had it removed."""
+    places = " or ".join(map(str, control_folders(rundir.owner_of(entry))))
+    life = glance.look(entry).life
+    if life is Life.DEAD:
+        return DaemonDead(
+            f"the daemon of {entry.mountpoint} is gone: `dlmfs umount {entry.mountpoint}` "
+            "clears the dead mount"
+        )
+    if life is Life.OVER:
+        return Unavailable(f"{entry.mountpoint} has just been unmounted")
+    return _unseen(entry, f"no socket of it in {places}", life)
+
+
+_LIVES: Final = {
+    Life.ALIVE: "it lives",
+    Life.SILENT: "the mount does not answer, as that of a stopped daemon",
+}
+
+
+def _unseen(entry: MountEntry, why: str, life: Life) -> Unseen:
+    lives = _LIVES.get(life, "whether it lives is not told to this user")
+    return Unseen(
+        f"the daemon of {entry.mountpoint} cannot be asked from here (a container?): {why}, but "
+        f"{lives}; ask where it was mounted, or let its socket be seen here (docs/containers.md)"
+    )
 
 
 def _received(sock: socket.socket, entry: MountEntry, pid: int, deadline: float) -> bytes:
@@ -148,23 +190,23 @@ def _not_understood(entry: MountEntry, why: str) -> Unavailable:
 
 
 def daemon_pid(entry: MountEntry) -> int | None:
-    """The daemon's process, or None if it is gone. Does not need it to answer. Raises NoAnswer if it
-    cannot be told, since too many wait to be let in."""
+    """The daemon's process, 0 if it is of a pid namespace that is not seen here, None if it is dead. Does
+    not need it to answer. Raises NoAnswer if it cannot be told, since too many wait to be let in;
+    Unseen if it cannot be asked from here, NotPermitted by this user; Unavailable: it is not
+    mounted any more."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(CONNECT_S)
         try:
             return _connect(sock, entry)
-        except NoAnswer:
-            raise
-        except DlmfsError:
+        except DaemonDead:
             return None
 
 
-def _peer(sock: socket.socket, entry: MountEntry) -> int | None:
-    """The daemon's process; None for another user's, who is not to be believed."""
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """The process that listens, and its user."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", credentials)
-    return int(pid) if uid in (0, rundir.owner_of(entry)) else None
+    return int(pid), int(uid)
 
 
 def _state(pid: int) -> str:

@@ -6,7 +6,9 @@
     ├── NodeNameInUse                EEXIST       32         69     another live node has this name
     ├── MountFailed                  ENODEV       32         69     the kernel or fusermount3 said no
     ├── Unavailable                  ENOLCK       32         69     the store cannot be reached now
-    │   ├── NoAnswer                 ENOLCK       32         69     the daemon says nothing
+    │   ├── DaemonDead               ENOTCONN     32         69     the daemon of a mount is no more
+    │   ├── NoAnswer                 ENOLCK       32         69     ... or says nothing
+    │   ├── Unseen                   ENOLCK       32         69     ... or cannot be asked from here
     │   ├── StoreFull                ENOSPC       32         69     nothing was written
     │   └── OutcomeUnknown           ENOLCK       32         69     it may or may not have happened
     ├── BadState                     EIO          32         78     state file corrupt, foreign, misplaced
@@ -57,8 +59,18 @@ class Unavailable(DlmfsError):
     errno, mount_exit, exit = errno.ENOLCK, 32, 69
 
 
+class DaemonDead(Unavailable):
+    """The kernel says so of the mount: nothing else is a proof."""
+
+    errno = errno.ENOTCONN
+
+
 class NoAnswer(Unavailable):
     """The daemon of a mount is there, and does not answer: stopped, hung or overrun."""
+
+
+class Unseen(Unavailable):
+    """The daemon's control socket is not to be seen here: that says nothing about the daemon."""
 
 
 class StoreFull(Unavailable):

@@ -139,7 +139,7 @@ def _check(fd: int, path: str, *, sticky: bool, among_others: bool = False) -> N
     info = os.fstat(fd)
     known = (0, os.geteuid())
     is_link = stat.S_ISLNK(info.st_mode)
-    if info.st_uid not in known and ((among_others and is_link) or info.st_uid != _outside()):
+    if info.st_uid not in known and ((among_others and is_link) or info.st_uid != outside()):
         raise BadState(
             f"{path} belongs to another user (uid {info.st_uid}), who can change what lies there: "
             "name a place below folders that only root and you can write"
@@ -157,7 +157,7 @@ OVERFLOW_UID: Final = 65534
 """Unless the host's administrator has said otherwise."""
 
 
-def _outside() -> int | None:
+def outside() -> int | None:
     """The user id that stands for everybody outside of this user namespace, the machine's root among
     them, of which nobody inside can be; None where it is just another user's."""
     overflow = proc.number(proc.read("sys/kernel/overflowuid")) or OVERFLOW_UID

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dlmfs.errors import MountFailed, NotPermitted, UsageError
-from dlmfs.fuse import mount, mountinfo
+from dlmfs.fuse import glance, mount, mountinfo
 from tests.fuse.conftest import DEADLINE_S, ENVIRONMENT, Child, serve
 
 Start = Callable[..., Child]
@@ -206,7 +206,7 @@ def test_the_mount_table_shows_it(server: Child, mountpoint: Path) -> None:
     assert entry.source == "tiny, with \\ and comma"
     assert {"nosuid", "nodev"} <= set(entry.options)
     assert {f"user_id={os.getuid()}", "default_permissions"} <= set(entry.super_options)
-    assert not mount.is_stale(entry)
+    assert not glance.is_dead(entry)
     assert mount.find(str(mountpoint.parent)) is None
 
 
@@ -245,8 +245,8 @@ def test_find_resolves_links_outside_and_asks_the_mount_nothing(
         monkeypatch.chdir(tmp_path)
         assert mount.find("link/x") == entry is not None
         began = time.monotonic()
-        assert not mount.is_stale(entry)
-        assert time.monotonic() - began < mountinfo.STALE_AFTER_S + DEADLINE_S
+        assert not glance.is_dead(entry)
+        assert time.monotonic() - began < glance.PATIENCE_S + DEADLINE_S
     finally:
         os.kill(server.pid, signal.SIGCONT)
 
@@ -293,7 +293,7 @@ def test_a_dead_daemons_mount_is_cleared(server: Child, client: Start, mountpoin
     assert mount.clear_stale(str(mountpoint)) == 0
     kill(server)
     assert waiter.told() == "ECONNABORTED"
-    assert mount.is_stale(entry)
+    assert glance.is_dead(entry)
     assert mount.clear_stale(str(mountpoint)) == 1
     assert mount.find(str(mountpoint)) is None
     assert list(mountpoint.iterdir()) == []

@@ -10,6 +10,7 @@ STRANGER: Final = "tests/control/test_stranger.py"
 SERVER: Final = "tests/control/test_server.py"
 FOLDERS: Final = "tests/store/test_folders.py"
 GUARD: Final = "tests/client/test_guard.py"
+UNSEEN: Final = "tests/containers/test_unseen.py"
 PROC: Final = "tests/core/test_proc.py"
 
 DOORS: Final = (
@@ -352,5 +353,21 @@ DOORS: Final = (
         "most = ANSWER_MAX",
         ("tests/control/test_others.py::test_an_answer_without_end",),
         "another user's daemon fills the memory of root's commands",
+    ),
+    Mutant(
+        "unseen-is-dead",
+        "control.py",
+        "if life is Life.DEAD:",
+        "if life is not Life.OVER:",
+        (f"{UNSEEN}::test_a_removed_socket_is_no_death",),
+        "where the control socket is not to be seen, a living daemon is called dead",
+    ),
+    Mutant(
+        "umount-follows-propagation",
+        "cli/umount.py",
+        "if below is not None:",
+        "if below is not None and not below.shared:",
+        (f"{UNSEEN}::test_umount_never_takes_a_shared_mount_from_the_host",),
+        "an umount in a container takes the host's mount away",
     ),
 )

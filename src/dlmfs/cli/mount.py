@@ -120,8 +120,11 @@ def _await_end(mountpoint: str) -> None:
         return
     if not is_trusted(entry) or not _ends(entry):  # another's daemon might say so for ever
         return
-    pid = daemon_pid(entry)
-    if pid is None:
+    try:
+        pid = daemon_pid(entry)
+    except DlmfsError:
+        return
+    if not pid:
         return
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(pid)

@@ -39,7 +39,7 @@ from dlmfs.cli.signals import (
 from dlmfs.cli.text import plain
 from dlmfs.client.logic import is_lost
 from dlmfs.deadline import Deadline, boottime, sleep_until
-from dlmfs.errors import LockLost, NoAnswer, Unavailable
+from dlmfs.errors import DlmfsError, LockLost, Unavailable
 
 GRACE_S: Final = 1.0
 """Between SIGTERM and SIGKILL. A fenced node's locks are granted to others after a third of the lease
@@ -187,7 +187,7 @@ def _watchdogs_word(sender: int, locks: Mapping[int, str]) -> str:
 
     for path in locks.values():
         entry = find(path)
-        with contextlib.suppress(NoAnswer):
+        with contextlib.suppress(DlmfsError):
             if entry is not None and daemon_pid(entry) == parent:
                 return path
     return ""

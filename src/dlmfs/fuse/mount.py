@@ -23,11 +23,10 @@ from typing import Final
 
 from dlmfs import proc
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
-from dlmfs.fuse import mountinfo
+from dlmfs.fuse import glance
 from dlmfs.fuse.mountinfo import FSTYPE, resolve
 from dlmfs.fuse.mountinfo import MountEntry as MountEntry
 from dlmfs.fuse.mountinfo import find as find
-from dlmfs.fuse.mountinfo import is_stale as is_stale
 from dlmfs.fuse.mountinfo import mounts as mounts
 
 log = logging.getLogger(__name__)
@@ -378,7 +377,7 @@ def clear_stale(mountpoint: str) -> int:
         path, entry = resolve(mountpoint)
         if entry is None or not entry.is_dlmfs or entry.mountpoint != path:
             return cleared
-        if not mountinfo.is_stale(entry):
+        if not glance.is_dead(entry):
             return cleared
         # Another daemon may have mounted on top meanwhile; umount2 names a place, not a mount.
         if resolve(mountpoint)[1] == entry:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -16,16 +15,14 @@ from dlmfs import proc
 
 FSTYPE: Final = "fuse.dlmfs"
 
-STALE_AFTER_S: Final = 2.0
-"""A mount that does not answer for so long is taken for alive: its daemon is stopped or busy."""
-
 SYMLINKS_MAX: Final = 40
 """As in the kernel (path_resolution(7))."""
 
 
 class MountEntry(NamedTuple):
     """One line of mountinfo (proc_pid_mountinfo(5)). `dev` is "major:minor", `root` what of the file
-    system is mounted."""
+    system is mounted; `shared`: whether mounts and umounts on it are made elsewhere, too
+    (mount_namespaces(7))."""
 
     id: int
     parent: int
@@ -36,6 +33,7 @@ class MountEntry(NamedTuple):
     options: tuple[str, ...]
     super_options: tuple[str, ...]
     root: str = "/"
+    shared: bool = False
 
     @property
     def is_dlmfs(self) -> bool:
@@ -71,6 +69,7 @@ def parse(text: bytes) -> list[MountEntry]:
             options=tuple(_unescape(head[5]).split(",")),
             super_options=tuple(_unescape(tail[2]).split(",")),
             root=_unescape(head[3]),
+            shared=any(field.startswith(b"shared:") for field in head[6:]),
         )
         entries.append(entry)
     return entries
@@ -139,24 +138,8 @@ def find(path: str) -> MountEntry | None:
     return entry if entry is not None and entry.is_dlmfs else None
 
 
-def is_stale(entry: MountEntry) -> bool:
-    """Whether the daemon of a dlmfs mount is dead. `entry` must be the topmost at its place.
-
-    statfs(2) is asked since FUSE never caches it (attributes are, and outlive the daemon), by a
-    child process since it sleeps, at times unkillably, while the daemon is stopped.
-    """
-    import subprocess
-
-    code = "import errno, os, sys\ntry: os.statvfs(sys.argv[1])\n"
-    code += "except OSError as error: sys.exit(3 if error.errno == errno.ENOTCONN else 0)"
-    command = [sys.executable, "-I", "-S", "-c", code, entry.mountpoint]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/")
-    try:
-        return child.wait(STALE_AFTER_S) == 3
-    except subprocess.TimeoutExpired:
-        child.kill()
-        try:
-            child.wait(0.1)
-        except subprocess.TimeoutExpired:
-            child.returncode = 0  # it dies when the daemon goes on; do not warn about it
-        return False
+def shared_parent(entry: MountEntry) -> MountEntry | None:
+    """What `entry` is mounted on, if an umount here is made elsewhere, too: it follows the propagation of
+    that, not of the mount itself. The mount itself, where what it is on cannot be seen."""
+    parent = next((each for each in mounts() if each.id == entry.parent), entry)
+    return parent if parent.shared else None

@@ -11,7 +11,7 @@ from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.cli.status import faults, unwatched
 from dlmfs.cli.text import plain
 from dlmfs.control import ask, daemon_pid
-from dlmfs.errors import DlmfsError, NoAnswer, NotPermitted
+from dlmfs.errors import DlmfsError, NoAnswer, NotPermitted, Unseen
 from dlmfs.fuse.mountinfo import MountEntry
 from dlmfs.proc import is_stopped
 from dlmfs.rundir import is_trusted, owner_of
@@ -32,6 +32,10 @@ def check(entry: MountEntry) -> Iterator[Finding]:
         pid = daemon_pid(entry)
     except NoAnswer as error:
         yield fail(about, str(error), "look again; if that lasts, end it and mount it again")
+        return
+    except DlmfsError as error:
+        mend = "bind the folder of its socket in: docs/containers.md"
+        yield warn(about, str(error), mend if isinstance(error, Unseen) else "ask as root")
         return
     if pid is None:
         yield fail(about, "its daemon is dead", f"dlmfs umount {place}, then mount it again")
