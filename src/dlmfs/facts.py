@@ -6,12 +6,14 @@ may not know who asks. Everything is a fact of this node alone; `why` puts them 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from dlmfs import __version__, identity
+from dlmfs.engine.questions import LETTER_MAX
 from dlmfs.fs import kin
 
 if TYPE_CHECKING:
@@ -45,7 +47,23 @@ def reply(node: Node, question: Facts) -> Facts:
         for place, pid, thread in question["threads"][:THREADS_MAX]
         if place == own["place"]
     ]
-    return {**own, "locks": locks, "waits": waits(node, roots + _holding(node, names))}
+    return fitting({**own, "locks": locks, "waits": waits(node, roots + _holding(node, names))})
+
+
+def fitting(answer: Facts) -> Facts:
+    """The answer, of which so many rows are left out that it fits into a letter, the longest list's
+    first: long names, that a user may draw, must not keep a node from answering."""
+    lists = [(answer, "waits")]
+    lists += [(lock, what) for lock in answer["locks"] for what in ("holders", "waiters")]
+    while len(json.dumps(answer)) > LETTER_MAX:
+        facts, what = max(lists, key=lambda each: len(json.dumps(each[0][each[1]])))
+        rows = facts[what]
+        if not rows:
+            break
+        facts[what] = rows[: len(rows) // 2]
+        if facts is not answer:
+            facts[f"more_{what}"] += len(rows) - len(facts[what])
+    return answer
 
 
 def node_facts(node: Node) -> Facts:

@@ -13,11 +13,11 @@ from typing import Final
 LVB_SIZE: Final = 64
 """Bytes of a lock value block (dlmfs.txt, "Locking")."""
 
-LOCK_NAME_MAX: Final = 31
-"""Longest lock name in bytes (kernel-behaviour: 32..255 EINVAL)."""
+LOCK_NAME_MAX: Final = 255
+"""Longest lock name in bytes: NAME_MAX of Linux. (The kernel's dlmfs has 31.)"""
 
 DOMAIN_NAME_MAX: Final = 63
-"""Longest domain name in bytes (kernel-behaviour: 64..255 EINVAL)."""
+"""Longest domain name in bytes, as in the kernel's dlmfs (64..255 EINVAL)."""
 
 EMPTY_LVB: Final = bytes(LVB_SIZE)
 

@@ -24,7 +24,7 @@ from dlmfs import proc
 from dlmfs.errors import NotPermitted, UsageError
 from dlmfs.fs.tree import Directory
 from dlmfs.fuse import mountinfo
-from dlmfs.model import DOMAIN_NAME_MAX, LOCK_NAME_MAX
+from dlmfs.names import domain_fault, lock_fault
 
 if TYPE_CHECKING:
     from dlmfs.fs.tree import Inode, Tree
@@ -97,9 +97,9 @@ class Sight:
     def demand(self, domain: bytes, lock: bytes) -> None:
         """Raises NotPermitted where `knows` says no, UsageError for what is no lock's name. Which of
         the two, and the words, tell nothing of what is there."""
-        for name, most in ((domain, DOMAIN_NAME_MAX), (lock, LOCK_NAME_MAX)):
-            if not 0 < len(name) <= most or b"/" in name or b"\0" in name:
-                raise UsageError(f"{name!r} is no name of a domain or lock")
+        for fault in (domain_fault(domain), lock_fault(lock)):
+            if fault is not None:
+                raise UsageError(fault)
         if not self.knows(domain, lock):
             raise NotPermitted(
                 f"the modes and owners on the mount do not let user {self.asker.uid} read this lock"

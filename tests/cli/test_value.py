@@ -188,7 +188,7 @@ def test_mistakes(nodes: Nodes, tmp_path: Path) -> None:
     assert b"not on a dlmfs mount" in value("get", other, code=2)
     assert b"mkdir it first" in value("get", a / "no/x", code=2)
     assert b"is not a lock" in value("get", a / "dom", code=2)
-    assert b"cannot be a lock" in value("get", a / "dom" / ("x" * 40), code=2)
+    assert b"cannot be a lock" in value("get", a / "dom" / ("x" * 256), code=2)
     assert b"get|set|watch" in value(code=2)
     assert b"-w SECS" in value("get", "-w", "-1", a / "dom/x", code=2)
     assert b"-E CODE" in value("get", "-E", "256", a / "dom/x", code=2)

@@ -149,8 +149,12 @@ def test_the_status_tells_of_this_process(lock: Twice) -> None:
 
 
 def test_what_cannot_be_had(lock: Twice) -> None:
-    with pytest.raises(UsageError, match="no name"):
-        Lock(lock.a.parent / ("n" * 32)).acquire()
+    with pytest.raises(UsageError, match="lock has up to 255 bytes, this one has 256"):
+        Lock(lock.a.parent / ("n" * 254 + "é"))
+    with pytest.raises(UsageError, match="domain has up to 63 bytes, this one has 64"):
+        Lock("n" * 64 + "/x", mount=lock.a.parent)
+    with pytest.raises(UsageError, match="lock cannot begin with"):
+        Lock(lock.a.parent / "$x")
     with pytest.raises(UsageError, match="does not exist"):
         Lock(lock.a.parent / "never-made", create=False).acquire()
     with pytest.raises(UsageError, match="not on a dlmfs mount"):

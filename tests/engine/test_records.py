@@ -62,7 +62,7 @@ ODD_KEYS: Final = [
         b"d/dom",
         b"d//m/n1",
     ),
-    *(b"h/dom", b"h/dom/", b"h//lk", b"h/dom/a/b", b"h/dom/" + b"x" * 32, b"h/dom/a\0b", b"h/"),
+    *(b"h/dom", b"h/dom/", b"h//lk", b"h/dom/a/b", b"h/dom/" + b"x" * 256, b"h/dom/a\0b", b"h/"),
     *(
         b"n/",
         b"n/\xff",

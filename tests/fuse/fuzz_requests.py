@@ -18,9 +18,9 @@ from tests.fuse.fuzz_kernel import HEADER_SIZE, INTERRUPTIBLE, Kernel
 
 WILD: Final = (0, 1, 2, 3, 4095, 1 << 31, (1 << 32) - 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 DOMAINS: Final = (b"d", b"d", b"e")
-LOCKS: Final = (b"a", b"a", b"b", b"l" * 31)
+LOCKS: Final = (b"a", b"a", b"b", b"l" * 255)
 ODD: Final = (
-    *(b"", b".", b"..", b"a/b", b"/", b"$x", b"$RECOVERY", b"\xff\xfe", b"a\nb", b"l" * 32),
+    *(b"", b".", b"..", b"a/b", b"/", b"$x", b"$RECOVERY", b"\xff\xfe", b"a\nb", b"l" * 256),
     *(b"d" * 63, b"d" * 64, b"x" * 255, b"x" * 256, b"x" * 4000, b"a\0b", b"\0"),
 )
 NOBODY: Final = (1 << 22) - 1

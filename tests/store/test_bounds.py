@@ -94,7 +94,7 @@ def test_etcd_takes_what_the_size_allows(etcd: EtcdDriver) -> None:
     """The largest that `check` lets through, with the most that messages can add."""
     client = Client(etcd)
     names = [
-        b"d/" + b"x" * 63 + b"/w/" + b"y" * 31 + b"/" + b"z" * 60 + b"%03d" % n for n in range(127)
+        b"d/" + b"x" * 63 + b"/w/" + b"y" * 255 + b"/" + b"z" * 60 + b"%03d" % n for n in range(127)
     ]
     each = BOUNDS.size // len(names) - 2 * len(names[0])
     whole = Txn(

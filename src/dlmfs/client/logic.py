@@ -162,8 +162,11 @@ _REFUSALS: Final[dict[int, tuple[type[DlmfsError], str]]] = {
         Deadlock,
         "is held shared here, and another node's process that holds it shared asked before",
     ),
-    errno.EINVAL: (UsageError, "is no name for it (31 bytes, a domain 63; no leading '$')"),
-    errno.ENAMETOOLONG: (UsageError, "is no name for it (31 bytes, a domain 63)"),
+    errno.EINVAL: (
+        UsageError,
+        "cannot be opened so: no such name or flag is possible",
+    ),
+    errno.ENAMETOOLONG: (UsageError, "is too long: a name has up to 255 bytes, a domain's 63"),
     errno.ENOENT: (UsageError, "does not exist"),
     errno.EISDIR: (UsageError, "is not a lock but a domain"),
     errno.ENOTDIR: (UsageError, "is not in a domain"),

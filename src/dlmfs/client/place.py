@@ -7,15 +7,19 @@ placed on a dlmfs mount before it is used, and the open file is checked to be on
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from dlmfs.errors import Unavailable, UsageError
 from dlmfs.fuse import mountinfo
 from dlmfs.fuse.mountinfo import MountEntry
+from dlmfs.names import domain_fault, lock_fault
 from dlmfs.rundir import is_trusted, owner_of
 
 ENVIRONMENT = "DLMFS_MOUNT"
 """Names the mount for programs that do not, where there are several."""
+
+SHOWN_MAX: Final = 100
+"""Letters of a path whose name is too long, in the message that says so."""
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -105,4 +109,12 @@ def place(path: AnyPath, mount: AnyPath | None = None, *, near: bool = False) ->
     if len(parts) != 2 or ".." in parts or text.endswith("/"):
         raise UsageError(f"{text} is not a lock: give DOMAIN/LOCK, or MOUNTPOINT/DOMAIN/LOCK")
     domain, name = parts
+    for fault in (domain_fault(os.fsencode(domain)), lock_fault(os.fsencode(name))):
+        if fault is not None:
+            raise UsageError(f"{_short(text)}: {fault}")
     return Place(entry.mountpoint, entry.dev, entry.source, domain, name, owner_of(entry))
+
+
+def _short(path: str) -> str:
+    """A path that may be longer than anybody reads."""
+    return path if len(path) <= SHOWN_MAX else f"{path[: SHOWN_MAX - 3]}..."

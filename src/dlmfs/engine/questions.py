@@ -45,8 +45,9 @@ ASK: Final = b"/ask/"
 ANSWER: Final = b"/answer/"
 PATIENCE_S: Final = 2.0
 """How long an answer may take. On a healthy cluster it is there after two commits."""
-ASKED_MAX: Final = 48
-"""Nodes per question: clearing up takes two operations for each, and etcd's bound is 128."""
+ASKED_MAX: Final = 40
+"""Nodes per question: clearing up takes two operations for each, and etcd's bound is 128; the question
+itself, with the longest names, stands once for each in one commit."""
 UNDER_WAY_MAX: Final = 8
 LETTER_MAX: Final = 64 * 1024
 """Bytes of a question or an answer."""

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from dlmfs.engine.fields import FORMAT, Fields, node_name
-from dlmfs.model import DOMAIN_NAME_MAX, EMPTY_LVB, LOCK_NAME_MAX, LVB_SIZE, Mode
+from dlmfs.model import EMPTY_LVB, LOCK_NAME_MAX, LVB_SIZE, Mode
+from dlmfs.names import is_domain, is_lock
 from dlmfs.store.base import KeyValue
 
 DOMAINS: Final = b"d/"
@@ -85,31 +86,22 @@ class Keys:
             return None
         lock, _, node = key[len(self.wishes) :].partition(b"/")
         name = node_name(node)
-        return (lock, name) if name is not None and _is_lock(lock) else None
+        return (lock, name) if name is not None and is_lock(lock) else None
 
     def split_mail(self, key: bytes) -> bytes | None:
         """The lock of a key in our mail."""
         lock = key[len(self.mails) :]
-        return lock if _is_lock(lock) else None
+        return lock if is_lock(lock) else None
 
     def split_member(self, key: bytes) -> str | None:
         """The node of a membership record's key."""
         return node_name(key[len(self.members) :])
 
 
-def _is_lock(name: bytes) -> bool:
-    """Whether a lock can be called so."""
-    return 0 < len(name) <= LOCK_NAME_MAX and b"/" not in name and b"\0" not in name
-
-
-def _is_domain(name: bytes) -> bool:
-    return 0 < len(name) <= DOMAIN_NAME_MAX and b"\0" not in name
-
-
 def member_of(key: bytes) -> tuple[bytes, str] | None:
     """The domain and the node of a membership record's key; None for another key."""
     parts = key.split(b"/", 4)
-    if len(parts) != 4 or parts[2] != b"m" or not _is_domain(parts[1]):
+    if len(parts) != 4 or parts[2] != b"m" or not is_domain(parts[1]):
         return None
     node = node_name(parts[3])
     return None if node is None else (parts[1], node)
@@ -118,7 +110,7 @@ def member_of(key: bytes) -> tuple[bytes, str] | None:
 def lock_of(key: bytes) -> tuple[bytes, bytes] | None:
     """The domain and the lock of a head's key; None for another key."""
     domain, _, lock = key[len(HEADS) :].partition(b"/")
-    if not (key.startswith(HEADS) and _is_domain(domain) and _is_lock(lock)):
+    if not (key.startswith(HEADS) and is_domain(domain) and is_lock(lock)):
         return None
     return domain, lock
 
@@ -318,6 +310,6 @@ def decode_news(kv: KeyValue) -> list[bytes]:
     if type(names) is not list:
         fields.wrong("locks")
     locks = [os.fsencode(fields.as_text("locks", name, LOCK_NAME_MAX)) for name in names]
-    if not all(map(_is_lock, locks)):
+    if not all(map(is_lock, locks)):
         fields.wrong("locks")
     return locks

@@ -23,7 +23,8 @@ from dlmfs.fs.outside import Watchdog
 from dlmfs.fs.places import Readers
 from dlmfs.fs.tree import Directory, Inode, LockFile, Tree
 from dlmfs.fuse import wire
-from dlmfs.model import DOMAIN_NAME_MAX, LOCK_NAME_MAX, Limits
+from dlmfs.model import Limits
+from dlmfs.names import domain_fault, lock_fault
 from dlmfs.timing import Scheduler, Timing
 
 CACHE_S: Final = 3600.0
@@ -157,7 +158,7 @@ class FileSystem(OpenFiles):
             return errno.EEXIST
         if parent.removing or self.spaces[parent.ino].life is Life.LEAVING:
             return errno.ENOLCK  # answered ENOLCK, a removal goes on whatever becomes of the domain
-        if len(name) > LOCK_NAME_MAX or name.startswith(b"$"):
+        if lock_fault(name) is not None:
             return errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.EINVAL
         refusal = self._refuse_growth() or self.usage.refuse_lock(h.uid)
         if refusal:
@@ -180,7 +181,7 @@ class FileSystem(OpenFiles):
             return errno.EEXIST
         if self.ending:
             return errno.ENOLCK
-        if len(name) > DOMAIN_NAME_MAX:
+        if domain_fault(name) is not None:
             return errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.EINVAL
         refusal = self._refuse_growth() or self.usage.refuse_domain(h.uid)
         if refusal:
@@ -307,7 +308,7 @@ class FileSystem(OpenFiles):
         return b""
 
     def statfs(self, _h: wire.Header) -> Reply:
-        return wire.statfs(bsize=BLOCK, namelen=255)
+        return wire.statfs(bsize=BLOCK, namelen=NAME_MAX)
 
     # -- fencing ------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import HEADS, NODES, decode_head
 from dlmfs.engine.timeline import OFFSET, STAMP
-from dlmfs.model import Mode
+from dlmfs.model import LOCK_NAME_MAX, Mode
 from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open
 from dlmfs.sim.crowd import crowd
@@ -39,7 +39,7 @@ from dlmfs.sim.recovery import recover
 from dlmfs.sim.restores import Restores
 from dlmfs.sim.scenario import Scenario, Step
 from dlmfs.sim.spoiling import mend_all
-from dlmfs.store.base import Event
+from dlmfs.store.base import BOUNDS, Event
 from dlmfs.store.memory_store import Faults
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Cluster:
         self.checks = Checks(self, self.oracle)
         self.restores = Restores(self)
         self.domains = [b"dom%d" % number for number in range(scenario.domains)]
-        self.names = [b"lock%d" % number for number in range(scenario.locks)]
+        self.names = _names(scenario)
         self.nodes = [SimNode(self, number) for number in range(scenario.nodes)]
         self._troubled_until = 0.0
         self._still_until = 0.0
@@ -348,6 +348,14 @@ class Cluster:
         domain, name = kv.key[len(HEADS) :].split(b"/", 1)
         seen = head.forgettable() or bool(self.oracle.lock((domain, name)).seers)
         return bool(head.members) or not seen
+
+
+def _names(scenario: Scenario) -> list[bytes]:
+    """The locks' names; in a quarter of the runs whose commits are of real size, as long as can be."""
+    names = [b"lock%d" % number for number in range(scenario.locks)]
+    if scenario.bounds.size < BOUNDS.size or Random(f"names {scenario.seed}").random() >= 0.25:
+        return names
+    return [name.ljust(LOCK_NAME_MAX, b"x") for name in names]
 
 
 def vars_of(user: object) -> dict[str, int]:
