@@ -330,7 +330,9 @@ def _etcd_store(
             f"SOURCE etcd:// needs `pip install dlmfs[etcd]` for the Python that runs dlmfs ({error})"
         ) from None
     timeout_s = Timing(options.ttl_s).renew_every_s
-    return EtcdStore(access(source, options), source.cluster, loop, boottime, timeout_s)
+    again = partial(access, source, options, again=True)
+    now = access(source, options)
+    return EtcdStore(now, source.cluster, loop, boottime, timeout_s, read=again)
 
 
 def _place(context: dict[str, object]) -> str:

@@ -29,12 +29,14 @@ def _same(data: bytes) -> bytes:
 
 
 class Relay(grpc.GenericRpcHandler):
-    """Runs from its making to `close`. `told`: the methods that it has lied about."""
+    """Runs from its making to `close`. `told`: the methods that it has lied about; `forbidden`: those
+    that are refused as a newer server refuses users what is its administrators'."""
 
     def __init__(self, target: str) -> None:
         self.endpoint = f"{loopback()}:{CLIENT_PORT}"
         self.lie: Lie | None = None
         self.told: list[str] = []
+        self.forbidden: set[str] = set()
         self._channel = grpc.insecure_channel(target, UNBOUNDED)
         self._server = grpc.server(
             ThreadPoolExecutor(16), handlers=[self], options=(*UNBOUNDED, ("grpc.so_reuseport", 0))
@@ -64,6 +66,9 @@ class Relay(grpc.GenericRpcHandler):
         once = self._channel.unary_unary(method, _same, _same)
 
         def unary(request: bytes, context: Any) -> bytes:
+            if method in self.forbidden:
+                self.told.append(method)
+                context.abort(grpc.StatusCode.PERMISSION_DENIED, "etcdserver: permission denied")
             try:
                 answer = once(request, metadata=context.invocation_metadata(), timeout=10)
             except grpc.RpcError as error:

@@ -189,6 +189,28 @@ class Etcd:
         member.start(self._initial)
         self.wait()
 
+    def add(self, host: str) -> Member:
+        """A further member, on another address; returns when it serves."""
+        number = 1 + max(int(member.name[1:]) for member in self.members)
+        new = Member(self.folder, f"m{number}", (host, CLIENT_PORT), enter=self.enter)
+        new.options = {**self.members[0].options, "initial-cluster-state": "existing"}
+        self.ctl("member", "add", new.name, f"--peer-urls={new.peer_url}")
+        self.members.append(new)
+        new.start(self._initial)
+        deadline = time.monotonic() + PATIENCE_S
+        while not self._healthy(new):
+            assert time.monotonic() < deadline, f"{new.name} does not answer: {self.logs()}"
+            time.sleep(0.02)
+        return new
+
+    def remove(self, member: Member) -> None:
+        """Take a member out for good; it ends by itself, and its address is nobody's then."""
+        self.members.remove(member)
+        found = json.loads(self.ctl("member", "list", "-w", "json"))["members"]
+        number = next(each["ID"] for each in found if each.get("name") == member.name)
+        self.ctl("member", "remove", f"{number:x}")
+        member.kill()
+
     def wait(self) -> None:
         """Until a quorum serves linearizable requests."""
         deadline = time.monotonic() + PATIENCE_S

@@ -15,7 +15,7 @@ import pytest
 
 from dlmfs.config import parse_source
 from dlmfs.errors import UsageError
-from dlmfs.store.etcd.store import unsound
+from dlmfs.store.etcd.about import unsound
 from tests.etcd.mounts import EtcdNodes, errno_of, put, trylock, value
 from tests.etcd.server import PATIENCE_S, Etcd, loopback
 from tests.fs.nodes import dlmfs
@@ -179,6 +179,9 @@ class Certificates:
         return Etcd(folder, hosts=[host], options=options, control=pairs)
 
 
+FILES: Final = {"cert": "client.crt", "key": "client.key"}
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl")
 def test_tls(folder: Path, start: Start) -> None:
     ours, foreign = Certificates(folder, "ours"), Certificates(folder, "foreign")
@@ -188,10 +191,13 @@ def test_tls(folder: Path, start: Start) -> None:
     foreign.sign("client", host)
     ca, cert, key = (ours.path(name) for name in ("ca.crt", "client.crt", "client.key"))
     good = (f"ca={ca}", f"cert={cert}", f"key={key}")
+    foreign_pair = tuple(f"{o}={foreign.path(f)}" for o, f in FILES.items())
     for options, code, words in (
         ((), 32, ""),
-        ((f"ca={foreign.path('ca.crt')}", *good[1:]), 32, ""),
-        ((good[0], f"cert={foreign.path('client.crt')}", f"key={key}"), 32, ""),
+        ((f"ca={foreign.path('ca.crt')}", *good[1:]), 32, "its certificate is not accepted"),
+        ((good[0], *foreign_pair), 32, "it refuses this node's certificate (bad certificate)"),
+        ((good[0], foreign_pair[0], f"key={key}"), 1, "do not belong together"),
+        ((f"ca={key}", *good[1:]), 1, "no whole certificate"),
         (good[:2], 1, "cert= and key= go together"),
         (good[1:], 1, "need ca="),
         ((*good[:2], "key=/nonexistent"), 1, "key=/nonexistent: No such file"),

@@ -15,7 +15,7 @@ from dlmfs.model import REVISION_MAX
 from dlmfs.store.base import Delete, Get, Look, Put, Range, Session, Txn, TxnResult, WatchBatch
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd import rpc
-from dlmfs.store.etcd.answers import JUMP_MAX, Nonsense
+from dlmfs.store.etcd.answers import JUMP_MAX, MEMBERS_MAX, Nonsense
 from dlmfs.store.etcd.rpc import MESSAGE_MAX, Access
 from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.store import EtcdStore
@@ -29,6 +29,7 @@ GRANT: Final = "/etcdserverpb.Lease/LeaseGrant"
 KEEP: Final = "/etcdserverpb.Lease/LeaseKeepAlive"
 LEFT: Final = "/etcdserverpb.Lease/LeaseTimeToLive"
 STATUS: Final = "/etcdserverpb.Maintenance/Status"
+MEMBERS: Final = "/etcdserverpb.Cluster/MemberList"
 WATCH: Final = "/etcdserverpb.Watch/Watch"
 PATIENCE_S: Final = 30.0
 
@@ -74,7 +75,7 @@ class Client:
         access = Access((relay.endpoint, etcd.members[0].endpoint))
         self.loop = loop
         self.store = EtcdStore(access, f"lies{id(self)}", loop, loop.time, 10.0)
-        self.store.version = "3.5.1"
+        self.store.about.version = "3.5.1"
         self.lost: list[DlmfsError] = []
 
     def _heard(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -251,7 +252,6 @@ LEASE_LIES: Final[dict[str, tuple[str, Callable[[str, bytes, bytes], bytes]]]] =
     "no time": (GRANT, changed(GRANT, pb.LeaseGrantResponse, _ttl(0))),
     "less than no time": (GRANT, changed(GRANT, pb.LeaseGrantResponse, _ttl(-5))),
     "a lease for ever": (GRANT, changed(GRANT, pb.LeaseGrantResponse, _ttl(1 << 60))),
-    "no status": (STATUS, said(STATUS, lambda _: b"\xff")),
 }
 
 
@@ -269,6 +269,41 @@ def test_a_session_is_begun_with_the_next_member(relay: Relay, shared_etcd: Etcd
     run(relay, shared_etcd, test)
 
 
+def _nobody(message: Any) -> None:
+    del message.members[:]
+
+
+def _crowd(message: Any) -> None:
+    for _ in range(MEMBERS_MAX):
+        message.members.add(client_urls=["http://10.1.2.3:2379"])
+
+
+TALK: Final[dict[str, tuple[str, Callable[[str, bytes, bytes], bytes]]]] = {
+    "no status": (STATUS, said(STATUS, lambda _: b"\xff")),
+    "a status of nothing": (STATUS, said(STATUS, lambda _: b"")),
+    "no list": (MEMBERS, said(MEMBERS, lambda _: b"\xff")),
+    "a list of nobody": (MEMBERS, changed(MEMBERS, pb.MemberListResponse, _nobody)),
+    "a crowd": (MEMBERS, changed(MEMBERS, pb.MemberListResponse, _crowd)),
+}
+
+
+@pytest.mark.parametrize("lie", TALK)
+def test_what_a_server_tells_of_itself_costs_no_connection(
+    relay: Relay, shared_etcd: Etcd, lie: str
+) -> None:
+    method, relay.lie = TALK[lie]
+
+    async def test(client: Client) -> None:
+        session = await client.session()
+        assert not isinstance(session, DlmfsError), session
+        assert method in relay.told
+        assert client.store.rpc.endpoint == relay.endpoint
+        assert client.store.rpc.trouble is None
+        assert client.store.rpc.members.found == ()
+
+    run(relay, shared_etcd, test)
+
+
 RENEWAL_LIES: Final[dict[str, Callable[[str, bytes, bytes], bytes]]] = {
     "no message": said(KEEP, lambda _: b"\xff\xff\xff"),
     "nothing": said(KEEP, lambda _: b""),
@@ -282,10 +317,10 @@ def test_a_renewal_is_tried_with_the_next_member(relay: Relay, shared_etcd: Etcd
     async def test(client: Client) -> None:
         session = await client.session()
         assert not isinstance(session, DlmfsError), session
-        began = session.renewed_at
         relay.lie = RENEWAL_LIES[lie]
+        await until_so(lambda: KEEP in relay.told)
+        began = session.renewed_at
         await until_so(lambda: session.renewed_at != began)
-        assert KEEP in relay.told
         assert not client.lost
 
     run(relay, shared_etcd, test)
@@ -306,7 +341,11 @@ def test_a_renewal_counts_from_its_sending(relay: Relay, shared_etcd: Etcd) -> N
                 session.clock = lambda: client.loop.time() + 1.0
             return answer
 
-        session.renewed = lambda session: counted.append(session.renewed_at)
+        def renewed(session: Session) -> None:
+            if answered:
+                counted.append(session.renewed_at)
+
+        session.renewed = renewed
         relay.lie = late
         await until_so(lambda: bool(counted))
         assert counted[0] is not None

@@ -19,7 +19,7 @@ from dlmfs.store.etcd.access import access, credentials, is_here
 from dlmfs.store.etcd.rpc import Access
 from tests.etcd.mounts import EtcdNodes, put, value
 from tests.etcd.server import loopback
-from tests.etcd.test_access import PASSWORD, Start, try_mount, with_users
+from tests.etcd.test_access import PASSWORD, Certificates, Start, try_mount, with_users
 from tests.etcd.test_access import credentials as file_of
 from tests.fs.nodes import dlmfs
 
@@ -74,8 +74,7 @@ def test_a_password_is_not_sent_in_clear_text(folder: Path, source: str) -> None
     assert PASSWORD not in str(caught.value)
     assert what(source, option, "insecure-password").password == PASSWORD
     assert what("etcd://127.0.0.1:2379,[::1]:2379/c", option).password == PASSWORD
-    authority = folder / "ca"
-    authority.write_text("an authority")
+    authority = Certificates(folder, "ours").path("ca.crt")
     assert what(source, option, f"ca={authority}").password == PASSWORD
 
 
@@ -162,19 +161,21 @@ def test_users_may_be_known_before_they_are_asked_for(folder: Path, start: Start
 )
 @needs_root
 def test_a_secret_is_root_s_or_one_s_own(folder: Path, uid: int, mode: int, good: bool) -> None:
+    ours = Certificates(folder, "ours")
+    ours.sign("client", "127.0.0.1")
     path = folder / "secret"
     path.write_text("user:password\n")
-    path.chmod(mode)
-    os.chown(path, uid, -1)
+    key = Path(ours.path("client.key"))
+    for secret in (path, key):
+        secret.chmod(mode)
+        os.chown(secret, uid, -1)
     refused = contextlib.nullcontext() if good else pytest.raises(NotPermitted, match=str(path))
     with refused:
         assert credentials(str(path)) == ("user", "password")
-    for name in ("ca", "cert"):
-        (folder / name).write_text("public")
+    files = [f"ca={ours.path('ca.crt')}", f"cert={ours.path('client.crt')}"]
     refused = contextlib.nullcontext() if good else pytest.raises(NotPermitted, match="key=")
     with refused:
-        files = [f"{option}={folder / option}" for option in ("ca", "cert")]
-        assert what("etcd://h/c", *files, f"key={path}").key == b"user:password\n"
+        assert what("etcd://h/c", *files, f"key={key}").key == key.read_bytes()
 
 
 @needs_root

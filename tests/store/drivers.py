@@ -143,7 +143,7 @@ class EtcdDriver:
     def open(self) -> EtcdStore:
         access = Access((self.endpoint(),))
         store = EtcdStore(access, self.cluster, self.loop, self.loop.time, self.patience_s)
-        store.version = "3.5.1"  # as if its warning had been said
+        store.about.version = "3.5.1"  # as if its warning had been said
         self.stores.append(store)
         return store
 

@@ -160,8 +160,8 @@ async def _endpoint(access: Access, endpoint: str, ttl_s: float, findings: list[
     import logging
 
     from dlmfs.store.etcd import etcd_pb2 as pb
+    from dlmfs.store.etcd.about import unsound
     from dlmfs.store.etcd.rpc import GRANT, REVOKE, STATUS, Rpc
-    from dlmfs.store.etcd.store import unsound
 
     logging.getLogger("dlmfs.etcd").setLevel(logging.CRITICAL)
     about = f"etcd {endpoint}"

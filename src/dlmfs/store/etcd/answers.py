@@ -19,6 +19,8 @@ JUMP_MAX: Final = 1 << 40
 `etcdutl snapshot restore --bump-revision` is told to use 10^9, which is a thousandth of it."""
 TTL_MAX_S: Final = 24 * 3600
 """A server rounds the lease time that is asked for up, to some election timeouts."""
+MEMBERS_MAX: Final = 100
+URLS_MAX: Final = 16
 _VERSION: Final = re.compile(r"[0-9A-Za-z.+-]{1,64}")
 _TOKEN: Final = re.compile(r"[!-~]{1,8192}")
 
@@ -131,6 +133,13 @@ def _status(_request: pb.StatusRequest, answer: pb.StatusResponse) -> None:
         raise Nonsense("its status has no version or no size")
 
 
+def _members(_request: pb.MemberListRequest, answer: pb.MemberListResponse) -> None:
+    if not 0 < len(answer.members) <= MEMBERS_MAX:
+        raise Nonsense(f"it speaks of {len(answer.members)} members")
+    if any(len(member.client_urls) > URLS_MAX for member in answer.members):
+        raise Nonsense("it speaks of a member with more addresses than there can be")
+
+
 def _token(_request: pb.AuthenticateRequest, answer: pb.AuthenticateResponse) -> None:
     if not _TOKEN.fullmatch(answer.token):
         raise Nonsense("its token is none")
@@ -160,4 +169,5 @@ _KINDS: Final[dict[type[Any], tuple[type[Any], Callable[[Any, Any], None]]]] = {
     pb.LeaseTimeToLiveRequest: (pb.LeaseTimeToLiveResponse, _same_lease),
     pb.StatusRequest: (pb.StatusResponse, _status),
     pb.AuthenticateRequest: (pb.AuthenticateResponse, _token),
+    pb.MemberListRequest: (pb.MemberListResponse, _members),
 }

@@ -6,6 +6,7 @@ Rules of this file
   (etcd-notes 10). Only what etcd says before it proposes anything is definite.
 * An answer that is none (`answers`) is no answer: so is whatever goes wrong here in reading it.
 * Any failure moves on to the next member, once for all calls that were under way on the old one.
+* With each connection the files of the mount are read again (`files`): certificates end and are renewed.
 * An answer whose revision is below one seen before it was asked for is from a store that went back
   in time (restored or wiped): everything we know is void (etcd-notes 11). That is not all: one that was
   restored may show larger revisions, so with each connection trust is lost (`session`).
@@ -18,23 +19,20 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from dlmfs.errors import (
-    Bug,
-    DlmfsError,
-    LockLost,
-    NotPermitted,
-    OutcomeUnknown,
-    StoreRestored,
-)
+from dlmfs.errors import DlmfsError, NotPermitted, OutcomeUnknown, StoreRestored
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.answers import Nonsense, check, check_jump
 from dlmfs.store.etcd.codec import only_reads
+from dlmfs.store.etcd.files import Files
+from dlmfs.store.etcd.login import NO_TOKEN, Login
+from dlmfs.store.etcd.members import Members
+from dlmfs.store.etcd.refusals import meaning
 
 log = logging.getLogger("dlmfs.etcd")
 
@@ -55,8 +53,6 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),  # whatever the environment says, it would be told the password
     ("grpc.service_config_disable_resolution", 1),  # nor does DNS say how we call
 )
-NO_TOKEN: Final = ""
-"""The cluster has users, and does not ask for them yet."""
 NEEDS_LEADER: Final = ("hasleader", "true")
 """A stream at a member without a leader is ended instead of staying silent."""
 
@@ -90,6 +86,10 @@ def report(loop: asyncio.AbstractEventLoop, where: str, error: Exception) -> str
     return f"a fault of this daemon ({type(error).__name__})"
 
 
+def _metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("token", token),) if token else ()
+
+
 class Method(NamedTuple):
     path: str
     request: type[Any]
@@ -117,6 +117,9 @@ TIME_TO_LIVE: Final = Method(
 )
 WATCH: Final = Method("/etcdserverpb.Watch/Watch", pb.WatchRequest, pb.WatchResponse)
 STATUS: Final = Method("/etcdserverpb.Maintenance/Status", pb.StatusRequest, pb.StatusResponse)
+MEMBER_LIST: Final = Method(
+    "/etcdserverpb.Cluster/MemberList", pb.MemberListRequest, pb.MemberListResponse
+)
 AUTHENTICATE: Final = Method(
     "/etcdserverpb.Auth/Authenticate", pb.AuthenticateRequest, pb.AuthenticateResponse
 )
@@ -146,17 +149,24 @@ class Stream(Protocol):
 
 
 class Rpc:
-    """See the rules at the head of the file. `lost(error)` is called when the store went back."""
+    """See the rules at the head of the file."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         access: Access,
         lost: Callable[[DlmfsError], None],
+        read: Callable[[], Access] | None = None,
     ) -> None:
+        """`lost(error)` is called when the store went back. `read`: reads `access` again; None: nothing
+        is read again. Raises DlmfsError."""
         self.loop = loop
-        self.access = access
         self.lost = lost
+        self.files = Files(loop, access, read)
+        self.login = Login(self.files, self._authenticate, loop.time)
+        self.members = Members(
+            access.endpoints, encrypted=access.ca is not None, secret=access.user is not None
+        )
         self.generation = 0
         """Counts the connections; names the one that a failure is about."""
         self.broken: Callable[[], None] | None = None
@@ -168,16 +178,21 @@ class Rpc:
         self.trouble: str | None = None
         """What the last call ended with, if it failed."""
         self._channel: grpc.aio.Channel | None = None
-        self._token: str | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
+    def access(self) -> Access:
+        return self.files.access
+
+    @property
     def endpoint(self) -> str:
-        return self.access.endpoints[self.generation % len(self.access.endpoints)]
+        return self.members.endpoint
 
     # -- connections --------------------------------------------------------------------------
 
-    def _connected(self) -> grpc.aio.Channel:
+    async def _connected(self) -> grpc.aio.Channel:
+        if self._channel is None and self.generation:
+            await self.files.look()
         if self._channel is None:
             access = self.access
             target = f"dns:///{self.endpoint}"  # a host may be called as one of gRPC's schemes is
@@ -197,6 +212,7 @@ class Rpc:
         self.trouble = why
         self._disconnect()
         self.generation += 1
+        self.members.next()
         if self.broken is not None:
             self.broken()
 
@@ -223,13 +239,23 @@ class Rpc:
         lease), NotPermitted, Bug (a request that etcd cannot accept)."""
         assert method is not TXN or not only_reads(request), "it may make the server panic"
         floor, generation = self.revision, self.generation
-        answer = await self._call(method, request, timeout_s)
-        self.believe(generation, lambda: self._check(request, answer, floor))
+        answer, endpoint = await self._call(method, request, timeout_s)
+        self.believe(generation, lambda: self._check(request, answer, endpoint, floor))
         if self.trouble is not None:
-            log.info("etcd at %s answers", self.endpoint)
+            log.info("etcd at %s answers", endpoint)
             self.trouble = None
         if method is TXN or method is RANGE:
             self._look_back(answer.header, floor)
+        return answer
+
+    async def inquire(self, method: Method, request: Any, timeout_s: float) -> Any:
+        """The same for a question by which nothing stands or falls: whatever comes of it, the connection
+        is kept, and nobody hears of trouble. Raises OutcomeUnknown, NotPermitted, Bug."""
+        answer, endpoint = await self._call(method, request, timeout_s, harmless=True)
+        try:
+            self._check(request, answer, endpoint, 0)
+        except Nonsense as error:
+            raise OutcomeUnknown(f"etcd at {endpoint}: {error}") from None
         return answer
 
     def believe(self, generation: int, look: Callable[[], None]) -> None:
@@ -241,21 +267,25 @@ class Rpc:
             self.failed(generation, str(error))
             raise OutcomeUnknown(f"etcd at {endpoint}: {error}") from None
 
-    @staticmethod
-    def _check(request: Any, answer: Any, floor: int) -> None:
+    def _check(self, request: Any, answer: Any, endpoint: str, floor: int) -> None:
         check(request, answer)
         check_jump(floor, answer.header.revision)
+        if not self.members.are(endpoint, answer.header.cluster_id):
+            raise Nonsense("it is of another cluster than those that named it")
 
-    async def _call(self, method: Method, request: Any, timeout_s: float) -> Any:
+    async def _call(
+        self, method: Method, request: Any, timeout_s: float, *, harmless: bool = False
+    ) -> tuple[Any, str]:
+        """The answer, and who gave it."""
         for attempt in range(2):
-            generation = self.generation
+            generation, token = self.generation, NO_TOKEN
             try:
-                return await self._send(method, request, timeout_s)
+                token = await self._token(timeout_s)
+                return await self._send(method, request, timeout_s, token)
             except grpc.aio.AioRpcError as error:
-                if attempt == 0 and self._token_is_old(error):
-                    self._token = None
+                if self.login.is_old(error, token) and attempt == 0:
                     continue
-                self._raise(error, generation)
+                self._raise(error, generation, harmless=harmless)
             except asyncio.CancelledError:
                 if cancelling():
                     raise
@@ -268,84 +298,62 @@ class Rpc:
                 raise OutcomeUnknown(f"etcd at {self.endpoint}: {why}") from None
         raise AssertionError
 
-    async def _send(self, method: Method, request: Any, timeout_s: float) -> Any:
-        metadata = await self._metadata(timeout_s)
-        stub = self._connected().unary_unary(
+    async def _send(
+        self, method: Method, request: Any, timeout_s: float, token: str
+    ) -> tuple[Any, str]:
+        channel, endpoint = await self._connected(), self.endpoint
+        stub = channel.unary_unary(
             method.path,
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.read,
         )
-        return await stub(request, timeout=timeout_s, metadata=metadata)
+        return await stub(request, timeout=timeout_s, metadata=_metadata(token)), endpoint
 
     async def stream(self, method: Method, timeout_s: float | None = None) -> Stream:
         """A two-way call on the present connection. The caller reports its failure."""
-        metadata = (*(await self._metadata(timeout_s or 5.0)), NEEDS_LEADER)
-        stub = self._connected().stream_stream(
+        metadata = (*_metadata(await self._token(timeout_s or 5.0)), NEEDS_LEADER)
+        channel = await self._connected()
+        stub = channel.stream_stream(
             method.path,
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.read,
         )
         return stub(metadata=metadata, timeout=timeout_s)
 
-    async def _metadata(self, timeout_s: float) -> tuple[tuple[str, str], ...]:
-        if self.access.user is None:
-            return ()
-        if self._token is None:
-            stub = self._connected().unary_unary(
-                AUTHENTICATE.path,
-                request_serializer=AUTHENTICATE.request.SerializeToString,
-                response_deserializer=AUTHENTICATE.read,
-            )
-            request = pb.AuthenticateRequest(name=self.access.user, password=self.access.password)
-            generation = self.generation
-            try:
-                answer = await stub(request, timeout=timeout_s)
-            except grpc.aio.AioRpcError as error:
-                if "authentication is not enabled" not in (error.details() or ""):
-                    raise
-                self._token = NO_TOKEN
-            else:
-                self.believe(generation, lambda: check(request, answer))
-                self._token = answer.token
-        return (("token", self._token),) if self._token else ()
+    # -- the user -----------------------------------------------------------------------------
+
+    async def _token(self, timeout_s: float) -> str:
+        try:
+            return await self.login.token(timeout_s)
+        except NotPermitted as error:
+            self._note(str(error))
+            raise
+
+    async def _authenticate(
+        self, request: pb.AuthenticateRequest, timeout_s: float
+    ) -> pb.AuthenticateResponse:
+        generation = self.generation
+        answer, _ = await self._send(AUTHENTICATE, request, timeout_s, NO_TOKEN)
+        self.believe(generation, lambda: check(request, answer))
+        assert isinstance(answer, pb.AuthenticateResponse)
+        return answer
 
     # -- answers ------------------------------------------------------------------------------
 
-    def _token_is_old(self, error: grpc.aio.AioRpcError) -> bool:
-        """Whether a new token may mend it; the first one of all, where users were not needed before."""
-        details = error.details() or ""
-        first = self._token == NO_TOKEN and "user name is empty" in details
-        return error.code() is grpc.StatusCode.UNAUTHENTICATED or (
-            error.code() is grpc.StatusCode.INVALID_ARGUMENT
-            and (first or "revision of auth store is old" in details)
-        )
+    def _raise(self, error: grpc.aio.AioRpcError, generation: int, *, harmless: bool) -> NoReturn:
+        meant = meaning(error.code(), error.details() or "no details", self.endpoint)
+        if meant.broken and not harmless:
+            assert meant.trouble is not None
+            self.failed(generation, meant.trouble)
+        elif meant.trouble is not None and not harmless:
+            self._note(meant.trouble)
+        raise meant.error from None
 
-    def _raise(self, error: grpc.aio.AioRpcError, generation: int) -> None:
-        code, details = error.code(), error.details() or "no details"
-        endpoint = self.endpoint
-        if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
-            raise LockLost("the lease has ended") from None
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            self.trouble = details
-            raise NotPermitted(
-                f"etcd at {self.endpoint} refuses this user ({details}): see -o credentials=FILE"
-            ) from None
-        if code is grpc.StatusCode.INVALID_ARGUMENT and "user name is empty" in details:
-            raise NotPermitted(
-                f"etcd at {endpoint} wants a user and a password: give -o credentials=FILE"
-            ) from None
-        if code is grpc.StatusCode.INVALID_ARGUMENT and "authentication failed" in details:
-            raise NotPermitted(
-                f"etcd at {self.endpoint} does not know this user and password: see "
-                "-o credentials=FILE"
-            ) from None
-        if code is grpc.StatusCode.INVALID_ARGUMENT and "revision of auth store" not in details:
-            raise Bug(f"etcd refused a request: {details}") from None
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in details:
-            self.trouble = details  # said after applying, too (protocol-traps 14)
-        else:
-            self.failed(generation, f"{code.name.lower()}: {details}")
-        raise OutcomeUnknown(f"etcd at {endpoint} did not answer ({details})") from None
+    def _note(self, trouble: str) -> None:
+        """What is wrong lies not in the connection."""
+        if self.trouble is None:
+            log.warning("%s", trouble)
+        self.trouble = trouble
 
     def _look_back(self, header: pb.ResponseHeader, floor: int) -> None:
         if self.cluster_id not in (0, header.cluster_id):

@@ -216,7 +216,8 @@ class EtcdSession:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return 0
-            self.rpc.failed(generation, error.details() or error.code().name)
+            if not self.rpc.login.is_old(error):
+                self.rpc.failed(generation, error.details() or error.code().name)
             raise OutcomeUnknown("no answer to a renewal") from None
         except asyncio.CancelledError:
             if cancelling():

@@ -7,10 +7,8 @@ Nothing else there is read or touched.
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.store.base import (
@@ -26,11 +24,11 @@ from dlmfs.store.base import (
 )
 from dlmfs.store.check import check
 from dlmfs.store.etcd import etcd_pb2 as pb
+from dlmfs.store.etcd.about import About, unsound
 from dlmfs.store.etcd.codec import Codec, only_reads
 from dlmfs.store.etcd.rpc import (
     RANGE,
     REVOKE,
-    STATUS,
     TIME_TO_LIVE,
     TXN,
     Access,
@@ -42,27 +40,7 @@ from dlmfs.store.etcd.session import EtcdSession
 from dlmfs.store.etcd.watch import EtcdWatch
 from dlmfs.timing import Clock
 
-log = logging.getLogger("dlmfs.etcd")
-
-SOUND: Final = ((3, 4, 38), (3, 5, 23), (3, 6, 5))
-"""The first of each line where a renewal cannot succeed on a revoked lease (etcd PR 20590) and a stuck
-old leader cannot revoke live ones (issue 15247); see etcd-notes 5."""
-SIZE_EVERY_S: Final = 10.0
-
 T = TypeVar("T")
-
-
-def unsound(version: str) -> str | None:
-    """What to say of a server version whose lease bugs are not mended; None if they are."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
-    line = next((sound for sound in SOUND if sound[:2] == numbers[:2]), None)
-    if numbers >= SOUND[-1] or (line is not None and numbers >= line):
-        return None
-    want = ".".join(map(str, line or SOUND[-1]))
-    return (
-        f"etcd {version} may renew a lease that it has revoked (mended in {want}): "
-        "rely on tokens, or upgrade it"
-    )
 
 
 class EtcdStore:
@@ -77,19 +55,20 @@ class EtcdStore:
         loop: asyncio.AbstractEventLoop,
         clock: Clock,
         timeout_s: float,
+        *,
+        read: Callable[[], Access] | None = None,
     ) -> None:
+        """`read`: reads `access` again (`rpc.Rpc`)."""
         self.loop = loop
         self.codec = Codec(f"dlmfs/{cluster}/".encode())
         self.clock = clock
         self.timeout_s = timeout_s
-        self.rpc = Rpc(loop, access, self._void)
+        self.rpc = Rpc(loop, access, self._void, read)
         self.rpc.broken = self._broken
+        self.about = About(self.rpc, clock)
         self.session: EtcdSession | None = None
         self.watches: list[EtcdWatch] = []
-        self.version = "unknown"
         self.commits = 0
-        self._size = 0
-        self._looked = -SIZE_EVERY_S
         self.renewed: Callable[[EtcdSession], None] | None = None
         """Called with a session that is begun or renewed; may be set later."""
         self._lost: Callable[[DlmfsError], None] | None = None
@@ -202,27 +181,30 @@ class EtcdStore:
         done: Callable[[EtcdSession | DlmfsError], None],
         witness: Witness | None,
     ) -> None:
-        for attempt in range(len(self.rpc.access.endpoints) + 1):
+        attempts = len(self.rpc.members) + 1
+        for attempt in range(attempts):
             session = EtcdSession(
                 self.rpc, self.codec, self.clock, lost, renewed=self._renewed, witness=witness
             )
             try:
-                await self._look()
                 await session.open(ttl_s)
                 break
             except DlmfsError as error:
                 # Perhaps granted all the same: nothing hangs on it, so let it not stay behind.
                 self._start(session.revoke())
-                last = attempt == len(self.rpc.access.endpoints)
-                if last or not isinstance(error, OutcomeUnknown):
+                if attempt + 1 == attempts or not isinstance(error, OutcomeUnknown):
                     done(error)
                     return
-        self.session = session
+        first, self.session = self.session is None, session
+        if first:  # what is said of the version belongs to the mount's first words
+            await self.about.look()
         done(session)
 
     def _renewed(self, session: EtcdSession) -> None:
         if self.renewed is not None:
             self.renewed(session)
+        if session is self.session and self.about.is_due():
+            self._start(self.about.look())
 
     def end_session(self, lease: int, done: Callable[[DlmfsError | None], None]) -> None:
         """End another session, whose owner is known to be over."""
@@ -249,36 +231,22 @@ class EtcdStore:
 
     # -- facts --------------------------------------------------------------------------------
 
-    async def _look(self) -> None:
-        status = await self.rpc.call(STATUS, pb.StatusRequest(), self.timeout_s)
-        if self.version != status.version:
-            self.version = status.version
-            warning = unsound(status.version)
-            if warning is not None:
-                log.warning("%s", warning)
-        self._size = status.db_size
-
     def size_mb(self) -> float:
-        """The whole database, ours and others'; asked for again when it is 10 s old."""
-        if self.clock() - self._looked >= SIZE_EVERY_S:
-            self._looked = self.clock()
-            self._start(self._look_again())
-        return self._size / 1e6
-
-    async def _look_again(self) -> None:
-        try:
-            await self._look()
-        except DlmfsError:
-            return
+        """The whole database, ours and others'; 0 where etcd does not tell it."""
+        return self.about.size_mb
 
     def describe(self) -> dict[str, object]:
         return {
             "store": "etcd",
             "endpoints": list(self.rpc.access.endpoints),
+            "members": list(self.rpc.members.found),
             "endpoint": self.rpc.endpoint,
-            "version": self.version,
-            "warning": unsound(self.version) if self.version != "unknown" else None,
+            "version": self.about.version,
+            "warning": unsound(self.about.version),
             "trouble": self.rpc.trouble,
+            "files": self.rpc.files.trouble,
+            "user": self.rpc.access.user,
+            "user_asked_for": not self.rpc.login.unasked,
             "revision": self.rpc.revision,
             "commits": self.commits,
         }

@@ -24,6 +24,8 @@ SILENCE_S: Final = 2.0
 """After this long without a word the server is asked for one; after as long again the stream is
 given up."""
 RETRY_S: Final = 0.1
+REFUSED_S: Final = 0.5
+"""A new token costs the server some work."""
 
 
 class EtcdWatch:
@@ -116,6 +118,7 @@ class EtcdWatch:
                     self.sink(WatchGap(response.compact_revision))
                     return
                 if response.canceled:
+                    await self._refused(response.cancel_reason)
                     return
                 pending.extend(response.events)
                 size += response.ByteSize()
@@ -129,6 +132,13 @@ class EtcdWatch:
                     pending, size = [], 0
         finally:
             listening.cancel()
+
+    async def _refused(self, reason: str) -> None:
+        """The server ended the watch, perhaps for its user: older ones do not tell a token that is not
+        known any more from a right that is not there."""
+        if "permission denied" in reason or "auth" in reason or "user name is empty" in reason:
+            self.rpc.login.forget()
+            await asyncio.sleep(REFUSED_S)
 
     async def _listen(self, stream: Stream) -> None:
         """Ask for a word after a silence, and give the stream up after another: a link may be dead

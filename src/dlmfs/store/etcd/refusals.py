@@ -1,0 +1,59 @@
+"""What an error of gRPC or etcd means: whether a request may have been applied, and what is said."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+import grpc
+
+from dlmfs.errors import Bug, DlmfsError, LockLost, NotPermitted, OutcomeUnknown
+
+NO_USER: Final = "user name is empty"
+WRONG_USER: Final = "authentication failed"
+OLD_REVISION: Final = "revision of auth store is old"
+NOT_ENABLED: Final = "authentication is not enabled"
+
+_UNVERIFIED: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]*)")
+_ALERT: Final = re.compile(r"_ALERT_([A-Z_]+)")
+
+
+class Meaning(NamedTuple):
+    """`error`: for the caller. `trouble`: what is wrong with the store, for people; None if nothing is.
+    `broken`: whether another member may do better."""
+
+    error: DlmfsError
+    trouble: str | None = None
+    broken: bool = False
+
+
+def meaning(code: grpc.StatusCode, details: str, endpoint: str) -> Meaning:
+    """Of what the server at `endpoint` answered, or gRPC in its stead."""
+    invalid = code is grpc.StatusCode.INVALID_ARGUMENT
+    if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
+        return Meaning(LockLost("the lease has ended"))
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        says = f"etcd at {endpoint} refuses this user ({details}): see -o credentials=FILE"
+        return Meaning(NotPermitted(says), details)
+    if invalid and NO_USER in details:
+        says = f"etcd at {endpoint} wants a user and a password: give -o credentials=FILE"
+        return Meaning(NotPermitted(says), says)
+    if invalid and OLD_REVISION not in details:
+        return Meaning(Bug(f"etcd refused a request: {details}"))
+    unknown = OutcomeUnknown(f"etcd at {endpoint} did not answer ({tls(details) or details})")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in details:
+        return Meaning(unknown, details)  # said after applying, too (protocol-traps 14)
+    return Meaning(unknown, tls(details) or f"{code.name.lower()}: {details}", broken=True)
+
+
+def tls(details: str) -> str | None:
+    """In words, what failed between two who should have proved to each other who they are; None if
+    nothing did."""
+    if found := _UNVERIFIED.search(details):
+        return f"its certificate is not accepted ({found[1].strip()}): see ca=FILE, and what it presents"
+    if found := _ALERT.search(details):
+        return (
+            f"it refuses this node's certificate ({found[1].replace('_', ' ').lower()}): "
+            "see cert=FILE, whether it has ended, and whom the server believes"
+        )
+    return None
