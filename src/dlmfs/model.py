@@ -13,12 +13,6 @@ from typing import Final
 LVB_SIZE: Final = 64
 """Bytes of a lock value block (dlmfs.txt, "Locking")."""
 
-LOCK_NAME_MAX: Final = 255
-"""Longest lock name in bytes: NAME_MAX of Linux. (The kernel's dlmfs has 31.)"""
-
-DOMAIN_NAME_MAX: Final = 63
-"""Longest domain name in bytes, as in the kernel's dlmfs (64..255 EINVAL)."""
-
 EMPTY_LVB: Final = bytes(LVB_SIZE)
 
 NODE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

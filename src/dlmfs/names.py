@@ -7,7 +7,13 @@ has the kernel's 63: it is in every key of the store, and is written by a person
 
 from __future__ import annotations
 
-from dlmfs.model import DOMAIN_NAME_MAX, LOCK_NAME_MAX
+from typing import Final
+
+LOCK_NAME_MAX: Final = 255
+"""Bytes: NAME_MAX of Linux."""
+
+DOMAIN_NAME_MAX: Final = 63
+"""Bytes."""
 
 
 def is_domain(name: bytes) -> bool:

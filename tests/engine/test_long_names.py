@@ -12,8 +12,8 @@ from dlmfs.engine.questions import ASKED_MAX, LETTER_MAX
 from dlmfs.engine.records import NODES, Keys, decode_news, encode_news, lock_of
 from dlmfs.engine.sender import BATCH_MAX
 from dlmfs.errors import BadState
-from dlmfs.model import DOMAIN_NAME_MAX, LOCK_NAME_MAX, Mode
-from dlmfs.names import domain_fault, is_domain, is_lock, lock_fault
+from dlmfs.model import Mode
+from dlmfs.names import DOMAIN_NAME_MAX, LOCK_NAME_MAX, domain_fault, is_domain, is_lock, lock_fault
 from dlmfs.store.base import BOUNDS, KeyValue, Put, Txn, created_at
 from dlmfs.store.check import operations, size
 from tests.engine.cluster import LockHistory

@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from dlmfs.engine.fields import FORMAT, Fields, node_name
-from dlmfs.model import EMPTY_LVB, LOCK_NAME_MAX, LVB_SIZE, Mode
-from dlmfs.names import is_domain, is_lock
+from dlmfs.model import EMPTY_LVB, LVB_SIZE, Mode
+from dlmfs.names import LOCK_NAME_MAX, is_domain, is_lock
 from dlmfs.store.base import KeyValue
 
 DOMAINS: Final = b"d/"

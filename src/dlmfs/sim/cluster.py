@@ -24,7 +24,8 @@ from dlmfs.engine.eviction import EVICT
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import HEADS, NODES, decode_head
 from dlmfs.engine.timeline import OFFSET, STAMP
-from dlmfs.model import LOCK_NAME_MAX, Mode
+from dlmfs.model import Mode
+from dlmfs.names import LOCK_NAME_MAX
 from dlmfs.sim import actions, trouble, words
 from dlmfs.sim.checks import Checks, Open
 from dlmfs.sim.crowd import crowd
