@@ -14,6 +14,8 @@ from dlmfs.model import NODE_NAME, DeadValue, HolderRule, Limits, OnLost
 from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
+RUN_MAX: Final = 88
+"""A socket's path has 107 bytes (unix(7))."""
 DELAY_MAX_S: Final = 3600.0
 ETCD_PORT: Final = 2379
 ENDPOINT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
@@ -49,6 +51,8 @@ class MountOptions:
     key: str | None = None
     credentials: str | None = None
     insecure_password: bool = False
+    run: str | None = None
+    """The folder of control socket and deadline; None: the default one (`rundir`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,14 @@ def _parse_file(name: str, value: str) -> dict[str, object]:
     return {name: value}
 
 
+def _parse_folder(name: str, value: str) -> dict[str, object]:
+    if not value.startswith("/") or value == "/" or len(value) > RUN_MAX:
+        raise UsageError(
+            f"{name}={value}: give a folder's absolute path, of up to {RUN_MAX} characters"
+        )
+    return {name: value}
+
+
 def _parse_fsname(_name: str, value: str) -> dict[str, object]:
     return {"fsname": value}
 
@@ -235,6 +247,7 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "cert": _parse_file,
     "key": _parse_file,
     "credentials": _parse_file,
+    "run": _parse_folder,
     "fsname": _parse_fsname,
     "subtype": _parse_subtype,
 }

@@ -8,6 +8,7 @@ the socket's place the mount itself is looked at (`fuse.glance`): only its answe
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import struct
@@ -76,25 +77,37 @@ def _connect(sock: socket.socket, entry: MountEntry) -> int:
     """The process at the other end; 0 if it is of a pid namespace that is not seen here. Raises
     Unavailable, Unseen, NoAnswer, NotPermitted."""
     try:
-        sock.connect(str(control_path(entry)))
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise _not_found(entry) from None
+        path = _reached(sock, entry)
     except PermissionError:
         raise NotPermitted(f"the daemon of {entry.mountpoint} is another user's") from None
     except OSError as error:  # too many wait to be let in: it is stopped, or overrun
         raise NoAnswer(
             f"the daemon of {entry.mountpoint} lets nobody in: {error.strerror or error}"
         ) from None
+    if path is None:
+        raise _not_found(entry)
     pid, uid = _peer(sock)
     if uid not in (0, rundir.owner_of(entry)):
         if uid == folders.outside():
             why = "who listens for it is of another user namespace"
             raise _unseen(entry, why, glance.look(entry).life)
         raise NotPermitted(
-            f"what answers for {entry.mountpoint} is not its daemon: another user made "
-            f"{control_path(entry)}"
+            f"what answers for {entry.mountpoint} is not its daemon: another user made {path}"
         )
     return pid
+
+
+def _reached(sock: socket.socket, entry: MountEntry) -> str | None:
+    """The first place where somebody listens, connected; None: there is none. Raises OSError."""
+    name = rundir.name(entry.dev, "sock")
+    for folder in rundir.places(rundir.owner_of(entry)):
+        path = os.path.join(folder, name)
+        try:
+            sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            continue  # left of a dead daemon, perhaps, and ours has found no room there
+        return path
+    return None
 
 
 def _not_found(entry: MountEntry) -> Unavailable:

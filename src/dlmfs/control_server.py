@@ -140,12 +140,20 @@ class _Rations:
 
 class ControlServer:
     """Answers questions about one daemon; to other users than root and its own only where
-    `allow_other`. Raises NotPermitted."""
+    `allow_other`. `run`: the folder to listen in, see `rundir`."""
+
+    path: Path
 
     def __init__(
-        self, entry: MountEntry, handlers: Mapping[str, Handler], *, allow_other: bool
+        self,
+        entry: MountEntry,
+        handlers: Mapping[str, Handler],
+        *,
+        allow_other: bool,
+        run: str | None = None,
     ) -> None:
-        self.path = Path(rundir.make_folder(os.getuid()), rundir.name(entry.dev, "sock"))
+        self._name = rundir.name(entry.dev, "sock")
+        self._run = run
         self.handlers = handlers
         self.allow_other = allow_other
         self._server: asyncio.Server | None = None
@@ -156,15 +164,12 @@ class ControlServer:
         self._cluster = asyncio.Semaphore(CLUSTER_AT_ONCE)
 
     async def start(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()  # of a dead daemon whose device number we got
-        self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
-        folder = folders.enter(str(self.path.parent))
-        try:
-            folders.set_mode(folder, self.path.name, 0o666)
-        finally:
-            os.close(folder)
+        """Raises MountFailed where no socket can be made."""
+        sock, self.path = rundir.put(
+            lambda folder: _bound(Path(folder, self._name)), "control socket", self._run
+        )
         self._inode = self.path.lstat().st_ino
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=LINE_MAX)
 
     async def close(self) -> None:
         if self._server is not None:
@@ -244,6 +249,24 @@ async def _send(writer: asyncio.StreamWriter, answer: Facts) -> None:
         writer.write(piece)
         await writer.drain()
         await asyncio.sleep(0)
+
+
+def _bound(path: Path) -> tuple[socket.socket, Path]:
+    """A socket there that all may connect to; nobody listens yet. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()  # of a dead daemon whose device number we got
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(str(path))
+        folder = folders.enter(str(path.parent))
+        try:
+            folders.set_mode(folder, path.name, 0o666)
+        finally:
+            os.close(folder)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, path
 
 
 def _asker(sock: socket.socket) -> Asker:

@@ -50,20 +50,34 @@ def _namespace() -> int:
 class Published:
     """The daemon's end."""
 
-    def __init__(self, dev: str) -> None:
-        """`dev`: the mount's device. Nothing is good yet. Raises OSError, NotPermitted."""
-        self.path = os.path.join(rundir.make_folder(os.getuid()), rundir.name(dev, "lease"))
+    def __init__(self, dev: str, run: str | None = None) -> None:
+        """`dev`: the mount's device; `run`: the folder to put it in, see `rundir`. Nothing is good yet.
+        Raises MountFailed."""
         self._namespace = _namespace()
-        new = f"{self.path}.new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _whole(fcntl.F_WRLCK))
-        os.pwrite(self._fd, RECORD.pack(0.0, 0, self._namespace), 0)
-        os.fchmod(self._fd, 0o644)  # whoever may use the mount may read it
         self._session = 0
         self._over = 0
-        os.rename(new, self.path)  # never there without its lock
+        self.path, self._fd = rundir.put(
+            lambda folder: self._put(os.path.join(folder, rundir.name(dev, "lease"))),
+            "lease's deadline",
+            run,
+        )
+
+    def _put(self, path: str) -> tuple[str, int]:
+        """The file, and a descriptor of it. Raises OSError; nothing is left then."""
+        new = f"{path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _whole(fcntl.F_WRLCK))
+            os.pwrite(fd, RECORD.pack(0.0, 0, self._namespace), 0)
+            os.fchmod(fd, 0o644)  # whoever may use the mount may read it
+            os.rename(new, path)  # never there without its lock
+        except OSError:
+            os.close(fd)
+            os.unlink(new)
+            raise
+        return path, fd
 
     def tell(self, fence_at: float, session: int) -> None:
         """What the session has been granted is good until then (inf: for as long as this process

@@ -26,7 +26,7 @@ from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
 from dlmfs.engine import membership
 from dlmfs.engine.membership import Membership
-from dlmfs.errors import DlmfsError, Unavailable, UsageError
+from dlmfs.errors import DlmfsError, UsageError
 from dlmfs.faults import Faults
 from dlmfs.fence import LeaseTimer, Watchdog
 from dlmfs.fs.filesystem import FileSystem
@@ -95,6 +95,7 @@ class Node:
                 self._entry,
                 handlers(self),
                 allow_other=self.config.options.allow_other is not False and os.getuid() == 0,
+                run=self.config.options.run,
             )
             await control.start()
             undo.push_async_callback(control.close)
@@ -217,10 +218,7 @@ class Node:
 
     def _publish(self, undo: contextlib.AsyncExitStack) -> None:
         """Tell programs the deadline, before any of them can be granted something."""
-        try:
-            published = Published(self._entry.dev)
-        except OSError as error:
-            raise Unavailable(f"the deadline cannot be told: {error}") from None
+        published = Published(self._entry.dev, self.config.options.run)
         undo.callback(published.close)
 
         def tell(session: Session) -> None:

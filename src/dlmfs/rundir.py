@@ -1,16 +1,19 @@
 """Where a daemon puts what programs must find without asking it: its socket, its deadline.
 
-The place follows from the mount table alone: the user that mounted it, and the device number.
+The place follows from the mount table alone: the user that mounted it, and the device number. Where
+that cannot be written, or is to be shared with a container, `run=` names another for the daemon and
+$DLMFS_RUN for programs.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from dlmfs import folders
-from dlmfs.errors import BadState, NotPermitted
+from dlmfs.errors import BadState, MountFailed
 from dlmfs.fuse.mountinfo import MountEntry
 
 
@@ -27,14 +30,25 @@ def is_trusted(entry: MountEntry) -> bool:
     return owner_of(entry) in (0, os.getuid())
 
 
+def named() -> str | None:
+    """What the environment says, if it is a place that means the same everywhere."""
+    folder = os.environ.get(ENVIRONMENT, "")
+    return folder if folder.startswith("/") else None
+
+
 def places(uid: int) -> tuple[str, ...]:
     """Where daemons of this user have theirs, or would, the best first. /run may be read-only, or another
     user's where root is not the machine's root (containers)."""
-    path = _user_folder(uid)
+    path, chosen = _user_folder(uid), named()
     own = folders.owned(path, uid) or [path]
-    return (*([ROOT] if uid == 0 else []), *(f"{each}/{folders.CONTROL}" for each in own))
+    return (
+        *([f"{chosen.rstrip('/')}/{folders.CONTROL}"] if chosen is not None else []),
+        *([ROOT] if uid == 0 else []),
+        *(f"{each}/{folders.CONTROL}" for each in own),
+    )
 
 
+ENVIRONMENT: Final = "DLMFS_RUN"
 ROOT: Final = f"/run/dlmfs/{folders.CONTROL}"
 
 
@@ -57,12 +71,34 @@ def name(dev: str, suffix: str) -> str:
     return f"{dev.replace(':', '-')}.{suffix}"
 
 
-def make_folder(uid: int) -> str:
-    """The first folder that is ours alone, or can be made so. Raises NotPermitted."""
-    refused = ""
-    for path in (*([os.path.dirname(ROOT)] if uid == 0 else []), _user_folder(uid)):
+T = TypeVar("T")
+
+
+def put(make: Callable[[str], T], what: str, chosen: str | None) -> T:
+    """What `make` makes in the first folder of ours where that can be done: a file system may be
+    read-only, or full. `chosen`: the only one (`run=`). Raises MountFailed, with what to do."""
+    uid, refused = os.getuid(), []
+    default = (*([os.path.dirname(ROOT)] if uid == 0 else []), _user_folder(uid))
+    for path in (chosen,) if chosen is not None else default:
         try:
-            return f"{folders.settle(path, 0o755 if uid == 0 else 0o700)}/{folders.CONTROL}"
-        except (OSError, BadState) as error:
-            refused = refused or str(error)
-    raise NotPermitted(f"no place for the control socket: {refused}")
+            return make(make_folder(path, uid, settle=chosen is None))
+        except BadState as error:
+            refused.append(str(error))
+        except OSError as error:
+            refused.append(f"{path}: {error.strerror or error}")
+    mend = "mend that, or name a folder of your own" if chosen is None else "name another folder"
+    raise MountFailed(
+        f"no place for the {what}: {'; '.join(refused)}. To do: {mend} on a file system that can be "
+        "written and has room: -o run=DIR"
+    )
+
+
+def make_folder(path: str, uid: int, *, settle: bool) -> str:
+    """The folder `path` of this user alone, and in it the one for sockets and deadlines. `settle`: it
+    lies where everybody may make folders. Raises BadState, OSError."""
+    mode = 0o755 if uid == 0 else 0o700
+    if settle:
+        return f"{folders.settle(path, mode)}/{folders.CONTROL}"
+    inner = f"{path.rstrip('/')}/{folders.CONTROL}"
+    os.close(folders.make_path([path.rstrip("/"), inner], mode))
+    return inner

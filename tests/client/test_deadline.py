@@ -27,7 +27,7 @@ UID = os.getuid()
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o755)
     monkeypatch.setattr(rundir, "places", lambda _uid: (str(tmp_path / "none"), str(tmp_path)))
-    monkeypatch.setattr(rundir, "make_folder", lambda _uid: str(tmp_path))
+    monkeypatch.setattr(rundir, "make_folder", lambda *_, **_settle: str(tmp_path))
 
 
 @pytest.fixture

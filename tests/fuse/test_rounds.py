@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs import privileges, rundir
+from dlmfs import privileges, rundir, takedown
 from dlmfs.config import MountConfig, parse_options, parse_source
 from dlmfs.control import control_path
 from dlmfs.control_server import ControlServer
@@ -164,6 +164,7 @@ def test_whole_nodes_in_this_process(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     # The daemon is this very process, and other tests need root's rights.
     monkeypatch.setattr(privileges, "confine", lambda _kept: None)
+    monkeypatch.setattr(takedown, "begin", lambda: None)  # nor is its process to end
     where = str(folder / "mnt")
     source = f"local:{folder}/state.db"
     config = MountConfig(source, parse_source(source), where, parse_options(["node=x"]))
@@ -247,7 +248,7 @@ def test_the_next_mounts_control_socket_stays(
 ) -> None:
     """A device number is free as soon as the mount is gone, which is before its daemon has ended:
     by then the socket of that name may be the next daemon's."""
-    monkeypatch.setattr(rundir, "make_folder", lambda _uid: str(tmp_path))
+    monkeypatch.setattr(rundir, "make_folder", lambda *_, **_settle: str(tmp_path))
     entry = MountEntry(1, 0, "/mnt", "local", "fuse.dlmfs", "0:40", (), ())
 
     async def overlap() -> bool:

@@ -8,12 +8,14 @@ import logging
 import os
 import select
 import stat
+from dataclasses import replace
 from typing import Final
 
+from dlmfs import rundir
 from dlmfs.cli.daemonize import run_in_background
 from dlmfs.cli.loglines import LogFormatter
 from dlmfs.cli.parser import Parser
-from dlmfs.config import LocalSource, MountConfig, Source, parse_options, parse_source
+from dlmfs.config import LocalSource, MountConfig, MountOptions, Source, parse_options, parse_source
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
@@ -47,6 +49,8 @@ OPTIONS: Final = """\
          on-lost=none|term|kill
                            on etcd, what is done to processes that hold locks when this node is
                            fenced or ends
+         run=DIR           where control socket and deadline file lie, if /run/dlmfs cannot be written or
+                           is not to be seen; set DLMFS_RUN=DIR for all other commands then
          allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
          and what mount(8) and fstab pass without meaning for dlmfs; anything else is refused
 """
@@ -60,10 +64,12 @@ def run(args: list[str]) -> int:
     parsed = _parser(helper=helper).parse_args(args)
     source = parse_source(parsed.source)
     options = parse_options(parsed.o)
+    if options.run is None:
+        options = replace(options, run=rundir.named())
     mountpoint = os.path.realpath(parsed.mountpoint)
     fuse_mount.clear_stale(mountpoint)
     _await_end(mountpoint)
-    _check(mountpoint, source)
+    _check(mountpoint, source, options)
     config = MountConfig(parsed.source, source, mountpoint, options)
     if helper and parsed.fake:
         return 0
@@ -143,14 +149,16 @@ def _ends(entry: fuse_mount.MountEntry) -> bool:
     return False
 
 
-def _check(mountpoint: str, source: Source) -> None:
+def _check(mountpoint: str, source: Source, options: MountOptions) -> None:
     """Refuse early, with the reason, what the kernel would refuse late without one, or not at all."""
-    path = os.path.realpath(source.path) if isinstance(source, LocalSource) and source.path else ""
-    if path.startswith(mountpoint.rstrip("/") + "/"):
-        # The daemon would ask itself for its state, and wait for the answer.
-        raise UsageError(
-            f"the state file {path} lies below the mount point, which hides it: name another place"
-        )
+    state = str(source.path or "") if isinstance(source, LocalSource) else ""
+    for what, path in (("the state file", state), ("run=", options.run or "")):
+        real = os.path.realpath(path) if path else ""
+        if f"{real}/".startswith(mountpoint.rstrip("/") + "/"):
+            # The daemon would ask itself for it, and wait for the answer.
+            raise UsageError(
+                f"{what} {real} lies below the mount point, which hides it: name another place"
+            )
     entry = fuse_mount.find(mountpoint)
     if entry is not None and entry.mountpoint == mountpoint and entry.is_dlmfs:
         raise MountFailed(
