@@ -110,7 +110,9 @@ class NotGranted(DlmfsError):
     errno, mount_exit, exit = errno.ETXTBSY, 32, 1
 
 
-class TimedOut(NotGranted):
+class TimedOut(NotGranted, TimeoutError):
+    """The wait was as long as allowed. A TimeoutError, too, as programs expect of a time-out."""
+
     errno = errno.ETIMEDOUT
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import select
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlmfs.client import aio, logic, sync
-from dlmfs.client.logic import Abandoned, Close, Device, Exclude, MakeDomain, Open, Request
+from dlmfs.client.logic import (
+    Abandoned,
+    Close,
+    Device,
+    Exclude,
+    MakeDomain,
+    Open,
+    Pause,
+    Request,
+    State,
+    Token,
+)
 from dlmfs.client.place import Place, find_mount, place, space
 from dlmfs.errors import (
     Deadlock,
@@ -32,15 +44,24 @@ DEV = os.makedev(0, 7)
 
 
 class World:
-    """Answers steps from a script: an errno fails, 0 succeeds. Descriptors count from 10."""
+    """Answers steps from a script: an errno fails, 0 succeeds. Descriptors count from 10. The node's
+    states come from a list of their own; then it serves."""
 
-    def __init__(self, *script: int) -> None:
+    def __init__(self, *script: int, states: Iterable[str | int] = ()) -> None:
         self.script = list(script)
+        self.states = list(states)
         self.steps: list[logic.Step] = []
         self.open: set[int] = set()
 
-    def do(self, step: logic.Step) -> int:
+    def do(self, step: logic.Step) -> object:
         self.steps.append(step)
+        if isinstance(step, Pause):
+            return 0
+        if isinstance(step, State):
+            state = self.states.pop(0) if self.states else "HEALTHY"
+            if isinstance(state, int):
+                raise OSError(state, os.strerror(state))
+            return state
         if isinstance(step, Close):
             self.open.remove(step.fd)
             return 0
@@ -67,6 +88,7 @@ def test_the_ordinary_way() -> None:
         Open("/dlm/jobs/backup", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC),
         Device(fd),
         Exclude(fd, fcntl.LOCK_EX),
+        Token(fd),
     ]
     assert world.open == {fd}
     world = World()
@@ -75,6 +97,7 @@ def test_the_ordinary_way() -> None:
         Open("/dlm/jobs/backup", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC),
         Device(fd),
         Exclude(fd, fcntl.LOCK_SH | fcntl.LOCK_NB),
+        Token(fd),
     ]
 
 
@@ -83,7 +106,7 @@ def test_a_missing_domain_is_made_once_and_by_one() -> None:
         world = World(errno.ENOENT, made)
         world.take()
         assert world.steps[1] == MakeDomain("/dlm/jobs")
-        assert len(world.steps) == 5
+        assert len(world.steps) == 6
     with pytest.raises(NotPermitted, match="/dlm/jobs may not"):
         World(errno.ENOENT, errno.EACCES).take()
     with pytest.raises(UsageError, match="does not exist"):
@@ -115,7 +138,7 @@ def test_races_with_unlink_are_tried_again_but_not_for_ever() -> None:
 )
 def test_refusals(code: int, kind: type[DlmfsError]) -> None:
     with pytest.raises(kind, match="/dlm/jobs/backup") as raised:
-        World(code).take()
+        World(code).take(trying=True)
     assert type(raised.value) is kind
 
 
@@ -141,6 +164,68 @@ def test_in_use_by_another_program_of_this_node() -> None:
     with pytest.raises(NotGranted, match="on this node"):
         world.take(trying=True)
     assert not world.open
+
+
+# -- a node that cannot serve --------------------------------------------------------------------------
+
+LATE = (errno.ENOLCK, errno.EIO)
+"""What calls answer that a fence overtakes."""
+
+
+@pytest.mark.parametrize("where", [(), (0,), (0, 0), (0, 0, 0), (errno.ENOENT,)])
+@pytest.mark.parametrize("code", LATE)
+def test_who_waits_goes_on_trying_and_who_would_not_is_refused(
+    where: tuple[int, ...], code: int
+) -> None:
+    """Wherever the fence comes: at the open, the look at the file, flock(2), the token, the mkdir."""
+    states = ("FENCED: cut off", "REJOINING: cut off", "REJOINING")
+    world = World(*where, code, states=states)
+    fd = world.take()
+    assert world.open == {fd}
+    whys = [step.why for step in world.steps if isinstance(step, Pause)]
+    assert [why.rpartition(" is ")[2] for why in whys] == [*states, ""], "and that it is over"
+    tried = World(*where, code)
+    with pytest.raises(Unavailable):
+        tried.take(trying=True)
+    assert not tried.open
+    assert not any(isinstance(step, Pause | State) for step in tried.steps)
+
+
+def test_the_pauses_grow_and_end() -> None:
+    world = World(errno.ENOLCK, states=["REJOINING"] * 30)
+    world.take()
+    pauses = [step.seconds for step in world.steps if isinstance(step, Pause)]
+    assert tuple(pauses[:5]) == logic.PAUSES_S
+    assert pauses[5:] == [logic.PAUSES_S[-1]] * 25 + [0]
+
+
+def test_a_node_that_says_it_serves_is_not_asked_for_ever() -> None:
+    """It is this lock's own trouble then: its head cannot be read, or a fault broke it."""
+    world = World(*[errno.ENOLCK] * 1000)
+    with pytest.raises(Unavailable, match="/dlm/jobs/backup cannot be had"):
+        world.take()
+    assert sum(isinstance(step, Open) for step in world.steps) == logic.REFUSALS + 1
+    away = ["REJOINING", "HEALTHY"] * 100
+    assert World(*[errno.ENOLCK] * 100, states=away).take(), "each time it has come back"
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("FENCED for good: evicted by b", "evicted by b: mount it again"),
+        (errno.ENOTCONN, "daemon is gone"),
+        (errno.ENODATA, "unmounted just now"),
+        (errno.EOPNOTSUPP, "unmounted just now"),
+    ],
+)
+def test_a_node_that_does_not_come_back_is_told_at_once(state: str | int, says: str) -> None:
+    world = World(errno.ENOLCK, states=["FENCED: cut off", state])
+    with pytest.raises(Unavailable, match=says):
+        world.take()
+
+
+def test_who_may_not_read_the_state_is_served_as_well() -> None:
+    assert World(errno.ENOLCK, states=[errno.EACCES]).take()
 
 
 CODES = st.sampled_from(

@@ -111,7 +111,7 @@ def test_a_forked_child_can_use_the_library(lock: Twice) -> None:
     def in_the_child() -> None:
         with Lock(lock.b) as mine:
             with pytest.raises(TimedOut):
-                Lock(lock.a).acquire(0.05)
+                Lock(lock.a).acquire(timeout=0.05)
             assert mine.wait_wanted(PATIENCE_S)
 
     pid, pipe = in_child(in_the_child)

@@ -332,11 +332,11 @@ def test_a_callback_that_fails_does_not_end_the_notices(
 
     with Lock(lock.a, on_notice=fail) as mine:
         with pytest.raises(TimedOut):
-            Lock(lock.b).acquire(0.05)
+            Lock(lock.b).acquire(timeout=0.05)
         assert mine.wait_wanted(PATIENCE_S)
     with Lock(lock.a) as mine:
         with pytest.raises(TimedOut):
-            Lock(lock.b).acquire(0.05)
+            Lock(lock.b).acquire(timeout=0.05)
         assert mine.wait_wanted(PATIENCE_S)
     assert "callback failed" in caplog.text
 
@@ -349,6 +349,7 @@ def lose_daemon(_nodes: Nodes, where: Path) -> None:
     kill(where)
 
 
+@pytest.mark.allow_warnings
 @pytest.mark.parametrize("lose", [lose_state, lose_daemon])
 def test_a_lost_lock(nodes: Nodes, lose: Callable[[Nodes, Path], None]) -> None:
     a = nodes.mount("a")
@@ -455,7 +456,7 @@ def test_a_callback_that_waits_does_not_keep_other_locks_from_being_told(lock: T
     ):
         threads = []
         for mine, theirs in ((one, lock.b), (two, lock.b.with_name(other.name))):
-            threads.append(begin(lambda theirs=theirs: Lock(theirs).acquire(PATIENCE_S)))  # type: ignore[misc]
+            threads.append(begin(lambda theirs=theirs: Lock(theirs).acquire(timeout=PATIENCE_S)))  # type: ignore[misc]
             assert mine.wanted.wait(PATIENCE_S), f"nobody said that {theirs} is wanted"
         assert not goes_on.is_set()
         goes_on.set()
@@ -548,7 +549,7 @@ def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
 
     def take() -> None:
         try:
-            mine.acquire(PATIENCE_S)
+            mine.acquire(timeout=PATIENCE_S)
         except UsageError:
             outcomes.append("refused")
         else:
@@ -589,7 +590,7 @@ def test_a_release_that_an_exception_ended_goes_on(
         with pytest.raises(KeyboardInterrupt):
             mine.release()
         assert not mine.held
-    mine.acquire(PATIENCE_S)  # by the same object
+    mine.acquire(timeout=PATIENCE_S)  # by the same object
     mine.release()
     assert free(lock.b)
 

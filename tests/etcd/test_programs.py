@@ -3,21 +3,24 @@ last process before another node is granted the lock."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from dlmfs.client import Lock, LockLost, Unavailable
+from dlmfs.client import Cancelled, Lock, LockLost, Unavailable, aio
+from dlmfs.client.keeper import _keepers as keepers
 from tests.cli.jobs import Job
 from tests.cli.test_lock_run import TREE
+from tests.client.threads import begin, join
 from tests.etcd.mounts import TTL, EtcdNodes, take, until
 from tests.etcd.proxy import Proxy
 from tests.etcd.server import PATIENCE_S
@@ -95,7 +98,7 @@ def test_the_library_says_that_the_lock_is_lost_and_works_again_later(
         with pytest.raises(LockLost):
             mine.get_value()
         with pytest.raises(Unavailable, match="fenced"):
-            Lock(victim / "dom/z").acquire()
+            Lock(victim / "dom/z").try_acquire()
         other = Lock(safe / "dom/x", timeout=PATIENCE_S)
         with other:
             assert other.token > token
@@ -143,14 +146,92 @@ def test_the_library_says_so_though_the_daemon_is_stopped(nodes: EtcdNodes) -> N
         assert other.held
 
 
-def test_a_fenced_node_refuses_at_once_with_69(nodes: EtcdNodes, proxy: Proxy) -> None:
-    victim, _ = mounts(nodes, proxy)
-    (victim / "dom").mkdir()
-    proxy.silence()
-    until(lambda: nodes.lease(victim) == "FENCED")
-    job = Job(victim / "dom/x", "true")
+@pytest.mark.allow_warnings
+def test_who_waits_for_a_lock_waits_through_a_fence_too(nodes: EtcdNodes, proxy: Proxy) -> None:
+    """All of them: who waited when it came and who came later; with a time-out or without. Who would
+    not wait is refused at once, who has waited long enough is told for what."""
+    victim, safe = mounts(nodes, proxy)
+    held, busy = Lock(victim / "dom/held"), Lock(safe / "dom/busy")
+    held.acquire()
+    busy.acquire()
+    marker = nodes.folder / "ran"
+    jobs = [Job(victim / "dom/busy", "--", "touch", f"{marker}1")]
+    outcomes: list[object] = []
+
+    async def wait() -> None:
+        async with aio.Lock(victim / "dom/awaited", timeout=2 * PATIENCE_S) as lock:
+            outcomes.append(lock.token)
+
+    def waits(lock: Lock, timeout: float | None) -> threading.Thread:
+        return begin(lambda: outcomes.append(lock.acquire(timeout=timeout)))
+
     try:
-        code, errors = job.over()
-        assert (code, "the node is fenced" in errors) == (69, True)
+        until(lambda: bool(nodes.info(safe / "dom/busy")["waiters"]))
+        threads = [waits(Lock(victim / "dom/busy", shared=True), None)]
+        proxy.silence()
+        assert held.wait_lost(PATIENCE_S)
+        threads.append(waits(Lock(victim / "dom/free", shared=True), -1))
+        threads.append(begin(lambda: asyncio.run(wait())))
+        jobs.append(
+            Job("-s", "-w", 2 * PATIENCE_S, victim / "dom/free", "--", "touch", f"{marker}2")
+        )
+        until(lambda: sum(bool(keeper.away) for keeper in [*keepers.values()]) == 3)
+        for words in (["-n"], ["-w", "1"]):
+            jobs.append(Job(*words, victim / "dom/free", "true"))
+            code, errors = jobs[-1].over()
+            assert (code, "fenced" in errors.lower() or "REJOINING" in errors) == (69, True), errors
+        late, none = Lock(victim / "dom/free", timeout=1), Lock(victim / "dom/free", timeout=0)
+        for refused in (late, none):
+            with pytest.raises(Unavailable, match=r"fenced|FENCED|REJOINING"):
+                refused.acquire()
+        cancelled = Lock(victim / "dom/given-up")
+        ended = begin(lambda: outcomes.append(_raised(cancelled.acquire)))
+        until(lambda: bool(cancelled._keeper and cancelled._keeper.away))
+        cancelled.cancel()
+        join(ended)
+        assert outcomes == [Cancelled]
+        with pytest.raises(LockLost):
+            held.check()
+        proxy.heal()
+        busy.release()
+        for job in (jobs[0], jobs[1]):
+            assert job.over()[0] == 0
+        join(*threads)
+        assert sorted(map(bool, outcomes)) == [True] * 4
+        assert {path.name for path in nodes.folder.glob("ran*")} == {"ran1", "ran2"}
+        assert held.lost.is_set(), "what was lost stays lost"
+    finally:
+        proxy.heal()
+        for job in jobs:
+            job.close()
+
+
+def _raised(what: Callable[[], object]) -> type[BaseException] | None:
+    try:
+        what()
+    except BaseException as error:
+        return type(error)
+    return None
+
+
+def test_of_several_locks_those_that_a_fence_took_are_taken_anew(
+    nodes: EtcdNodes, proxy: Proxy
+) -> None:
+    """The command has not begun: nothing that it does is behind any of them."""
+    victim, safe = mounts(nodes, proxy)
+    first, second = (Lock(safe / f"dom/{name}") for name in "ab")
+    second.acquire()
+    job = Job(victim / "dom/a", victim / "dom/b", "--", "printenv", "DLMFS_TOKEN")
+    try:
+        until(lambda: bool(nodes.info(safe / "dom/b")["waiters"]))
+        proxy.silence()
+        first.acquire(timeout=2 * PATIENCE_S)  # its first one is lost, and another's meanwhile
+        proxy.heal()
+        between = first.token
+        first.release()
+        second.release()
+        assert job.over()[0] == 0
+        tokens = [int(job.line()) for _ in range(2)]
+        assert min(tokens) > between
     finally:
         job.close()

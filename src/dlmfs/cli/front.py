@@ -57,6 +57,7 @@ LOOK_S: Final = 0.1
 """How often the deadlines are looked at in the stead of one that stands still."""
 DEADLINES_MAX: Final = 250
 """Descriptors that one message takes (SCM_MAX_FD is 253): of so many mounts."""
+WORDS_MAX: Final = 1 + DEADLINES_MAX * 8
 PR_SET_PDEATHSIG: Final = 1
 STREAMS_SIZE: Final = struct.calcsize("3i")
 
@@ -75,11 +76,13 @@ class Behind:
         """Fork. Raises Unavailable."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._streams = [fd for fd in (0, 1, 2) if _is_open(fd)]
-        ours, theirs = _socket.socketpair()
+        # Each word is a message of its own: the last two may come together.
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         self._front = os.getpid()
         self._others = _children()
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
         self._has_it = False
+        self._away = ""
         self._deadlines: list[Deadline] = []
         try:
             self.pid = os.fork()
@@ -114,6 +117,17 @@ class Behind:
             if not _is_ignored(number):
                 signal.signal(number, _stand_still)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+    def away(self, why: str) -> None:
+        """The node cannot serve, and is waited for; empty: it is asked again. It is told in front, where
+        the standard streams are."""
+        if why != self._away:
+            self._away = why
+            with contextlib.suppress(
+                BlockingIOError
+            ):  # one that is stopped has much to read already
+                self._socket.send(b"!" + os.fsencode(why)[:WORDS_MAX], _socket.MSG_DONTWAIT)
+            os.kill(self._front, LOST)
 
     def over(self, deadlines: Iterable[Deadline] = ()) -> None:
         """The wait is over, whatever came of it: until when it is good. Ends here if the one in front
@@ -150,7 +164,7 @@ class Behind:
 
     def wait(self, limit_s: float | None, late: Exception) -> NoReturn:
         """End as the one behind ends, by its exit code or signal, or by a signal that ends the wait.
-        Raises `late` if the wait is not over within `limit_s`."""
+        Raises `late` if the wait is not over within `limit_s`; Unavailable if it was for the node."""
         until = None if limit_s is None else time.monotonic() + limit_s
         while True:
             if self._has_it:
@@ -160,7 +174,7 @@ class Behind:
                 continue
             if info is None:
                 self._give_up()
-                raise late
+                raise self._missed(late)
             number = signal.Signals(info.si_signo)
             if number == signal.SIGCHLD:
                 code = reap(self.pid)
@@ -182,21 +196,37 @@ class Behind:
                 if number in STOPS:
                     suffer(number)
 
+    def _missed(self, late: Exception) -> Exception:
+        """What it means that the time is over."""
+        return Unavailable(f"{self._away}, and was not back in time") if self._away else late
+
     def _is_asked(self) -> bool:
-        """Whether the signal is the one behind's."""
-        space = _socket.CMSG_SPACE(DEADLINES_MAX * 4)
-        flags = _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
-        try:
-            word, messages, _, _ = self._socket.recvmsg(1 + DEADLINES_MAX * 8, space, flags)
-        except BlockingIOError:
-            return False
+        """Read what the one behind has said since; whether it was that its wait is over."""
+        while True:
+            word, messages = self._heard()
+            if word[:1] != b"!":
+                break
+            why = os.fsdecode(word[1:])
+            if why and not self._away:
+                complain(f"waiting: {why}")
+            self._away = why
         sessions = struct.iter_unpack("Q", word[1:])
-        for _, _, data in messages:
+        for data in messages:
             from dlmfs.deadline import Deadline
 
             for fd, session in zip(struct.iter_unpack("i", data), sessions, strict=True):
                 self._deadlines.append(Deadline(fd[0], session[0]))
         return word != b""
+
+    def _heard(self) -> tuple[bytes, list[bytes]]:
+        """The next word of the one behind, and the descriptors that came with it; nothing: none came."""
+        space = _socket.CMSG_SPACE(DEADLINES_MAX * 4)
+        flags = _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
+        try:
+            word, messages, _, _ = self._socket.recvmsg(WORDS_MAX, space, flags)
+        except BlockingIOError:
+            return b"", []
+        return word, [data for _, _, data in messages]
 
     def _look_after(self) -> float | None:
         """Should the one behind stand still and a lock be lost, end the command in its stead: it heeds

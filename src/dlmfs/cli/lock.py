@@ -14,12 +14,14 @@ import os
 import select
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Final, NoReturn
 
 from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.cli.say import complain, say
 from dlmfs.cli.text import plain
-from dlmfs.client import logic
+from dlmfs.client import calls, logic
 from dlmfs.client.place import Place, place
 from dlmfs.deadline import Deadline
 from dlmfs.errors import (
@@ -188,10 +190,7 @@ def run(args: list[str]) -> int:
             behind.wait(*limit(places, order))
         until: dict[str, Deadline] = {}
         try:
-            fds = take(places, order)
-            until = deadlines(places)
-            # Asked after that: so it is the session of these grants whose deadline was found.
-            tokens = [str(token(fd, where)) for where, fd in fds.items()]
+            fds, until, tokens = take(places, order, behind.away)
         finally:
             behind.over(until.values())
     except UsageError as error:
@@ -208,7 +207,7 @@ def run(args: list[str]) -> int:
     environment = {
         "DLMFS_LOCK": "\n".join(p.path for p in places),
         "DLMFS_MODE": "PR" if order.shared else "EX",
-        "DLMFS_TOKEN": "\n".join(tokens),
+        "DLMFS_TOKEN": "\n".join(map(str, tokens)),
     }
     from dlmfs.cli.supervise import supervise
 
@@ -225,13 +224,30 @@ def _call_oneself(command: str) -> None:
         file.write(b"lock:" + os.fsencode(os.path.basename(command)))  # the kernel cuts it at 15
 
 
-def take(places: list[Place], order: Order) -> dict[Place, int]:
-    """The open files of the locks, all of them granted."""
-    fds = {}
-    for each in places:
-        request = logic.Request(each, order.shared, order.trying)
-        fds[each] = logic.drive(logic.taking(request), do)
-    return fds
+def take(
+    places: list[Place], order: Order, away: Callable[[str], None]
+) -> tuple[dict[Place, int], dict[str, Deadline], list[int]]:
+    """The open files of the locks, all of them granted; the deadlines that they are good until, and their
+    tokens. What was lost again before all were there is taken anew: nothing has run yet."""
+    do = partial(_do, away)
+    while True:
+        fds: dict[Place, int] = {}
+        until: dict[str, Deadline] = {}
+        try:
+            for each in places:
+                request = logic.Request(each, order.shared, order.trying)
+                fds[each] = logic.drive(logic.taking(request), do)
+            until = deadlines(places)
+            # Asked after that: so it is the session of these grants whose deadline was found.
+            return fds, until, [token(fd, where) for where, fd in fds.items()]
+        except LockLost as lost:
+            if order.trying:
+                raise
+            for fd in fds.values():
+                os.close(fd)
+            for each_until in until.values():
+                each_until.close()
+            do(logic.Pause(logic.PAUSES_S[0], str(lost)))
 
 
 def deadlines(places: list[Place]) -> dict[str, Deadline]:
@@ -250,7 +266,7 @@ def limit(places: list[Place], order: Order) -> tuple[float | None, DlmfsError]:
     return order.wait_s, TimedOut("the lock could not be had in that time")
 
 
-def do(step: logic.Step) -> int:
+def _do(away: Callable[[str], None], step: logic.Step) -> object:
     """One step. Python's calls go on after a signal."""
     match step:
         case logic.Open(path, flags):
@@ -267,8 +283,15 @@ def do(step: logic.Step) -> int:
             return os.fstat(fd).st_dev
         case logic.Exclude(fd, operation):
             _exclude(fd, operation)
+        case logic.Token(fd):
+            calls.token(fd)
         case logic.Close(fd):
             os.close(fd)
+        case logic.Pause(seconds, why):
+            away(why)
+            time.sleep(calls.spread(seconds))
+        case logic.State(mountpoint):
+            return calls.state(mountpoint)
     return 0
 
 
@@ -295,9 +318,6 @@ def _exclude(fd: int, operation: int) -> None:
 def token(fd: int, where: Place) -> int:
     """The fencing token of an open lock. Raises LockLost."""
     try:
-        return int(os.getxattr(fd, logic.TOKEN))
-    except (OSError, ValueError) as error:
-        lost: DlmfsError = LockLost(f"{where.path} was lost as soon as it was granted")
-        if isinstance(error, OSError):
-            lost = logic.failure(error, where.path)
-        raise lost from None
+        return calls.token(fd)
+    except OSError as error:
+        raise logic.failure(error, where.path) from None

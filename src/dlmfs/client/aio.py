@@ -12,7 +12,7 @@ from dlmfs.client import logic
 from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
 from dlmfs.client.domain import BaseDomain
 from dlmfs.client.keeper import Keeper
-from dlmfs.errors import LockLost, NotGranted, TimedOut
+from dlmfs.errors import LockLost, NotGranted
 
 T = TypeVar("T")
 
@@ -30,31 +30,38 @@ class Lock(BaseLock):
         self._block: _Block | None = None
         self._event: _Event | None = None
 
-    async def acquire(self, timeout: float | None = None) -> None:
-        """Wait for the lock, `timeout` seconds at most (None: as long as the object says).
+    async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Wait for the lock, `timeout` seconds at most (None: as long as the object says; -1: without
+        end; 0: take it if it is free). Returns True: it is held; with `blocking=False`, which does not
+        wait, False if it is not free.
 
-        Raises TimedOut, Cancelled (see `cancel`), Deadlock; UsageError, NotPermitted, Unavailable
-        where it cannot be had. If the task is cancelled the wait ends, and nothing is held, even if
-        the grant came in the same instant.
+        Raises TimedOut, which is a TimeoutError; Cancelled (see `cancel`), Deadlock; UsageError,
+        NotPermitted, Unavailable where it cannot be had. A node that was fenced is waited for like a
+        holder: Unavailable then comes when the time is over, or at once without waiting.
+        If the task is cancelled the wait ends, and nothing is held, even if the grant came in the same
+        instant.
         """
-        await self._take(trying=False, limit=self.timeout if timeout is None else timeout)
+        limit = self._limit(blocking, timeout)
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        event = _Event(loop, self.lost, self.wanted, self.on_notice)
+        keeper = self._new(limit == 0, _Teller(loop, over), event)
+        try:
+            await self._take(keeper, event, over, limit or None)
+        except NotGranted as error:
+            if limit != 0 or type(error) is not NotGranted:
+                raise
+            return self._not_had(keeper, error, raises=blocking)
+        return True
 
     async def try_acquire(self) -> bool:
         """Have it at once, or not: whether it is held now. Another node's user is never waited for;
         a lock that is merely cached there is handed over. Raises as `acquire`."""
-        try:
-            await self._take(trying=True, limit=None)
-        except NotGranted as error:
-            if type(error) is NotGranted:
-                return False
-            raise
-        return True
+        return await self.acquire(blocking=False)
 
-    async def _take(self, *, trying: bool, limit: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-        event = _Event(loop, self.lost, self.wanted, self.on_notice)
-        keeper = self._new(trying, _Teller(loop, over), event)
+    async def _take(
+        self, keeper: Keeper, event: _Event, over: asyncio.Future[None], limit: float | None
+    ) -> None:
         self._begin(keeper)
         if self._event is not None:
             self._event.is_past = True
@@ -72,7 +79,7 @@ class Lock(BaseLock):
     async def _wait(self, keeper: Keeper, over: asyncio.Future[None], limit: float | None) -> None:
         await asyncio.wait([over], timeout=limit)
         if not over.done() and keeper.give_up():
-            raise TimedOut(f"{self.path} could not be had within {limit:g} s")
+            raise self._late(keeper, limit or 0.0)
         await asyncio.wait([over])  # it comes at once now
         settled(keeper)
         self._is_held = True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dlmfs.client import logic
 from dlmfs.client.keeper import Event, Keeper
 from dlmfs.client.place import AnyPath, Place, place
-from dlmfs.errors import LockLost, UsageError
+from dlmfs.errors import DlmfsError, LockLost, NotGranted, TimedOut, Unavailable, UsageError
 
 ENDS_WITHIN_S = 1.0
 """How long the end of a wait that was given up is awaited. Only a stopped daemon leaves one longer:
@@ -45,7 +45,8 @@ class BaseLock:
 
         `path`: DOMAIN/LOCK below the mount, which is found by itself, or an absolute path.
         `shared`: with others who hold it shared; else alone, which a write of the value needs.
-        `timeout`: seconds that `acquire` waits unless told otherwise; None: without end.
+        `timeout`: seconds that `acquire` waits unless told otherwise; 0: not at all; None or -1: without
+        end.
         `create`: make domain and lock where they are missing on this node.
         `mount`: where there are several (else $DLMFS_MOUNT, else the only one).
         `on_notice`: called when somebody else waits for the lock that is held.
@@ -55,7 +56,7 @@ class BaseLock:
         self._given = (path, mount)
         self._place = place(path, mount)
         self.shared = shared
-        self.timeout = timeout
+        self.timeout = seconds(timeout)
         self.create = create
         self.on_notice = on_notice
         self._keeper: Keeper | None = None
@@ -159,6 +160,41 @@ class BaseLock:
         if self._keeper is keeper:
             self._keeper = None
             self._is_held = False
+
+    def _limit(self, blocking: bool, timeout: float | None) -> float | None:
+        """How many seconds `acquire` waits at most; None: without end. Raises UsageError."""
+        if not isinstance(blocking, bool):
+            raise UsageError(f"acquire({blocking!r}): name it, acquire(timeout={blocking!r})")
+        if blocking:
+            return self.timeout if timeout is None else seconds(timeout)
+        if timeout is not None and timeout != -1:
+            raise UsageError("blocking=False does not wait: it goes with no timeout")
+        return 0
+
+    def _late(self, keeper: Keeper, limit: float) -> DlmfsError:
+        """What it means that the wait was not over in time."""
+        if trouble := keeper.trouble:
+            return Unavailable(f"{trouble}, and was not back within {limit:g} s")
+        return TimedOut(f"{self.path} could not be had within {limit:g} s")
+
+    def _not_had(self, keeper: Keeper, error: NotGranted, *, raises: bool) -> bool:
+        """What it means that it could not be had at once: False, if that is not to be raised."""
+        if trouble := keeper.trouble:  # who came before waits for the node, not for a holder
+            raise Unavailable(f"{trouble}, and was not to be waited for") from None
+        if raises:
+            raise TimedOut(f"{error}, and was not to be waited for") from None
+        return False
+
+
+def seconds(timeout: float | None) -> float | None:
+    """A time-out as threading has them: -1 and None are none. Raises UsageError."""
+    if timeout is None or timeout == -1:
+        return None
+    if not timeout >= 0:
+        raise UsageError(
+            f"a timeout is seconds, 0 for none at all, -1 or None for no end; not {timeout}"
+        )
+    return timeout
 
 
 def settled(keeper: Keeper) -> None:

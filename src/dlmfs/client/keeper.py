@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from dlmfs import proc
-from dlmfs.client import deadlines, logic
+from dlmfs.client import calls, deadlines, logic
 from dlmfs.client.turns import Turn, turns
 from dlmfs.client.watcher import watcher
 from dlmfs.errors import Cancelled, LockLost, NotGranted, Unavailable
@@ -118,6 +118,8 @@ class Keeper(threading.Thread):
         self._leaving = -1
         """The descriptor that is released, and closed by its last user."""
         self._deadline: deadlines.Mount | None = None
+        self.away = ""
+        """Why the node cannot serve, while that is waited for."""
         self._early = 0
         """Events that came before it was settled."""
         self._is_watched = False
@@ -133,11 +135,8 @@ class Keeper(threading.Thread):
                 self._turn = self._enter()
                 fd = logic.drive(logic.taking(self.request), self._do)
                 self.file = _identity(fd)
-                self.token = int(os.getxattr(fd, logic.TOKEN))
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
-            except ValueError:
-                self.error = LockLost(f"{self.request.place.path} was lost as soon as granted")
             except BaseException as error:
                 self.error = error
             self._settle(fd)
@@ -205,8 +204,9 @@ class Keeper(threading.Thread):
         """Before every close: an event of this file must not become another's with its number."""
         if self._is_watched:
             watcher(self.request.place.dev).remove(fd)
+            self._is_watched = False
 
-    def _do(self, step: logic.Step) -> int:
+    def _do(self, step: logic.Step) -> object:
         match step:
             case logic.Open(path, flags):
                 try:
@@ -223,10 +223,26 @@ class Keeper(threading.Thread):
                 os.mkdir(path)
             case logic.Device(fd):
                 return os.fstat(fd).st_dev
+            case logic.Token(fd):
+                self.token = calls.token(fd)
             case logic.Close(fd):
                 self._unnotice(fd)
                 os.close(fd)
+                self._early = 0  # it was about that file
+            case logic.Pause(seconds, why):
+                self._pause(seconds, why)
+            case logic.State(mountpoint):
+                return calls.state(mountpoint)
         return 0
+
+    def _pause(self, seconds: float, why: str) -> None:
+        if why and not self.trouble:  # once for all that wait
+            import logging
+
+            logging.getLogger("dlmfs.client").warning("waiting: %s", why)
+        self.away = why
+        if seconds:
+            self._call(_libc().poll, None, 0, int(1000 * calls.spread(seconds)))
 
     def _watch(self, fd: int) -> None:
         if not self._is_watched:
@@ -260,6 +276,13 @@ class Keeper(threading.Thread):
         fd = _libc().open(os.fsencode(path), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         if fd >= 0:
             os.close(fd)
+
+    @property
+    def trouble(self) -> str:
+        """Why the node cannot serve, if it is that which is waited for: by those whose turn it is."""
+        dev = self.request.place.dev
+        others = (k.away for k in list(_keepers.values()) if k.request.place.dev == dev)
+        return self.away or next(filter(None, others), "")
 
     @property
     def has_it(self) -> bool:

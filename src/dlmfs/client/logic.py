@@ -9,16 +9,19 @@ Rules of this file
   that comes after another node's wish waits behind it, so a row of local users, which flock(2)
   puts in order, cannot keep other nodes out.
 * A file that was opened is closed on every way out but the last.
+* Who waits goes on trying while the node cannot serve and is coming back (fenced, rejoining); who
+  would not wait is refused. Nothing is held then, so nothing can be lost.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import select
 from collections.abc import Callable, Generator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from dlmfs.client.place import Place
 from dlmfs.errors import (
@@ -35,8 +38,22 @@ from dlmfs.errors import (
 RETRIES: Final = 8
 """Opens that raced with an unlink, or met a lost file's old inode, in a row."""
 
+PAUSES_S: Final = (0.1, 0.2, 0.4, 0.8, 1.0)
+"""How long to leave a node alone that cannot serve; later, as long as the last. A look costs it about
+as much as a stat(2), so that a thousand who wait are no burden."""
+REFUSALS: Final = 20
+"""In a row, by a node that says that it serves: then it is this lock's own trouble, and is told. A domain
+that is joined again takes its holders' grace, and a new member's first join 5 s."""
+
 TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 ABANDONED: Final = "user.dlmfs.abandoned"
+STATE: Final = "user.dlmfs.state"
+AWAY: Final = ("FENCED", "REJOINING")
+"""States in which every open is refused."""
+FINAL: Final = "FENCED for good"
+"""... and of a node that does not come back: evicted, or its state is gone."""
+PASSES: Final = frozenset({errno.ENOLCK, errno.EIO})
+"""What a call answers that fell into a fence, or a domain's loss. Of EIO nothing was granted, either."""
 
 GONE: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV, errno.ENXIO})
 """What calls on a mount answer when its daemon has ended."""
@@ -84,62 +101,146 @@ class Exclude(NamedTuple):
     operation: int
 
 
+class Token(NamedTuple):
+    """Read the token of what was granted, and keep it; tell anything. EIO: it is lost already."""
+
+    fd: int
+
+
 class Close(NamedTuple):
     """close(2); tell anything."""
 
     fd: int
 
 
-Step = Open | MakeDomain | Device | Exclude | Close
+class Pause(NamedTuple):
+    """Wait about so many seconds, not all who wait for the same time; tell anything. `why`: what is
+    waited for; empty: no more, now it is asked again."""
+
+    seconds: float
+    why: str
 
 
-def taking(request: Request) -> Generator[Step, int, int]:
+class State(NamedTuple):
+    """Tell the node's state, in the words of the mount's attribute."""
+
+    mountpoint: str
+
+
+Step = Open | MakeDomain | Device | Exclude | Token | Close | Pause | State
+Steps = Generator[Step, Any, int]
+
+
+class _Passing(Exception):
+    """The node cannot serve now, and may soon."""
+
+    def __init__(self, refusal: DlmfsError) -> None:
+        self.refusal = refusal
+
+
+def taking(request: Request) -> Steps:
     """Take the lock; gives the open file. Raises what `refusal` says."""
+    refused = 0
+    while True:
+        try:
+            return (yield from _once(request))
+        except _Passing as passing:
+            if request.trying or refused == REFUSALS:
+                raise passing.refusal from None
+            refused = yield from _coming_back(request.place, str(passing.refusal), refused)
+
+
+def _coming_back(place: Place, why: str, refused: int) -> Generator[Step, Any, int]:
+    """Wait until the node may serve; gives how often in a row it has refused though it does."""
+    serves = True
+    for number in itertools.count(refused):
+        pause_s = PAUSES_S[min(number, len(PAUSES_S) - 1)]
+        state = yield from _looking(place)
+        if state.startswith(FINAL):
+            raise Unavailable(f"{place.path} cannot be had: the node is {state}: mount it again")
+        if not state.startswith(AWAY):
+            break
+        serves = False
+        yield Pause(pause_s, f"{place.path}: the node is {state}")
+    if serves:
+        yield Pause(pause_s, why)
+    yield Pause(0, "")
+    return refused + 1 if serves else 0
+
+
+def _looking(place: Place) -> Generator[Step, Any, str]:
+    """The node's state; empty if we may not know: the folder of the mount may only be gone through."""
+    try:
+        state: str = yield State(place.mountpoint)
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            return ""
+        if error.errno in GONE:
+            raise refusal(error, place.path) from None
+        raise _unmounted(place) from None
+    return state
+
+
+def _once(request: Request) -> Steps:
     place = request.place
     fd = yield from _opening(request)
     try:
         try:
             dev = yield Device(fd)
         except OSError as error:
-            raise failure(error, place.path) from None
+            raise _refused(error, place.path) from None
         if f"{os.major(dev)}:{os.minor(dev)}" != place.dev:
-            raise Unavailable(f"{place.mountpoint} was unmounted just now: mount it again")
+            raise _unmounted(place)
         operation = fcntl.LOCK_SH if request.shared else fcntl.LOCK_EX
         try:
             yield Exclude(fd, operation | (fcntl.LOCK_NB if request.trying else 0))
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:
                 raise NotGranted(f"{place.path} is in use on this node") from None
-            raise refusal(error, place.path) from None
+            raise _refused(error, place.path) from None
+        try:
+            yield Token(fd)
+        except OSError as error:
+            raise _refused(error, place.path) from None
     except BaseException:
         yield Close(fd)
         raise
     return fd
 
 
-def _opening(request: Request) -> Generator[Step, int, int]:
+def _unmounted(place: Place) -> Unavailable:
+    return Unavailable(f"{place.mountpoint} was unmounted just now: mount it again")
+
+
+def _opening(request: Request) -> Steps:
     path = request.place.path
     for attempt in range(RETRIES + 1):
         try:
-            return (yield Open(path, request.flags))
+            fd: int = yield Open(path, request.flags)
+            return fd
         except OSError as error:
             if error.errno == errno.ENOENT and request.create and attempt < RETRIES:
                 yield from _joining(path)
             elif error.errno not in (errno.EAGAIN, errno.ESTALE) or attempt == RETRIES:
-                raise refusal(error, path) from None
+                raise _refused(error, path) from None
     raise AssertionError("the last attempt returns or raises")
 
 
-def _joining(path: str) -> Generator[Step, int, None]:
+def _joining(path: str) -> Generator[Step, Any, None]:
     folder = os.path.dirname(path)
     try:
         yield MakeDomain(folder)
     except OSError as error:
         if error.errno != errno.EEXIST:
-            raise refusal(error, folder) from None
+            raise _refused(error, folder) from None
 
 
-def drive(steps: Generator[Step, int, int], do: Callable[[Step], int]) -> int:
+def _refused(error: OSError, path: str) -> DlmfsError | _Passing:
+    reason = refusal(error, path)
+    return _Passing(reason) if error.errno in PASSES else reason
+
+
+def drive(steps: Steps, do: Callable[[Step], object]) -> int:
     """Do step after step until the lock's file is open; gives its descriptor."""
     try:
         step = next(steps)
@@ -179,6 +280,10 @@ _REFUSALS: Final[dict[int, tuple[type[DlmfsError], str]]] = {
         Unavailable,
         "cannot be had: the node is fenced, or the store does not answer (`dlmfs status` says why)",
     ),
+    errno.EIO: (
+        Unavailable,
+        "cannot be had: it was lost in the same instant, or by a fault (`dlmfs status` says why)",
+    ),
     errno.EAGAIN: (Unavailable, "cannot be had: a limit of the mount is reached (`dlmfs status`)"),
     errno.EDQUOT: (Unavailable, "cannot be had: this user's share of a limit is used up"),
     errno.ENOSPC: (StoreFull, "cannot be made: the state is full (`dlmfs status`)"),
@@ -192,7 +297,7 @@ def refusal(error: OSError, path: str) -> DlmfsError:
     if code in _REFUSALS:
         kind, words = _REFUSALS[code]
         return kind(f"{path} {words}")
-    if code in GONE or code == errno.EIO:
+    if code in GONE:
         return Unavailable(f"{path}: its mount's daemon is gone: `dlmfs mount` it again")
     return Unavailable(f"{path}: {os.strerror(code)}")
 

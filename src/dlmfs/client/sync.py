@@ -11,7 +11,7 @@ from dlmfs.client import logic
 from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
 from dlmfs.client.domain import BaseDomain
 from dlmfs.client.keeper import Keeper
-from dlmfs.errors import NotGranted, TimedOut
+from dlmfs.errors import NotGranted
 
 
 class Lock(BaseLock):
@@ -26,15 +26,20 @@ class Lock(BaseLock):
         self.lost = threading.Event()
         self.wanted = threading.Event()
 
-    def acquire(self, timeout: float | None = None) -> None:
-        """Wait for the lock, `timeout` seconds at most (None: as long as the object says).
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Wait for the lock, `timeout` seconds at most (None: as long as the object says; -1: without
+        end; 0: take it if it is free). Returns True: it is held; with `blocking=False`, which does not
+        wait, False if it is not free.
 
-        Raises TimedOut, Cancelled (see `cancel`), Deadlock; UsageError, NotPermitted, Unavailable
-        where it cannot be had. Whatever is raised, by a signal's handler too: nothing is held.
+        Raises TimedOut, which is a TimeoutError; Cancelled (see `cancel`), Deadlock; UsageError,
+        NotPermitted, Unavailable where it cannot be had. A node that was fenced is waited for like a
+        holder: Unavailable then comes when the time is over, or at once without waiting.
+        Whatever is raised, by a signal's handler too: nothing is held.
         """
-        keeper = self._made(trying=False)
+        limit = self._limit(blocking, timeout)
+        keeper = self._made(trying=limit == 0)
         try:
-            self._take(keeper, self.timeout if timeout is None else timeout)
+            return self._has(keeper, limit, blocking)
         except BaseException:
             self._end(keeper)
             raise
@@ -42,19 +47,21 @@ class Lock(BaseLock):
     def try_acquire(self) -> bool:
         """Have it at once, or not: whether it is held now. Another node's user is never waited for;
         a lock that is merely cached there is handed over. Raises as `acquire`."""
-        keeper = self._made(trying=True)
-        try:
-            self._take(keeper, None)
-        except BaseException as error:
-            self._end(keeper)
-            if type(error) is NotGranted:
-                return False
-            raise
-        return True
+        return self.acquire(blocking=False)
 
     def _made(self, trying: bool) -> Keeper:
         # The keeper must not keep this object alive: what nobody can reach is to be released.
         return self._new(trying, _nothing, _Event(self.lost, self.wanted, self.on_notice))
+
+    def _has(self, keeper: Keeper, limit: float | None, blocking: bool) -> bool:
+        """As `_take`, and what `acquire` returns."""
+        try:
+            self._take(keeper, limit or None)
+        except NotGranted as error:
+            if limit != 0 or type(error) is not NotGranted:
+                raise
+            return self._not_had(keeper, error, raises=blocking)
+        return True
 
     def _take(self, keeper: Keeper, limit: float | None) -> None:
         """Whatever it raises, `_end` is still to be called: a signal's handler may raise after it."""
@@ -72,7 +79,7 @@ class Lock(BaseLock):
 
     def _wait(self, keeper: Keeper, limit: float | None) -> None:
         if not keeper.wait(limit) and keeper.give_up():
-            raise TimedOut(f"{self.path} could not be had within {limit:g} s")
+            raise self._late(keeper, limit or 0.0)
         keeper.wait()  # it comes at once now
         settled(keeper)
         self._is_held = True
@@ -105,9 +112,10 @@ class Lock(BaseLock):
         return self._kept().abandoned()
 
     def __enter__(self) -> Self:
-        keeper = self._made(trying=False)
+        limit = self._limit(True, None)
+        keeper = self._made(trying=limit == 0)
         try:
-            self._take(keeper, self.timeout)
+            self._has(keeper, limit, True)
             return self
         except BaseException:
             self._end(keeper)

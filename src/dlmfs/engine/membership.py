@@ -454,9 +454,10 @@ class Membership:
         return self.store.size_mb()
 
     def lease_state(self) -> str:
-        """For people and scripts: the state, and why if it is not good."""
+        """For people and scripts: the state, whether it is for good, and why if it is not HEALTHY."""
         self.serving()
-        return self.state.value if self.reason is None else f"{self.state.value}: {self.reason}"
+        state = f"{self.state.value}{' for good' if self.final and not self.up else ''}"
+        return state if self.reason is None else f"{state}: {self.reason}"
 
     # -- the end --------------------------------------------------------------------------------
 
