@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -91,9 +91,11 @@ class MountConfig:
     source: Source
     mountpoint: str
     options: MountOptions
+    words: tuple[str, ...] = ()
+    """What `options` was made of: those that were given, one by one."""
 
 
-_FLAGS: Final[dict[str, dict[str, bool]]] = {
+_MOUNT_FLAGS: Final[dict[str, dict[str, object]]] = {
     "ro": {"ro": True},
     "rw": {"ro": False},
     "nodev": {"nodev": True},
@@ -102,14 +104,18 @@ _FLAGS: Final[dict[str, dict[str, bool]]] = {
     "exec": {"noexec": False},
     "noatime": {"noatime": True},
     "atime": {"noatime": False},
+}
+"""Mount flags, as mount(8) names them."""
+_OWN_FLAGS: Final[dict[str, dict[str, object]]] = {
     "allow_other": {"allow_other": True},
     "default_permissions": {"default_permissions": True},
     "insecure-password": {"insecure_password": True},
 }
+_FLAGS: Final = {**_MOUNT_FLAGS, **_OWN_FLAGS}
 _IGNORED: Final = frozenset(
     "dev suid relatime norelatime strictatime nostrictatime lazytime nolazytime diratime nodiratime"
-    " sync async dirsync mand nomand silent loud defaults auto noauto user users nouser group owner"
-    " _netdev nofail iversion noiversion".split()
+    " sync async dirsync mand nomand silent loud defaults auto noauto user users nouser nousers"
+    " group nogroup owner noowner _netdev nofail iversion noiversion symfollow nosymfollow".split()
 )
 """Accepted from mount(8) and fstab without effect; `dev` and `suid` are what it passes for
 `defaults`, and a lock's file is never a device or a program."""
@@ -123,40 +129,54 @@ def split(text: str) -> list[str]:
 
 def parse_options(texts: list[str]) -> MountOptions:
     """Parse all `-o` arguments; the last of duplicates wins. Raises UsageError by name."""
-    options = MountOptions()
-    for option in (o for text in texts for o in split(text)):
-        name, equals, value = option.partition("=")
-        if equals and name in _LIMITS:
-            options = replace(options, limits=_limited(options.limits, name, value))
-        elif equals and name in _PARSERS:
-            options = _valued(options, name, value)
-        elif not equals and name in _FLAGS:
-            options = replace(options, **_FLAGS[name])  # type: ignore[arg-type]
-        elif (
-            (not equals and name in _IGNORED) or name.startswith(("x-", "X-")) or name == "comment"
-        ):
-            continue
-        else:
-            raise UsageError(_unknown(option, name))
-    return options
+    return options_of(split_all(texts))
 
 
-def _unknown(option: str, name: str) -> str:
+def split_all(texts: list[str]) -> list[str]:
+    """The options of all `-o` arguments."""
+    return [word for text in texts for word in split(text)]
+
+
+def options_of(words: Iterable[str]) -> MountOptions:
+    """The same of options that are split already."""
+    found: dict[str, object] = {}
+    for word in words:
+        found |= settings(word)
+    limits = {name: found.pop(name) for name in _LIMITS if name in found}
+    return MountOptions(**found, limits=Limits(**limits))  # type: ignore[arg-type]
+
+
+def settings(option: str) -> dict[str, object]:
+    """What one option sets: fields of `MountOptions` or `Limits`, and their values; nothing if it is one
+    of mount(8) and fstab without meaning here. Raises UnknownOption, UsageError for its value."""
+    name, equals, value = option.partition("=")
+    if equals and name in _LIMITS:
+        return {name: _limit(name, value)}
+    if equals and name in _PARSERS:
+        return _PARSERS[name](name, value)
+    if not equals and name in _FLAGS:
+        return _FLAGS[name]
+    if (not equals and name in _IGNORED) or name.startswith(("x-", "X-")) or name == "comment":
+        return {}
     if name == "owner":
-        return (
-            f"mount option '{option}': it is called holder={option[6:] or 'node'}, since mount(8) keeps "
+        raise UsageError(
+            f"mount option '{option}': it is called holder={value or 'node'}, since mount(8) keeps "
             "owner= for itself"
         )
-    close = difflib.get_close_matches(name, KNOWN, 1)
+    raise _unknown(option, name)
+
+
+class UnknownOption(UsageError):
+    """An option whose name means nothing here."""
+
+
+def _unknown(option: str, name: str) -> UsageError:
     if name in KNOWN:
         takes = "no" if name in _FLAGS or name in _IGNORED else "a"
-        return f"mount option '{option}': '{name}' takes {takes} value"
+        return UsageError(f"mount option '{option}': '{name}' takes {takes} value")
+    close = difflib.get_close_matches(name, KNOWN, 1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"unknown mount option '{option}'{hint} (`dlmfs mount --help` lists them)"
-
-
-def _valued(options: MountOptions, name: str, value: str) -> MountOptions:
-    return replace(options, **_PARSERS[name](name, value))  # type: ignore[arg-type]
+    return UnknownOption(f"unknown mount option '{option}'{hint} (`dlmfs mount --help` lists them)")
 
 
 def _parse_node(_name: str, value: str) -> dict[str, object]:
@@ -253,13 +273,15 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
 }
 _LIMITS: Final = tuple(Limits.__dataclass_fields__)
 KNOWN: Final = tuple(sorted({*_FLAGS, *_IGNORED, *_PARSERS, *_LIMITS}))
+OURS: Final = tuple(sorted({*_OWN_FLAGS, *_PARSERS, *_LIMITS}))
+"""Those that mean something here only. libmount must not know them: mount(8) keeps what is its own."""
 
 
-def _limited(limits: Limits, name: str, value: str) -> Limits:
+def _limit(name: str, value: str) -> int:
     most = 100 if name == "user_share" else LIMIT_MAX
     if not (value.isascii() and value.isdigit() and 1 <= int(value) <= most):
         raise UsageError(f"{name}={value}: give a whole number from 1 to {most}")
-    return replace(limits, **{name: int(value)})
+    return int(value)
 
 
 def parse_source(text: str) -> Source:

@@ -102,7 +102,8 @@ class Node:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self.loop.add_signal_handler(number, self._end, f"signal {number.name}")
             ready()
-            log.info("node %s serves %s", self.membership.name, self.config.mountpoint)
+            name, rule = self.membership.name, self.config.options.holder
+            log.info("node %s serves %s, holder=%s", name, self.config.mountpoint, rule.value)
             reason = await self._ended
             log.info("node %s ends: %s", self.membership.name, reason)
             await self._leave(reason)

@@ -56,6 +56,7 @@ async def status(node: Node, sight: Sight) -> Facts:
         "source": node.config.source_text,
         "mountpoint": node.config.mountpoint,
         "holder_rule": node.config.options.holder.value,
+        "options": list(node.config.words) if sight.whole else None,
         "uptime_s": round(node.membership.clock() - node.started, 1),
         "lease": _lease(node.membership),
         "ending": _ending(node.membership.ending),

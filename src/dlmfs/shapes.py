@@ -118,6 +118,7 @@ STATUS: Final = {
     "source": str,
     "mountpoint": str,
     "holder_rule": str,
+    "options": Maybe(Each(str)),
     "uptime_s": float,
     "lease": {
         "state": str,
@@ -281,6 +282,7 @@ HEALTH: Final = {
             "version?": Maybe(str),
             "state?": Maybe(str),
             "reason?": Maybe(str),
+            "holder_rule?": Maybe(str),
         }
     ),
     "evicted": Each(str),

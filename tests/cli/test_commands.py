@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,11 @@ from dlmfs.errors import UsageError
 from dlmfs.fuse.mountinfo import mounts
 from dlmfs.model import HolderRule
 from tests.fs.conftest import nodes as _nodes
+from tests.fs.helper import helper as _helper
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes, dlmfs
 
 nodes = _nodes
+helper = _helper
 fuse = pytest.mark.fuse
 
 
@@ -429,19 +430,6 @@ def test_status_and_info_for_people(nodes: Nodes) -> None:
 # -- as mount(8) calls us ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def helper() -> Iterator[Path]:
-    """The launcher under its helper's name, where mount(8) looks."""
-    link = Path("/sbin/mount.fuse.dlmfs")
-    if link.exists():
-        pytest.skip(f"{link} exists: not ours to replace")
-    link.symlink_to(ROOT / "scripts" / "dlmfs")
-    try:
-        yield link
-    finally:
-        link.unlink()
-
-
 @fuse
 @pytest.mark.root
 def test_mount_8(nodes: Nodes, helper: Path) -> None:
@@ -463,7 +451,13 @@ def test_the_forms_without_a_verb_and_without_an_environment(nodes: Nodes) -> No
     where.mkdir()
     nodes.mounts.append(where)
     done = subprocess.run(
-        [str(ROOT / "scripts/dlmfs"), f"local:{nodes.state}", str(where), "-o", "rw,dev,suid"],
+        [
+            str(ROOT / "scripts/dlmfs"),
+            f"local:{nodes.state}",
+            str(where),
+            "-o",
+            "rw,dev,suid,holder=node",
+        ],
         env={},
         capture_output=True,
         text=True,

@@ -119,7 +119,7 @@ class Private:
         """A mount of that user. Fails with what dlmfs says."""
         where = self.home / name
         self.sh(f"mkdir -p {where}", uid=uid, check=True)
-        opts = ",".join([f"node={name}", *options])
+        opts = ",".join([f"node={name}", "holder=node", *options])
         done = self.dlmfs("mount", source, where, "-o", opts, uid=uid)
         assert (done.returncode, done.stderr) == (0, "")
         return where

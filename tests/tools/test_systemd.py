@@ -9,18 +9,17 @@ import re
 import select
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dlmfs import privileges
 from dlmfs.fuse import mountinfo
+from tests.fs.helper import helper as helper
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes
 
 UNITS = ROOT / "contrib" / "systemd"
 GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
-HELPER = Path("/sbin/mount.fuse.dlmfs")
 
 
 class Unit:
@@ -218,18 +217,6 @@ def test_a_service_that_runs_on_one_node_only(nodes: Nodes) -> None:
 
 
 # -- mount(8) and fstab ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def helper() -> Iterator[Path]:
-    """The launcher where mount(8) looks for its helper."""
-    if HELPER.exists():
-        pytest.skip(f"{HELPER} exists: not ours to replace")
-    HELPER.symlink_to(ROOT / "scripts" / "dlmfs")
-    try:
-        yield HELPER
-    finally:
-        HELPER.unlink()
 
 
 def mount_as(unit: Unit, nodes: Nodes) -> Path:

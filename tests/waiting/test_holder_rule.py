@@ -393,7 +393,7 @@ def test_dup_and_fork_share_their_open_file(cluster: Cluster, agent: MakeAgent) 
     waiter.held("w")
 
 
-def test_both_owner_rules_on_one_lock_space(nodes: Nodes, agent: MakeAgent) -> None:
+def test_both_holder_rules_on_one_lock_space(nodes: Nodes, agent: MakeAgent) -> None:
     """Each node has its own rule; between them only the modes count, and tokens compare."""
     by_node, by_file = nodes.mount("a"), nodes.mount("b", "holder=file")
     for where in (by_node, by_file):

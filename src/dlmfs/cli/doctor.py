@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dlmfs.cli.checks import host, mounted
+from dlmfs.cli.checks import configured, host, mounted
 from dlmfs.cli.checks.finding import LEVELS, Finding, ok
 from dlmfs.cli.choice import choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
@@ -65,6 +65,7 @@ def _checks(what: str | None, options: MountOptions) -> Iterator[Finding]:
         entries = [choose(what)]
     etcd = isinstance(source, EtcdSource) or any(e.source.startswith("etcd:") for e in entries)
     yield from host.check(etcd=etcd)
+    yield from configured.check()
     if source is not None:
         from dlmfs.cli.checks import source as sources
 

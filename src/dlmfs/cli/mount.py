@@ -9,19 +9,39 @@ import os
 import select
 import stat
 from dataclasses import replace
+from importlib import import_module
 from typing import Final
 
 from dlmfs import rundir
+from dlmfs.cli import remount
 from dlmfs.cli.daemonize import run_in_background
 from dlmfs.cli.loglines import LogFormatter
 from dlmfs.cli.parser import Parser
-from dlmfs.config import LocalSource, MountConfig, MountOptions, Source, parse_options, parse_source
+from dlmfs.cli.say import complain
+from dlmfs.config import (
+    LocalSource,
+    MountConfig,
+    MountOptions,
+    Source,
+    UnknownOption,
+    options_of,
+    parse_source,
+    settings,
+    split_all,
+)
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
+from dlmfs.fuse.glance import is_dead
 from dlmfs.rundir import is_trusted
 
+log = logging.getLogger("dlmfs.mount")
+
 LOOK_S: Final = 1.0
+BY_DEFAULT: Final = (
+    "holder=node, by default: two processes of this node both get an exclusive lock, and only other "
+    "nodes are kept out; with holder=file they exclude each other"
+)
 
 DESCRIPTION: Final = """\
 SOURCE   local             the embedded engine: all mounts of this user on this host that say
@@ -52,6 +72,7 @@ OPTIONS: Final = """\
          run=DIR           where control socket and deadline file lie, if /run/dlmfs cannot be written or
                            is not to be seen; set DLMFS_RUN=DIR for all other commands then
          allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
+         remount           change ro, noexec and noatime of a mount that goes on; nothing else can change
          and what mount(8) and fstab pass without meaning for dlmfs; anything else is refused
 """
 
@@ -62,23 +83,39 @@ def run(args: list[str]) -> int:
     if helper:
         args.remove("--helper")
     parsed = _parser(helper=helper).parse_args(args)
+    if parsed.namespace:
+        _enter(parsed.namespace, parsed.source)
+    mountpoint = os.path.realpath(parsed.mountpoint)
+    if remount.is_asked(parsed.o):
+        return remount.run(parsed.source, mountpoint, parsed.o, fake=parsed.fake)
     source = parse_source(parsed.source)
-    options = parse_options(parsed.o)
+    words = _known(split_all(parsed.o)) if parsed.sloppy else split_all(parsed.o)
+    options = options_of(words)
     if options.run is None:
         options = replace(options, run=rundir.named())
-    mountpoint = os.path.realpath(parsed.mountpoint)
+    if parsed.fake:
+        entry = fuse_mount.find(mountpoint)
+        if entry is None or not is_dead(entry):  # else: it would be cleared
+            _check(mountpoint, source, options)
+        return 0
     fuse_mount.clear_stale(mountpoint)
     _await_end(mountpoint)
     _check(mountpoint, source, options)
-    config = MountConfig(parsed.source, source, mountpoint, options)
-    if helper and parsed.fake:
-        return 0
-    _log(verbose=parsed.verbose, foreground=not helper and parsed.foreground)
+    config = MountConfig(parsed.source, source, mountpoint, options, tuple(words))
+    _log(verbose=parsed.verbose, foreground=parsed.foreground)
     from dlmfs.node import serve
 
     if parsed.foreground:
-        return serve(config, lambda: None)
-    return run_in_background(lambda ready: serve(config, ready), mountpoint)
+        return serve(config, lambda: _tell_default(words))
+    code = run_in_background(lambda ready: serve(config, ready), mountpoint)
+    _tell_default(words)
+    return code
+
+
+def _tell_default(words: list[str]) -> None:
+    """Which rule holds, if nobody said: he may have, and mount(8) kept it for itself."""
+    if not any("holder" in settings(word) for word in words):
+        log.warning(BY_DEFAULT)
 
 
 def _parser(*, helper: bool) -> argparse.ArgumentParser:
@@ -93,9 +130,9 @@ def _parser(*, helper: bool) -> argparse.ArgumentParser:
     parser.add_argument("-o", action="append", default=[], metavar="OPT[,OPT...]")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens to stderr")
     if helper:  # the calling convention of mount(8), where -f means "fake"
-        parser.add_argument("-s", action="store_true", help=argparse.SUPPRESS)
+        parser.add_argument("-s", dest="sloppy", action="store_true", help=argparse.SUPPRESS)
         parser.add_argument("-n", action="store_true", help=argparse.SUPPRESS)
-        parser.add_argument("-N", metavar="NS", help=argparse.SUPPRESS)
+        parser.add_argument("-N", dest="namespace", metavar="NS", help=argparse.SUPPRESS)
         parser.add_argument("-t", metavar="TYPE", help=argparse.SUPPRESS)
         parser.add_argument("-f", dest="fake", action="store_true", help=argparse.SUPPRESS)
         parser.set_defaults(foreground=False)
@@ -103,7 +140,32 @@ def _parser(*, helper: bool) -> argparse.ArgumentParser:
         parser.add_argument(
             "-f", dest="foreground", action="store_true", help="stay in the foreground"
         )
+        parser.set_defaults(fake=False, sloppy=False, namespace=None)
     return parser
+
+
+def _enter(namespace: str, source: str) -> None:
+    """Go where `mount -N` says, with all that is loaded late: it need not be found there."""
+    import_module("logging.handlers")
+    import_module("dlmfs.node")
+    if source.startswith("etcd:"):
+        with contextlib.suppress(ImportError):
+            import_module("dlmfs.store.etcd.access")
+            import_module("dlmfs.store.etcd.store")
+    fuse_mount.enter(namespace)
+
+
+def _known(words: list[str]) -> list[str]:
+    """With `mount -s`: options that mean nothing here are passed over, but not in silence."""
+    known = []
+    for word in words:
+        try:
+            settings(word)
+        except UnknownOption as error:
+            complain(f"passed over, since -s is given: {error}")
+        else:
+            known.append(word)
+    return known
 
 
 def _log(*, verbose: bool, foreground: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import subprocess
 import sys
 from typing import Any, Final, NamedTuple
@@ -53,12 +54,17 @@ def look(entry: MountEntry, wanted: Facts | None = None) -> Glance:
     question = json.dumps(
         {"mountpoint": entry.mountpoint, "for_s": PATIENCE_S / 2} | (wanted or {})
     )
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", glance_child.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd="/",
-    )
+    # mount(8) starts its helper without PATH, and Python may not know then where it is itself.
+    python = sys.executable or os.path.realpath("/proc/self/exe")
+    try:
+        child = subprocess.Popen(
+            [python, "-I", "-S", glance_child.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+        )
+    except OSError:  # in a mount namespace that was entered it need not be there
+        return Glance(Life.UNTOLD, {})
     try:
         out, _ = child.communicate(question.encode(), PATIENCE_S)
     except subprocess.TimeoutExpired:

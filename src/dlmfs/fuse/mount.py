@@ -17,7 +17,7 @@ import shutil
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +38,10 @@ MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
+MS_REMOUNT: Final = 32
 MS_NOATIME: Final = 1024
+MS_RELATIME: Final = 1 << 21
+CLONE_NEWNS: Final = 0x20000
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 
@@ -49,6 +52,16 @@ _MS: Final = {
     "noexec": MS_NOEXEC,
     "noatime": MS_NOATIME,
 }
+_SHOWN: Final = {
+    **_MS,
+    "sync": 16,
+    "dirsync": 128,
+    "nosymfollow": 256,
+    "nodiratime": 2048,
+    "relatime": MS_RELATIME,
+    "lazytime": 1 << 25,
+}
+"""What the mount table shows of a mount's flags, and mount(2) takes away if it is not given again."""
 
 FUSERMOUNT_MAX_S: Final = 30.0
 """fusermount3 stats the mount point; do not wait for ever where that is a dead NFS."""
@@ -180,12 +193,14 @@ def _pinned(path: str) -> Iterator[str]:
         raise _mountpoint_error(path, error.errno) from error
     try:
         if proc.link("self", fd) != os.fsencode(path):
-            raise MountFailed(
-                f"{path} was changed while it was looked at: see by whom, then try again"
-            )
+            raise _changed(path)
         yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
+
+
+def _changed(path: str) -> MountFailed:
+    return MountFailed(f"{path} was changed while it was looked at: see by whom, then try again")
 
 
 def _libc_mount(source: str, target: str, bits: int, data: str) -> int:
@@ -323,6 +338,48 @@ def _fusermount_error(path: str, text: str) -> DlmfsError:
     return MountFailed(f"mounting at {path}: {text or 'fusermount3 sent no descriptor'}")
 
 
+def enter(namespace: str) -> None:
+    """From now on see what is mounted in another mount namespace, named by its file in /proc, and mount
+    there. Raises UsageError, NotPermitted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        with open(namespace, "rb") as file:
+            if libc.setns(file.fileno(), CLONE_NEWNS):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as error:
+        kind = NotPermitted if error.errno in (errno.EPERM, errno.EACCES) else UsageError
+        raise kind(f"the mount namespace {namespace} cannot be entered: {error.strerror}") from None
+
+
+# -- other flags ------------------------------------------------------------------------------------
+
+
+def remount(entry: MountEntry, changes: Mapping[str, bool]) -> None:
+    """Change flags of a mount that goes on, which is not touched: its daemon may be stopped. `changes`:
+    fields of `MountFlags` that mount(2) has; all others stay. nosuid and nodev are always on.
+
+    Raises NotPermitted, and MountFailed if it is in use (read-only, while files are open for writing).
+    """
+    told = {"nosuid": True, "nodev": True, **changes}
+    shown = {*entry.options, *entry.super_options}
+    bits = sum(bit for name, bit in _SHOWN.items() if told.get(name, name in shown))
+    if "noatime" in changes:
+        bits = bits & ~MS_RELATIME if changes["noatime"] else bits | MS_RELATIME
+    path = entry.mountpoint
+    with _pinned(path) as place:
+        if proc.mount_of("self", int(os.path.basename(place))) != entry.id:
+            raise _changed(path)
+        code = _libc_mount(entry.source, place, MS_REMOUNT | bits, "")
+    if code == errno.EBUSY:
+        raise MountFailed(
+            f"{path} is in use: files are open for writing (`dlmfs status {path}`, 'fuser -vm {path}')"
+        )
+    if code in (errno.EPERM, errno.EACCES):
+        raise NotPermitted(f"the flags of {path} may be changed only by root")
+    if code:
+        raise MountFailed(f"{path} cannot be remounted: {os.strerror(code)}")
+
+
 # -- unmounting -----------------------------------------------------------------------------------
 
 
@@ -345,9 +402,7 @@ def unmount(mountpoint: str, lazy: bool = False) -> None:
     above, name = os.path.split(path)
     with _pinned(above) as folder:
         if resolve(path)[1] != entry:
-            raise MountFailed(
-                f"{path} was changed while it was looked at: see by whom, then try again"
-            )
+            raise _changed(path)
         place = os.fsencode(f"{folder}/{name}")
         failed = libc.umount2(place, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
         code = ctypes.get_errno()

@@ -61,7 +61,8 @@ def _answers(entry: MountEntry, pid: int) -> Iterator[Finding]:
     except DlmfsError as error:  # it answers, so it lives, and its locks with it
         yield fail(about, str(error), "ask again; see its log")
         return
-    yield ok(about, f"node {status['node']}, source {status['source']}, pid {pid}")
+    node, source, rule = status["node"], status["source"], status["holder_rule"]
+    yield ok(about, f"node {node}, source {source}, holder={rule}, pid {pid}")
     yield _version(about, place, status)
     yield _lease(about, status)
     yield from _faults(about, status)
@@ -216,6 +217,13 @@ def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
             about,
             f"node {name} is of version {node['version']}, node {status['node']} of {status['version']}",
             "run the same version on every node",
+        )
+    if node["holder_rule"] not in (None, status["holder_rule"]):
+        yield warn(
+            about,
+            f"node {name} has holder={node['holder_rule']}, node {status['node']} "
+            f"holder={status['holder_rule']}: programs exclude each other on one of them only",
+            "mount all nodes with the same holder=",
         )
     if (
         node["ttl_s"] not in (None, status["lease"]["ttl_s"])
