@@ -134,6 +134,8 @@ class FileSystem(OpenFiles):
             change.uid is not None or change.gid is not None or (change.size is not None and h.uid)
         ):
             inode.end_set_id()  # the kernel leaves that to us (HANDLE_KILLPRIV)
+        if change.size == 0:
+            self.truncated(inode, change.fh, h.pid)
         if change.uid is not None:
             inode.uid = change.uid
         if change.gid is not None:

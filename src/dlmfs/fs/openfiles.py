@@ -26,7 +26,7 @@ from dlmfs.fs.limits import Usage, User
 from dlmfs.fs.outside import Kernel, Watchdog
 from dlmfs.fs.places import Places, Readers
 from dlmfs.fs.signals import Cause
-from dlmfs.fs.tree import LockFile, Tree
+from dlmfs.fs.tree import Inode, LockFile, Tree
 from dlmfs.fuse import wire
 from dlmfs.model import LVB_SIZE, Limits, Mode
 from dlmfs.timing import Scheduler, Timing
@@ -45,7 +45,7 @@ class Handle(Claim):
     """An open lock file. `unique` is the request that waits for it (0: none does), `poll` the
     kernel's handle once poll(2) has slept on it."""
 
-    __slots__ = ("append", "charged", "file", "lock", "poll", "unique", "user")
+    __slots__ = ("append", "charged", "file", "lock", "poll", "truncated", "unique", "user")
 
     def __init__(
         self, fh: int, pid: int, flags: int, file: LockFile, *, lock: ClusterLock, user: User
@@ -59,6 +59,7 @@ class Handle(Claim):
         self.token = 0
         self.stage = Stage.WAITING
         self.append = bool(flags & os.O_APPEND)
+        self.truncated = False  # since its opening or its last write: see `write`
         self.file = file
         self.lock = lock
         self.user = user
@@ -377,13 +378,29 @@ class OpenFiles:
         if handle.mode is not Mode.EX:
             return errno.EBADF
         data = data[: LVB_SIZE - offset]
+        place, change = offset, data
+        if handle.truncated:
+            # `echo new >LOCK` of a shorter value leaves no tail of the older one. To truncate alone
+            # changes nothing, as in the kernel: `exec 9>LOCK` is how scripts take a lock.
+            place, change = 0, (bytes(offset) + data).ljust(LVB_SIZE, b"\0")
+        handle.truncated = False
         answer = self._interruptible(h, handle.lock)
 
         def written(error: DlmfsError | None) -> None:
             answer(error.errno if error is not None else wire.written(len(data)))
 
-        handle.lock.write_lvb(offset, data, written)
+        handle.lock.write_lvb(place, change, written)
         return answer.reply()
+
+    def truncated(self, inode: Inode, fh: int | None, thread: int) -> None:
+        """An open file was truncated. By its opening with O_TRUNC `fh` is not told: then it is one that
+        the thread has just opened."""
+        space = self.spaces.get(inode.parent.ino) if inode.parent is not None else None
+        lock = space.locks.get(inode.name) if space is not None else None
+        for handle in lock.res.holders.values() if lock is not None else ():
+            if handle.fh == fh or (fh is None and handle.pid == thread):
+                assert isinstance(handle, Handle)
+                handle.truncated = True
 
     def fsync(self, _h: wire.Header, _fh: int, _datasync: int) -> Reply:
         return b""
