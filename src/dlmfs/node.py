@@ -38,6 +38,7 @@ from dlmfs.fuse.connections import Connection
 from dlmfs.fuse.device import Device
 from dlmfs.handlers import handlers
 from dlmfs.model import OnLost
+from dlmfs.notify import Manager, Reports
 from dlmfs.permission import hides_processes
 from dlmfs.store import highwater
 from dlmfs.store.base import Txn, TxnResult
@@ -61,8 +62,9 @@ UNMOUNTING_S: Final = (0.0, 0.001, 0.004, 0.016, 0.064, 0.256)
 class Node:
     """One daemon with one mount. `run` is its whole life."""
 
-    def __init__(self, config: MountConfig) -> None:
+    def __init__(self, config: MountConfig, manager: Manager | None = None) -> None:
         self.config = config
+        self.manager = manager
         self.started = boottime()
         self.mounted = False
         self.watchdog: Watchdog | None = None
@@ -102,13 +104,36 @@ class Node:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self.loop.add_signal_handler(number, self._end, f"signal {number.name}")
             ready()
+            reports = self._report(undo)
             name, rule = self.membership.name, self.config.options.holder
             log.info("node %s serves %s, holder=%s", name, self.config.mountpoint, rule.value)
             reason = await self._ended
             log.info("node %s ends: %s", self.membership.name, reason)
+            if reports is not None:
+                reports.ends()
             await self._leave(reason)
             takedown.begin()
         return 0
+
+    def _report(self, undo: contextlib.AsyncExitStack) -> Reports | None:
+        """Tell the service manager, if one started this daemon, that the mount answers, and how it is
+        from now on."""
+        if self.manager is None:
+            return None
+        reports = Reports(self.manager, self.loop, self._says)
+        reports.begin()
+        undo.callback(reports.close)
+        return reports
+
+    def _says(self) -> str:
+        """How it is, in one line."""
+        member = self.membership
+        state, _, why = member.lease_state().partition(": ")
+        if member.ending.begun:
+            why = f"it ends ({member.ending.reason}): holders are given their time"
+        lease = f", lease of {member.timing.ttl_s:g} s" if member.fence_at is not None else ""
+        line = f"{state}: node {member.name} of {self.config.source_text}{lease}"
+        return f"{line}: {why}" if why else line
 
     def _end(self, reason: str) -> None:
         if not self._ended.done():
@@ -351,14 +376,15 @@ def _names(host: str) -> Sequence[str]:
     return [host, *(f"{host}-{number}" for number in range(2, NAMES_MAX))]
 
 
-def serve(config: MountConfig, ready: Callable[[], None]) -> int:
-    """Run a node in this process until its end; `ready` is called when the mount answers.
+def serve(config: MountConfig, ready: Callable[[], None], manager: Manager | None = None) -> int:
+    """Run a node in this process until its end; `ready` is called when the mount answers, and
+    `manager` told.
 
     Returns the exit code. Raises DlmfsError if the node cannot start.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the soft bound is for select(2)
-    return asyncio.run(Node(config).run(ready))
+    return asyncio.run(Node(config, manager).run(ready))
 
 
 __all__ = ["Node", "__version__", "serve"]

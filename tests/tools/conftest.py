@@ -12,6 +12,7 @@ import pytest
 from tests.fs.conftest import nodes as nodes
 from tests.fs.nodes import Nodes
 from tests.tools.bench import Bench
+from tests.tools.notified import Heard
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,12 @@ def bench() -> Iterator[Bench]:
     finally:
         made.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def heard(tmp_path: Path) -> Iterator[Heard]:
+    end = Heard(tmp_path)
+    try:
+        yield end
+    finally:
+        end.close()

@@ -17,6 +17,7 @@ from dlmfs import privileges
 from dlmfs.fuse import mountinfo
 from tests.fs.helper import helper as helper
 from tests.fs.nodes import DLMFS, PATIENCE_S, ROOT, Nodes
+from tests.tools.notified import Heard
 
 UNITS = ROOT / "contrib" / "systemd"
 GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
@@ -140,11 +141,11 @@ EXPOSED_MAX = 6.5
 
 
 @pytest.mark.fuse
-def test_what_the_service_does(nodes: Nodes) -> None:
-    """Its ExecStart returns when the mount answers (Type=forking), its ExecStop when it is gone; with
-    the privileges that the unit leaves."""
+def test_what_the_service_does(nodes: Nodes, heard: Heard) -> None:
+    """Its ExecStart says READY when the mount answers, and ends in order by SIGTERM, with a file open;
+    all with the privileges that the unit leaves."""
     unit = Unit((UNITS / "dlmfs@.service").read_text())
-    assert unit("Service", "Type") == "forking"
+    assert unit("Service", "Type") == "notify"
     known = variables(unit, "jobs")
     assert known == {"SOURCE": "local:jobs", "MOUNTPOINT": "/mnt/jobs", "OPTIONS": "holder=file"}
     where = nodes.folder / "service"
@@ -157,10 +158,18 @@ def test_what_the_service_does(nodes: Nodes) -> None:
         bounds = ",".join(["-all", *kept])
         less = ["setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounds}"]
     start = [*less, *command(unit("Service", "ExecStart"), known)]
-    subprocess.run(start, check=True, timeout=PATIENCE_S)
-    assert nodes.status(where)["holder_rule"] == "file"
-    (where / "dom").mkdir()
-    subprocess.run(command(unit("Service", "ExecStop"), known), check=True, timeout=PATIENCE_S)
+    environment = {**os.environ, "NOTIFY_SOCKET": heard.address, "WATCHDOG_USEC": "30000000"}
+    environment.pop("SYSTEMD_EXEC_PID", None)
+    started = subprocess.Popen(start, env=environment)
+    try:
+        assert heard.next()[0] == "READY=1"
+        assert nodes.pid(where) == started.pid
+        assert nodes.status(where)["holder_rule"] == "file"
+        (where / "dom").mkdir()
+        nodes.hold(where / "dom" / "x", os.O_RDWR | os.O_CREAT)
+    finally:
+        started.terminate()
+        assert started.wait(PATIENCE_S) == 0
     assert mounted(where) == []
 
 

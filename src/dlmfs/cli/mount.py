@@ -33,6 +33,7 @@ from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.glance import is_dead
+from dlmfs.notify import Manager
 from dlmfs.rundir import is_trusted
 
 log = logging.getLogger("dlmfs.mount")
@@ -78,13 +79,23 @@ OPTIONS: Final = """\
 
 
 def run(args: list[str]) -> int:
-    """Mount; return when the mount answers (with -f: when it ends)."""
+    """Mount; return when the mount answers (with -f, or under a service manager: when it ends)."""
     helper = "--helper" in args
     if helper:
         args.remove("--helper")
     parsed = _parser(helper=helper).parse_args(args)
     if parsed.namespace:
         _enter(parsed.namespace, parsed.source)
+    manager = Manager.of_environment(foreground=parsed.foreground)
+    try:
+        return _mount(parsed, manager)
+    except DlmfsError as error:
+        if manager is not None:
+            manager.tell(f"STATUS={error}")
+        raise
+
+
+def _mount(parsed: argparse.Namespace, manager: Manager | None) -> int:
     mountpoint = os.path.realpath(parsed.mountpoint)
     if remount.is_asked(parsed.o):
         return remount.run(parsed.source, mountpoint, parsed.o, fake=parsed.fake)
@@ -102,11 +113,12 @@ def run(args: list[str]) -> int:
     _await_end(mountpoint)
     _check(mountpoint, source, options)
     config = MountConfig(parsed.source, source, mountpoint, options, tuple(words))
-    _log(verbose=parsed.verbose, foreground=parsed.foreground)
+    foreground = parsed.foreground or manager is not None
+    _log(verbose=parsed.verbose, foreground=foreground)
     from dlmfs.node import serve
 
-    if parsed.foreground:
-        return serve(config, lambda: _tell_default(words))
+    if foreground:
+        return serve(config, lambda: _tell_default(words), manager)
     code = run_in_background(lambda ready: serve(config, ready), mountpoint)
     _tell_default(words)
     return code
