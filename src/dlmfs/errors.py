@@ -10,6 +10,7 @@
     │   ├── NoAnswer                 ENOLCK       32         69     ... or says nothing
     │   ├── Unseen                   ENOLCK       32         69     ... or cannot be asked from here
     │   ├── StoreFull                ENOSPC       32         69     nothing was written
+    │   ├── StoreRefuses             ENOLCK       32         69     ... for want of the right to
     │   └── OutcomeUnknown           ENOLCK       32         69     it may or may not have happened
     ├── BadState                     EIO          32         78     state file corrupt, foreign, misplaced
     ├── NotGranted                   ETXTBSY      32         1      a trylock met a user of the lock
@@ -77,6 +78,10 @@ class StoreFull(Unavailable):
     """The store refused a write for want of space. Definite: nothing of it was applied."""
 
     errno = errno.ENOSPC
+
+
+class StoreRefuses(Unavailable):
+    """The store does not let this node write, or read, there. Definite: nothing was applied."""
 
 
 class OutcomeUnknown(Unavailable):

@@ -26,6 +26,10 @@ async def _info(node: Node, sight: Sight, request: Facts) -> object:
     return await report.info(node, sight, str(request["domain"]), str(request["lock"]))
 
 
+async def _hindrance(node: Node, sight: Sight, request: Facts) -> object:
+    return await report.hindrance(node, sight, str(request["domain"]), str(request["lock"]))
+
+
 async def _nodes(node: Node, sight: Sight, _request: Facts) -> object:
     return await report.nodes(node, sight)
 
@@ -56,6 +60,7 @@ _TABLE: Final[dict[str, tuple[Answer, Cost, bool]]] = {
     # question: who answers it, at what cost, and whether only root and the owner may ask
     "status": (_status, Cost.MUCH, False),
     "info": (_info, Cost.MUCH, False),
+    "hindrance": (_hindrance, Cost.MUCH, False),
     "nodes": (_nodes, Cost.MUCH, False),
     "why": (_why, Cost.CLUSTER, False),
     "health": (_health, Cost.CLUSTER, False),

@@ -55,6 +55,7 @@ async def health(node: Node, sight: Sight) -> Facts:
             silence = f"it has said nothing for {inquiry.STORE_S:g} s"
             return {"trouble": str(error) or silence, "version": __version__}
         took.append(loop.time() - start)
+    await node.look_at_store()
     pace = Pace()
     nodes = [kv async for kv in reading.records(node, NODES, pace)]
     named = ((node_of(kv.key), kv) for kv in nodes)

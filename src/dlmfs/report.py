@@ -49,6 +49,7 @@ async def status(node: Node, sight: Sight) -> Facts:
     """The whole node, JSON-ready: lease, store, domains, locks with their holders and waiters; of the
     locks `LISTED_MAX`, the busy ones first, and how many more there are."""
     domains = await _domains(node, sight)
+    await node.look_at_store()
     return {
         "version": __version__,
         "node": node.membership.name,
@@ -92,6 +93,23 @@ def _ending(ending: Ending) -> Facts | None:
     if not ending.begun:
         return None
     return {"phase": ending.phase.value, "reason": ending.reason}
+
+
+async def hindrance(node: Node, sight: Sight, domain: str, name: str) -> Facts:
+    """Why a lock cannot be had, if it is not for others who have it: the node's `state`, the `reason` if
+    it is not good, the store's `trouble`; `held`: whether a program has the lock here. Raises
+    NotPermitted."""
+    sight.demand(os.fsencode(domain), os.fsencode(name))
+    space = node.membership.spaces.get(os.fsencode(domain))
+    lock = space.locks.get(os.fsencode(name)) if space is not None else None
+    await node.look_at_store()
+    lease = _lease(node.membership)
+    return {
+        "state": lease["state"],
+        "reason": None if lease["state"] == "HEALTHY" else lease["reason"],
+        "trouble": node.store.describe().get("trouble"),
+        "held": lock is not None and bool(lock.res.holders),
+    }
 
 
 async def nodes(node: Node, sight: Sight) -> list[Facts]:

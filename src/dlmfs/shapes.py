@@ -139,6 +139,7 @@ STATUS: Final = {
         "tokens?": Maybe(str),
         "warning?": Maybe(str),
         "trouble?": Maybe(str),
+        "trouble_kind?": Maybe(str),
         "lost?": Maybe(str),
         "error?": Maybe(str),
     },
@@ -184,6 +185,7 @@ INFO: Final = {
     "local_waiters": Each(CLAIM),
     "more_local_waiters": int,
 }
+HINDRANCE: Final = {"state": str, "reason": Maybe(str), "trouble": Maybe(str), "held": bool}
 NODES: Final = Each(
     {
         "node": str,
@@ -231,6 +233,7 @@ WHY: Final = {
     "lock": str,
     "node": str,
     "trouble": Maybe(str),
+    "refused?": Maybe(str),
     "more": int,
     "hidden": int,
     "nodes": Named({"silent?": SILENT}),
@@ -354,6 +357,7 @@ def _of(shape: Shape) -> Callable[[object], str | None]:
 ANSWERS: Final[dict[str, Callable[[object], str | None]]] = {
     "status": _of(STATUS),
     "info": _of(INFO),
+    "hindrance": _of(HINDRANCE),
     "nodes": _of(NODES),
     "why": _why,
     "health": _health,

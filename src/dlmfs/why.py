@@ -54,11 +54,13 @@ async def why(node: Node, sight: Sight, domain: str, lock: str) -> Facts:
         todo = search.open_names()
     if search.trouble is None and search.is_nowhere:
         raise UsageError(f"no node is in a domain {domain!r}: mkdir it first")
+    await node.look_at_store()
     return {
         "domain": domain,
         "lock": lock,
         "node": node.membership.name,
         "trouble": search.trouble,
+        "refused": node.store.describe().get("trouble") if search.trouble is None else None,
         "more": len(todo),
         "hidden": len(search.hidden),
         "nodes": search.nodes

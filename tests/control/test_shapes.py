@@ -18,6 +18,7 @@ from dlmfs.shapes import (
     ANSWERED,
     ANSWERS,
     HEALTH,
+    HINDRANCE,
     INFO,
     NODES,
     SILENT,
@@ -84,6 +85,7 @@ def _state(answer: Facts) -> list[str]:
 SHOWN: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "status": (example(STATUS), _state),
     "info": (example(INFO), info.render),
+    "hindrance": (example(HINDRANCE), str),
     "nodes": (example(NODES), lambda answer: [nodes.render(row) for row in answer]),
     "why": ({**example(WHY), "nodes": {"n": node_facts()}}, _story),
     "health": ({**example(HEALTH), "trouble": None}, _space),

@@ -42,6 +42,7 @@ CALLS_MAX = 9_000
 QUESTIONS: dict[str, list[Facts]] = {
     "status": [{}],
     "info": [{"domain": "dom", "lock": "crowd"}, {"domain": "dom", "lock": "k00001"}],
+    "hindrance": [{"domain": "dom", "lock": "crowd"}],
     "nodes": [{}],
     "why": [{"domain": "dom", "lock": "crowd"}],
     "health": [{}],

@@ -35,6 +35,7 @@ PLACES = (("open", "seen"), ("open", "hush"), ("shut", "payroll"), ("shut", "non
 QUESTIONS: dict[str, list[dict[str, object]]] = {
     "status": [{}, {"all": True}],
     "info": [{"domain": domain, "lock": lock} for domain, lock in PLACES],
+    "hindrance": [{"domain": domain, "lock": lock} for domain, lock in PLACES],
     "nodes": [{}],
     "why": [{"domain": domain, "lock": lock} for domain, lock in PLACES],
     "health": [{}],

@@ -9,6 +9,7 @@ from tests.mutants.mutant import Mutant
 WAKEUPS: Final = "tests/store/test_wakeups.py"
 MARK: Final = "tests/store/test_highwater.py"
 NONSENSE: Final = "tests/etcd/test_nonsense.py"
+REFUSED: Final = "tests/etcd/test_refused.py"
 SECRETS: Final = "tests/etcd/test_secrets.py"
 
 STORE: Final = (
@@ -183,5 +184,22 @@ STORE: Final = (
             "tests/etcd/test_nonsense.py::test_a_lease_that_is_renewed_but_has_our_key_no_more_is_lost",
         ),
         "a lease that etcd has revoked is kept (promise 3)",
+    ),
+    Mutant(
+        "word-forgotten",
+        "store/etcd/watch.py",
+        "            self._heard = False  # now: what is asked for may be here before `ask` returns\n"
+        "            if asked:\n                await self.ask()\n",
+        "            if asked:\n                await self.ask()\n            self._heard = False\n",
+        (f"{REFUSED}::test_a_word_that_comes_before_the_question_returned_counts",),
+        "an idle node gives its connection to etcd up every few seconds",
+    ),
+    Mutant(
+        "refusal-is-a-fault",
+        "store/etcd/store.py",
+        "            raise StoreRefuses(str(error)) from None\n",
+        "            raise\n",
+        (f"{REFUSED}::test_a_refusal_is_definite_and_no_fault",),
+        "a right that is taken from etcd's user for a moment breaks every lock that asks meanwhile",
     ),
 )

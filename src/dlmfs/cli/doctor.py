@@ -67,12 +67,14 @@ def _checks(what: str | None, options: MountOptions) -> Iterator[Finding]:
     yield from host.check(etcd=etcd)
     yield from configured.check()
     if source is not None:
-        from dlmfs.cli.checks import source as sources
-
         if isinstance(source, EtcdSource):
-            yield from sources.check_etcd(source, options)
+            from dlmfs.cli.checks import etcd as cluster
+
+            yield from cluster.check(source, options)
         else:
-            yield from sources.check_local(source)
+            from dlmfs.cli.checks import local
+
+            yield from local.check(source)
     for entry in entries:
         yield from mounted.check(entry)
     if others:

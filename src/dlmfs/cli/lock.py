@@ -30,6 +30,7 @@ from dlmfs.errors import (
     LockLost,
     NotGranted,
     TimedOut,
+    Unavailable,
     UsageError,
 )
 
@@ -177,6 +178,7 @@ def arrange(paths: list[str]) -> list[Place]:
 
 def run(args: list[str]) -> int:
     """Take the locks, run the command; see HELP for the exit codes."""
+    places: list[Place] = []
     try:
         order = parse(args)
         if order.help:
@@ -196,11 +198,10 @@ def run(args: list[str]) -> int:
     except UsageError as error:
         complain(str(error))
         return USAGE_EXIT if error.exit == UsageError.exit else error.exit
+    except (TimedOut, Unavailable) as error:
+        return _in_vain(error, order, places)
     except NotGranted as error:
-        if order.verbose or isinstance(error, Deadlock):
-            which = f" {plain(places[0].path)}" if len(places) == 1 else ""
-            complain(f"{error} (`dlmfs why{which}` says who is in the way)")
-        return order.conflict_exit
+        return _refused(error, order, places)
     if order.verbose:
         waited = time.monotonic() - begun
         complain(f"having the lock took {waited:.6f} s")
@@ -216,6 +217,24 @@ def run(args: list[str]) -> int:
             os.set_inheritable(fd, True)
     locks = {fd: p.path for p, fd in fds.items()}
     return behind.end(supervise(order.command, environment, locks, until))
+
+
+def _refused(error: NotGranted, order: Order, places: list[Place]) -> int:
+    if order.verbose or isinstance(error, Deadlock):
+        which = f" {plain(places[0].path)}" if len(places) == 1 else ""
+        complain(f"{error} (`dlmfs why{which}` says who is in the way)")
+    return order.conflict_exit
+
+
+def _in_vain(error: TimedOut | Unavailable, order: Order, places: list[Place]) -> int:
+    """A lock that nobody has, and that the store does not give, is not a busy one."""
+    from dlmfs.cli.hindrance import hindrance
+
+    why = hindrance(places)
+    if why is None and isinstance(error, TimedOut):
+        return _refused(error, order, places)
+    complain(f"{error}: {why}" if why is not None else str(error))
+    return Unavailable.exit if isinstance(error, TimedOut) else error.exit
 
 
 def _call_oneself(command: str) -> None:

@@ -81,6 +81,8 @@ def render(report: Facts, *, everything: bool = False) -> list[str]:
         for session in report["store"].get("sessions", [])
         if session["stopped"]
     ]
+    if report["store"].get("trouble"):
+        lines.append(f"  {report['store']['trouble']}")
     if report["store"].get("tokens"):
         lines.append(f"  tokens: {report['store']['tokens']}")
     if report["store"].get("waiting_for_pid"):

@@ -38,7 +38,7 @@ def run(args: list[str]) -> int:
     else:
         say(*story(report))
     silent = any("silent" in node for node in report["nodes"].values())
-    return 69 if silent or report["trouble"] else 0
+    return 69 if silent or report["trouble"] or report.get("refused") else 0
 
 
 def look(
@@ -70,6 +70,8 @@ def story(report: Facts) -> list[str]:
             f"What follows is only what this node ({report['node']}) knows.",
             "",
         ]
+    elif report.get("refused"):
+        lines += [f"NO LOCK CAN CHANGE HANDS: {report['refused']}", ""]
     for lock in report["locks"]:
         lines += teller.lock(lock)
     if report["more"]:
@@ -87,6 +89,11 @@ class _Teller:
         self.told: set[tuple[str, int]] = set()
         self.sharing: list[str] = []
         """Nodes whose processes share what they hold."""
+        self.nobody = "nobody has it and nobody waits for it: it is free"
+        if report["trouble"]:
+            self.nobody = "nobody on this node has it; of the others nothing can be known"
+        elif report.get("refused"):
+            self.nobody = "nobody has it and nobody waits for it, but the store gives it to nobody"
 
     # -- words ----------------------------------------------------------------------------------
 
@@ -143,7 +150,7 @@ class _Teller:
         holding = self._holders(lock)
         waiting = self._queue(lock)
         if not holding and not waiting:
-            lines.append("  nobody has it and nobody waits for it: it is free")
+            lines.append(f"  {self.nobody}")
         lines += holding
         if waiting:
             order = " waits for it:" if len(waiting) == 1 else " wait for it, in this order:"

@@ -15,6 +15,7 @@ from dlmfs.errors import DlmfsError, NoAnswer, NotPermitted, Unseen
 from dlmfs.fuse.mountinfo import MountEntry
 from dlmfs.proc import is_stopped
 from dlmfs.rundir import is_trusted, owner_of
+from dlmfs.store.etcd.trouble import CURES, Kind
 
 PATIENCE_S: Final = 60.0
 SLOW_READ_MS: Final = 100.0
@@ -79,11 +80,7 @@ def _answers(entry: MountEntry, pid: int) -> Iterator[Finding]:
 
 def _space(about: str, place: str, health: Facts, status: Facts) -> Iterator[Finding]:
     if health["trouble"]:
-        yield fail(
-            about,
-            f"the store does not answer: {health['trouble']}",
-            "see that it runs and can be reached: `dlmfs doctor SOURCE`",
-        )
+        yield fail(about, f"the store does not answer: {health['trouble']}", _cure(status["store"]))
         return
     yield latency(about, max(health["read_ms"], default=0.0), status["lease"]["ttl_s"])
     for node in health["nodes"]:
@@ -144,9 +141,7 @@ def _store(about: str, store: Facts) -> Iterator[Finding]:
     if store.get("warning"):
         yield warn(about, store["warning"], "upgrade etcd")
     if store.get("trouble"):
-        yield fail(
-            about, f"etcd: {store['trouble']}", "see `dlmfs doctor SOURCE` for each endpoint"
-        )
+        yield fail(about, f"etcd: {store['trouble']}", _cure(store))
     if store.get("lost") or store.get("error"):
         yield fail(about, str(store.get("lost") or store["error"]), "mount it again")
     holder = store.get("waiting_for_pid")
@@ -154,6 +149,13 @@ def _store(about: str, store: Facts) -> Iterator[Finding]:
         yield fail(
             about, f"the state file is held by pid {holder}", f"kill -CONT {holder}, or end it"
         )
+
+
+def _cure(store: Facts) -> str:
+    """What to do about the trouble of which a store tells."""
+    kinds = {kind.value: kind for kind in Kind}
+    kind = kinds.get(str(store.get("trouble_kind")), Kind.SILENT)
+    return CURES[kind] if kind is not Kind.SILENT else "`dlmfs doctor SOURCE` asks each endpoint"
 
 
 def latency(about: str, worst_ms: float, ttl_s: float | None) -> Finding:

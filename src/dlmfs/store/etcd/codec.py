@@ -41,6 +41,25 @@ def only_reads(request: pb.TxnRequest) -> bool:
     return all(op.HasField("request_range") for op in ops)
 
 
+def puts(request: pb.TxnRequest) -> bool:
+    """Whether this transaction may put something: what a server that takes no writes refuses."""
+    for op in (*request.success, *request.failure):
+        if op.HasField("request_put") or (op.HasField("request_txn") and puts(op.request_txn)):
+            return True
+    return False
+
+
+def never(root: bytes) -> pb.TxnRequest:
+    """Puts of a lock space's two kinds (`root`, and the sessions beside it) that are never applied. They
+    need the same rights and the same room as any, so a store that takes no writes refuses them."""
+    keys = (root + b"probe", root[:-1] + b"!/probe")
+    compare = pb.Compare(
+        key=keys[0], target=pb.Compare.CREATE, result=pb.Compare.LESS, create_revision=0
+    )
+    ops = [pb.RequestOp(request_put=pb.PutRequest(key=key, value=b"{}")) for key in keys]
+    return pb.TxnRequest(compare=[compare], success=ops)
+
+
 class Codec:
     """`root` stands before every key of ours in etcd."""
 

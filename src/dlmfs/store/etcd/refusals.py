@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import grpc
 
 from dlmfs.errors import Bug, DlmfsError, LockLost, NotPermitted, OutcomeUnknown
+from dlmfs.store.etcd.trouble import CURES, REFUSALS, Kind, Trouble, kind_of
 
 NO_USER: Final = "user name is empty"
 WRONG_USER: Final = "authentication failed"
@@ -33,16 +34,19 @@ def meaning(code: grpc.StatusCode, details: str, endpoint: str) -> Meaning:
     if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
         return Meaning(LockLost("the lease has ended"))
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        says = f"etcd at {endpoint} refuses this user ({details}): see -o credentials=FILE"
+        cure = CURES[Kind.RIGHTS] if kind_of(details) is Kind.RIGHTS else "see -o credentials=FILE"
+        says = f"etcd at {endpoint} refuses this user ({details}): {cure}"
         return Meaning(NotPermitted(says), details)
     if invalid and NO_USER in details:
         says = f"etcd at {endpoint} wants a user and a password: give -o credentials=FILE"
         return Meaning(NotPermitted(says), says)
     if invalid and OLD_REVISION not in details:
         return Meaning(Bug(f"etcd refused a request: {details}"))
+    if (kind := kind_of(details)) in REFUSALS:
+        words = f"{endpoint}: {Trouble(kind, details).words()}"
+        # Not definite: "no space" is said after applying, too (protocol-traps 14).
+        return Meaning(OutcomeUnknown(words), details)
     unknown = OutcomeUnknown(f"etcd at {endpoint} did not answer ({tls(details) or details})")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in details:
-        return Meaning(unknown, details)  # said after applying, too (protocol-traps 14)
     return Meaning(unknown, tls(details) or f"{code.name.lower()}: {details}", broken=True)
 
 

@@ -28,11 +28,12 @@ from google.protobuf.message import DecodeError
 from dlmfs.errors import DlmfsError, NotPermitted, OutcomeUnknown, StoreRestored
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.answers import Nonsense, check, check_jump
-from dlmfs.store.etcd.codec import only_reads
+from dlmfs.store.etcd.codec import only_reads, puts
 from dlmfs.store.etcd.files import Files
 from dlmfs.store.etcd.login import NO_TOKEN, Login
 from dlmfs.store.etcd.members import Members
 from dlmfs.store.etcd.refusals import meaning
+from dlmfs.store.etcd.trouble import REFUSALS, Trouble, kind_of
 
 log = logging.getLogger("dlmfs.etcd")
 
@@ -177,6 +178,8 @@ class Rpc:
         self.cluster_id = 0
         self.trouble: str | None = None
         """What the last call ended with, if it failed."""
+        self.refused: Trouble | None = None
+        """What the last write was refused with. Readings, and so the lease, may go on meanwhile."""
         self._channel: grpc.aio.Channel | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -244,6 +247,9 @@ class Rpc:
         if self.trouble is not None:
             log.info("etcd at %s answers", endpoint)
             self.trouble = None
+        if self.refused is not None and method is TXN and puts(request):
+            log.warning("etcd at %s takes writes again", self.endpoint)
+            self.refused = None
         if method is TXN or method is RANGE:
             self._look_back(answer.header, floor)
         return answer
@@ -285,6 +291,8 @@ class Rpc:
             except grpc.aio.AioRpcError as error:
                 if self.login.is_old(error, token) and attempt == 0:
                     continue
+                if method is TXN or method is GRANT:
+                    self._heed(error.details() or "")
                 self._raise(error, generation, harmless=harmless)
             except asyncio.CancelledError:
                 if cancelling():
@@ -351,9 +359,18 @@ class Rpc:
 
     def _note(self, trouble: str) -> None:
         """What is wrong lies not in the connection."""
-        if self.trouble is None:
+        if self.trouble is None and self.refused is None:
             log.warning("%s", trouble)
         self.trouble = trouble
+
+    def _heed(self, details: str) -> None:
+        """What a write failed with is told of until one is taken."""
+        kind = kind_of(details)
+        if kind in REFUSALS:
+            trouble = Trouble(kind, details)
+            if self.refused != trouble:
+                log.error("etcd at %s: %s", self.endpoint, trouble.words())
+            self.refused = trouble
 
     def _look_back(self, header: pb.ResponseHeader, floor: int) -> None:
         if self.cluster_id not in (0, header.cluster_id):

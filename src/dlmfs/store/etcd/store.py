@@ -7,10 +7,11 @@ Nothing else there is read or touched.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from dlmfs.errors import DlmfsError, OutcomeUnknown
+from dlmfs.errors import DlmfsError, NotPermitted, OutcomeUnknown, StoreRefuses
 from dlmfs.store.base import (
     BOUNDS,
     Get,
@@ -25,7 +26,7 @@ from dlmfs.store.base import (
 from dlmfs.store.check import check
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.about import About, unsound
-from dlmfs.store.etcd.codec import Codec, only_reads
+from dlmfs.store.etcd.codec import Codec, never, only_reads
 from dlmfs.store.etcd.rpc import (
     RANGE,
     REVOKE,
@@ -37,8 +38,12 @@ from dlmfs.store.etcd.rpc import (
     report,
 )
 from dlmfs.store.etcd.session import EtcdSession
+from dlmfs.store.etcd.trouble import Trouble, kind_of
 from dlmfs.store.etcd.watch import EtcdWatch
 from dlmfs.timing import Clock
+
+LOOK_S: Final = 1.0
+LOOK_EVERY_S: Final = 2.0
 
 T = TypeVar("T")
 
@@ -69,6 +74,7 @@ class EtcdStore:
         self.session: EtcdSession | None = None
         self.watches: list[EtcdWatch] = []
         self.commits = 0
+        self._probed = -LOOK_EVERY_S
         self.renewed: Callable[[EtcdSession], None] | None = None
         """Called with a session that is begun or renewed; may be set later."""
         self._lost: Callable[[DlmfsError], None] | None = None
@@ -127,7 +133,10 @@ class EtcdStore:
                 f"etcd at {self.rpc.endpoint} is not proved to be the store that it was"
             ) from None
         generation = self.rpc.generation
-        result = await self._ask(txn)
+        try:
+            result = await self._ask(txn)
+        except NotPermitted as error:  # an operator's doing, and his to undo: it breaks no lock
+            raise StoreRefuses(str(error)) from None
         if generation != self.rpc.generation:
             raise OutcomeUnknown("the connection was given up")
         return result
@@ -231,11 +240,37 @@ class EtcdStore:
 
     # -- facts --------------------------------------------------------------------------------
 
+    async def look(self) -> None:
+        """For who asks how the cluster is: learn whether it takes our writes, within `LOOK_S`. Asked no
+        more often than each `LOOK_EVERY_S`."""
+        if self.clock() - self._probed < LOOK_EVERY_S:
+            return
+        self._probed = self.clock()
+        # Not cut short: a call that is given up takes its connection along.
+        task = self.loop.create_task(self._probe())
+        look_after(task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.wait({task}, timeout=LOOK_S)
+
+    async def _probe(self) -> None:
+        """A put under a condition that never holds: refused as any other write, and never applied."""
+        with contextlib.suppress(DlmfsError):
+            await self.rpc.call(TXN, never(self.codec.root), self.timeout_s)
+
     def size_mb(self) -> float:
         """The whole database, ours and others'; 0 where etcd does not tell it."""
         return self.about.size_mb
 
+    @property
+    def trouble(self) -> Trouble | None:
+        """What is wrong with the cluster, if anything is."""
+        if self.rpc.refused is not None or self.rpc.trouble is None:
+            return self.rpc.refused
+        return Trouble(kind_of(self.rpc.trouble), self.rpc.trouble)
+
     def describe(self) -> dict[str, object]:
+        trouble = self.trouble
         return {
             "store": "etcd",
             "endpoints": list(self.rpc.access.endpoints),
@@ -243,7 +278,8 @@ class EtcdStore:
             "endpoint": self.rpc.endpoint,
             "version": self.about.version,
             "warning": unsound(self.about.version),
-            "trouble": self.rpc.trouble,
+            "trouble": trouble.words() if trouble is not None else None,
+            "trouble_kind": trouble.kind.value if trouble is not None else None,
             "files": self.rpc.files.trouble,
             "user": self.rpc.access.user,
             "user_asked_for": not self.rpc.login.unasked,

@@ -143,17 +143,15 @@ class EtcdWatch:
     async def _listen(self, stream: Stream) -> None:
         """Ask for a word after a silence, and give the stream up after another: a link may be dead
         without telling (etcd-notes, "its watch dies silently")."""
-        asked = False
+        asked = self._heard = False
         while True:
-            self._heard = False
             await asyncio.sleep(SILENCE_S)
-            if self._heard:
-                asked = False
-            elif asked:
+            if asked and not self._heard:
                 stream.cancel()
                 return
-            else:
-                asked = True
+            asked = not self._heard
+            self._heard = False  # now: what is asked for may be here before `ask` returns
+            if asked:
                 await self.ask()
 
     def _deliver(self, events: Sequence[pb.Event]) -> None:
