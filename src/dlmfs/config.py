@@ -17,6 +17,7 @@ LIMIT_MAX: Final = 1_000_000_000
 RUN_MAX: Final = 88
 """A socket's path has 107 bytes (unix(7))."""
 DELAY_MAX_S: Final = 3600.0
+FORGET_MAX_S: Final = 365 * 86400.0
 ETCD_PORT: Final = 2379
 ENDPOINT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -44,6 +45,8 @@ class MountOptions:
     lock_delay_s: float | None = None
     """None: `lock_delay_of` says."""
     grace_s: float = GRACE_S
+    forget_s: float | None = None
+    """None: files stay that nobody uses, but for transient ones."""
     dead_value: DeadValue = DeadValue.KEEP
     on_lost: OnLost = OnLost.NONE
     ca: str | None = None
@@ -231,6 +234,11 @@ def _parse_grace(name: str, value: str) -> dict[str, object]:
     return {"grace_s": _seconds(name, value, 0, DELAY_MAX_S)}
 
 
+def _parse_forget(name: str, value: str) -> dict[str, object]:
+    seconds = _seconds(name, value, 0, FORGET_MAX_S)
+    return {"forget_s": seconds or None}
+
+
 def _parse_file(name: str, value: str) -> dict[str, object]:
     if not value.startswith("/"):
         raise UsageError(f"{name}={value}: give the file's absolute path")
@@ -261,6 +269,7 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "ttl": _parse_ttl,
     "lock-delay": _parse_lock_delay,
     "grace": _parse_grace,
+    "forget": _parse_forget,
     "dead-value": _parse_dead_value,
     "on-lost": _parse_on_lost,
     "ca": _parse_file,

@@ -73,7 +73,8 @@ def compatible(a: Mode, b: Mode) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one mount. `user_share` is the percentage of each that one user may take."""
+    """Bounds of one mount. `user_share` is the percentage of each that one user may take, but for the
+    bound of waiters on one lock, which is for each user."""
 
     max_domains: int = 1_000
     max_locks: int = 1_000_000
@@ -82,6 +83,9 @@ class Limits:
     """Open lock files; the system's own bound on open files is usually smaller."""
     max_waiters: int = 50_000
     """Opens that wait."""
+    max_lock_waiters: int = 256
+    """Opens of one user that wait for one lock, whoever he is: jobs that a clock starts behind one that
+    is stuck, at 8 MB each."""
     max_state_mb: int = 4096
     """Size of the state above which no new domain or lock file is made."""
     user_share: int = 50

@@ -197,6 +197,7 @@ class Node:
             limits=options.limits,
             readers=self.loop,
             watchdog=self.watchdog,
+            forget_s=options.forget_s,
         )
         self.fs.usage.owner_of = SubordinateIds(boottime).owner_of
         self.fs.secret = hides_processes()

@@ -289,7 +289,7 @@ def _do(away: Callable[[str], None], step: logic.Step) -> object:
     """One step. Python's calls go on after a signal."""
     match step:
         case logic.Open(path, flags):
-            fd = os.open(path, flags, 0o666)
+            fd = os.open(path, flags, logic.MODE)
             if fd > 2:
                 return fd
             # Started without standard streams: the lock must not become the command's input.

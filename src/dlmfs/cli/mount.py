@@ -62,6 +62,8 @@ OPTIONS: Final = """\
                            files for etcd with TLS; `user:password` for etcd with authentication
          insecure-password send that password in clear text (else it needs ca=, or a loopback address)
          grace=SECONDS     how long holders have to close their locks when this node ends (default 2)
+         forget=SECONDS    remove lock files that are idle so long and have no value (default: only
+                           those that `dlmfs lock` and the library made)
          lock-delay=SECS   wait so long before a dead node's locks are given to others (default 2 on
                            one host; 0 on etcd, where the lease gives that time)
          dead-value=keep|invalid

@@ -210,7 +210,7 @@ class Keeper(threading.Thread):
         match step:
             case logic.Open(path, flags):
                 try:
-                    return self._call(_libc().open, os.fsencode(path), flags, 0o666)
+                    return self._call(_libc().open, os.fsencode(path), flags, logic.MODE)
                 except Cancelled:
                     self._give_up_place(path)
                     raise

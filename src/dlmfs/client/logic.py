@@ -20,6 +20,7 @@ import fcntl
 import itertools
 import os
 import select
+import stat
 from collections.abc import Callable, Generator
 from typing import Any, Final, NamedTuple
 
@@ -44,6 +45,9 @@ as much as a stat(2), so that a thousand who wait are no burden."""
 REFUSALS: Final = 20
 """In a row, by a node that says that it serves: then it is this lock's own trouble, and is told. A domain
 that is joined again takes its holders' grace, and a new member's first join 5 s."""
+
+MODE: Final = stat.S_ISVTX | 0o666
+"""Of a lock's file that is made to be opened: a transient one, which goes when nobody uses it."""
 
 TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 ABANDONED: Final = "user.dlmfs.abandoned"

@@ -133,6 +133,7 @@ class Domains:
             tokens=member.tokens,
             serving=member.serving,
             ended=self._space_lost,
+            leased=member.session.renewed_at is not None,
         )
         return space
 

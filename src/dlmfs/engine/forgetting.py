@@ -1,7 +1,8 @@
-"""Leaving one lock: its file is unlinked, or the domain is left (design, engine rule 15)."""
+"""Leaving one lock: its file is unlinked, its domain left, or nobody uses it (design, engine rule 15)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +12,7 @@ from dlmfs.engine import changes, granting
 from dlmfs.engine.contained import contained
 from dlmfs.engine.view import NO_HEAD, NOTHING
 from dlmfs.errors import NotGranted
+from dlmfs.model import EMPTY_LVB
 
 if TYPE_CHECKING:
     from dlmfs.engine.changes import Change
@@ -55,11 +57,16 @@ def _left(lock: ClusterLock, result: TxnResult, change: Change, seen: int) -> No
             lock.later(RETRY_S, _again, lock)
         lock.learned()
         return
-    view.committed(change.head, change.granted, result.revision)
-    lock.space.left_keys[lock.space.keys.head(lock.name)] = result.revision
-    if not change.head.members and change.head.forgettable():
-        view.set_head(NO_HEAD, 0, result.revision)
+    _is_out(lock, change, result.revision)
     finish(lock, None)
+
+
+def _is_out(lock: ClusterLock, change: Change, revision: int) -> None:
+    """The head without us is in the store, or it is removed."""
+    lock.view.committed(change.head, change.granted, revision)
+    lock.space.took_away(lock.space.keys.head(lock.name), revision)
+    if not change.head.members and change.head.forgettable():
+        lock.view.set_head(NO_HEAD, 0, revision)
 
 
 def _again(lock: ClusterLock) -> None:
@@ -84,3 +91,53 @@ def finish(lock: ClusterLock, error: DlmfsError | None) -> None:
         lock.local.wanted = NOTHING
     for done in forgets:
         done(error)
+
+
+def leave_unused(lock: ClusterLock, done: Callable[[], None]) -> None:
+    """Leave the head of a lock that nobody uses, if nothing is lost by it. One attempt, by one commit at
+    most. `done` is called if we are out of it and nobody here wants the lock: who opens it while the
+    commit is under way waits for that, and asks for the lock as if nothing had been."""
+    if not _is_unused(lock):
+        return
+    mine = lock.view.mine()
+    if mine is None:
+        done()
+        return
+    change = changes.leave(lock.view)
+    if not _loses_nothing(lock, change):
+        return
+    lock.res.surrender()
+    lock.view.given_up = max(lock.view.given_up, mine.revision)  # rule 5
+    lock.view.leaving = True
+    lock.send(change.txn, partial(_left_unused, lock, change=change, done=done))
+
+
+def _is_unused(lock: ClusterLock) -> bool:
+    """Nobody here or elsewhere wants the lock, and nothing is left to be done for it."""
+    view = lock.view
+    if not lock.idle or lock.res.phase is not Phase.IDLE or lock.local.running:
+        return False
+    if lock.wreck_left is not None or lock.cut or lock.keeps:
+        return False
+    return not (view.wishes or view.must_look)
+
+
+def _loses_nothing(lock: ClusterLock, change: Change) -> bool:
+    """There is no value, no dead holder is marked, and none is about to be: the head says so as it is
+    when the commit is applied, which compares that it is still the one that we know."""
+    head, space = change.head, lock.space
+    if head.lvb != EMPTY_LVB or lock.view.head.abandoned is not None or head.abandoned is not None:
+        return False
+    return not any(space.is_gone(node, member.incarnation) for node, member in head.members.items())
+
+
+def _left_unused(
+    lock: ClusterLock, result: TxnResult, change: Change, done: Callable[[], None]
+) -> None:
+    if lock.refused(result):
+        return
+    _is_out(lock, change, result.revision)
+    if lock.res.in_use or lock.forgets:
+        lock.learned()
+    else:
+        done()

@@ -60,6 +60,10 @@ class Files:
         self._due.update(dict.fromkeys(names))
         self._soon(DELAY_S)
 
+    def is_without(self, name: bytes) -> bool:
+        """Whether that file was looked after, and its lock had no value."""
+        return name in self._without
+
     def gone(self, name: bytes) -> None:
         """The file was unlinked."""
         self._due.pop(name, None)

@@ -124,7 +124,7 @@ def _removed(
     if isinstance(result, DlmfsError):
         _refused(space, result, done)
     elif last and result.succeeded:
-        space.left_keys[space.keys.mine] = result.revision
+        space.took_away(space.keys.mine, result.revision)
         space.left()
         done(None)
     else:  # there is more; or a head changed under us; or we are out, which it will see

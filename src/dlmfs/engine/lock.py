@@ -450,7 +450,7 @@ class ClusterLock:
         if self.refused(result):
             return
         self.view.withdrawn(wish)
-        self.space.left_keys[self.space.keys.wish(self.name, wish.node)] = result.revision
+        self.space.took_away(self.space.keys.wish(self.name, wish.node), result.revision)
         self.local.told = False
         if self.res.phase is Phase.ASKING and not wish.trying:
             self.busy = True  # nothing else is begun until it is known who is told EDEADLK

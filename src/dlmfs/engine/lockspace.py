@@ -98,8 +98,8 @@ class Life(enum.Enum):
 
 
 class Lockspace:
-    """See the rules at the head of the file. `lease` is the session's; `ended` is called when the
-    membership was lost."""
+    """See the rules at the head of the file. `lease` is the session's, which has to be renewed where it
+    is `leased`; `ended` is called when the membership was lost."""
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class Lockspace:
         tokens: Tokens = PLAIN,
         serving: Callable[[], bool] | None = None,
         ended: Callable[[Lockspace], None] | None = None,
+        leased: bool = True,
     ) -> None:
         self.store = store
         self.loop = loop
@@ -133,6 +134,7 @@ class Lockspace:
         self.tokens = tokens
         self.serving = serving or _always
         self._ended = ended
+        self._leased = leased
         self.keys = Keys(domain, node)
         self.grants_max = grants_max(store.bounds)
         self.life = Life.JOINING
@@ -147,7 +149,8 @@ class Lockspace:
         self.newest = 0
         """The revision of the last thing that we made or learned there."""
         self.left_keys: dict[bytes, int] = {}
-        """Where nothing of ours may stand that is older than that revision: we took it away."""
+        """Where nothing of ours may stand that is older than that revision: we took it away. Kept until a
+        renewal has proved it (`timeline`)."""
         self.frozen = False
         self.commits = 0
         self.answers = 0
@@ -213,6 +216,11 @@ class Lockspace:
         self.files.gone(name)
         if not self.wishes.get(name, True):
             del self.wishes[name]
+
+    def took_away(self, key: bytes, revision: int) -> None:
+        """A commit of ours has removed that key. Where there is no lease nothing looks for it again."""
+        if self._leased:
+            self.left_keys[key] = revision
 
     # -- joining and leaving -----------------------------------------------------------------
 

@@ -407,8 +407,9 @@ def _stands(lock: ClusterLock, kv: KeyValue | None, *, mine: bool) -> bool:
     view, level = lock.view, lock.res.level
     unsure = lock.busy or lock.unresolved
     if kv is None:
-        # It may have been our own unlink, whose answer the connection took along.
-        return not mine or (unsure and bool(lock.forgets) and level is Mode.NL)
+        # It may have been our own doing, whose answer the connection took along.
+        left = bool(lock.forgets) or view.leaving
+        return not mine or (unsure and left and level is Mode.NL)
     if kv.mod_revision == view.head_revision:
         return True
     if kv.mod_revision < view.head_revision:

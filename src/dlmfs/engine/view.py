@@ -33,8 +33,9 @@ class View:
 
     `wish` is our own one that stands in the queue, `vanished` one that was removed without a
     grant that we know of; `given_up` the revision of a grant that we are handing back; `had_ex` that of
-    the last one under which a program here had the lock exclusively; `mailed` whether our mail slot
-    has to be emptied; `must_look` whether only a reading can tell more.
+    the last one under which a program here had the lock exclusively; `leaving` whether a commit that
+    takes us out of the head, unasked, may have been applied; `mailed` whether our mail slot has to be
+    emptied; `must_look` whether only a reading can tell more.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class View:
         "head",
         "head_at",
         "head_revision",
+        "leaving",
         "mailed",
         "must_look",
         "name",
@@ -65,6 +67,7 @@ class View:
         self.had_ex = 0
         self.wish: Wish | None = None
         self.vanished: Wish | None = None
+        self.leaving = False
         self.mailed = False
         self.must_look = False
 
@@ -119,6 +122,7 @@ class View:
         head, queue = result.responses[-2:]
         assert isinstance(queue, tuple)
         at = result.revision
+        self.leaving = False
         if at >= self.head_at:
             if head is None:
                 self.space.bad.good(self.space.keys.head(self.name))
@@ -152,6 +156,7 @@ class View:
 
     def committed(self, head: Head, granted: list[Wish], revision: int) -> None:
         """Our head change was applied at `revision`; its compares say what else was true then."""
+        self.leaving = False
         if revision > self.head_at:
             self.set_head(settled(head, revision), revision, revision)
             self.mailed = False

@@ -22,6 +22,7 @@ from dlmfs.fs.openfiles import OpenFiles
 from dlmfs.fs.outside import Watchdog
 from dlmfs.fs.places import Readers
 from dlmfs.fs.tree import Directory, Inode, LockFile, Tree
+from dlmfs.fs.unused import Unused
 from dlmfs.fuse import wire
 from dlmfs.model import Limits
 from dlmfs.names import domain_fault, lock_fault
@@ -67,8 +68,10 @@ class FileSystem(OpenFiles):
         limits: Limits | None = None,
         readers: Readers | None = None,
         watchdog: Watchdog | None = None,
+        forget_s: float | None = None,
     ) -> None:
         super().__init__(tree, loop, timing, limits=limits, readers=readers)
+        self.unused = Unused(self, forget_s)
         self.watchdog = watchdog
         self.domains = domains
         self.serving = self.expire = domains.serving
@@ -130,6 +133,8 @@ class FileSystem(OpenFiles):
         inode = self._inode(h.node)
         if change.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | (change.mode & 0o7777)
+            if isinstance(inode, LockFile) and inode.linked:
+                self.unused.watch(inode)
         elif (
             change.uid is not None or change.gid is not None or (change.size is not None and h.uid)
         ):
@@ -167,7 +172,10 @@ class FileSystem(OpenFiles):
             return refusal
         self.usage.count_lock(h.uid, 1)
         self.spaces[parent.ino].files.made((name,))
-        return self._entry(self.tree.add(parent, name, mode, h.uid, h.gid))
+        file = self.tree.add(parent, name, mode, h.uid, h.gid)
+        assert isinstance(file, LockFile)
+        self.unused.watch(file)
+        return self._entry(file)
 
     def _refuse_growth(self) -> int:
         """ENOSPC when the state has reached its bound: then locks are only taken and given."""
@@ -256,10 +264,8 @@ class FileSystem(OpenFiles):
             if error is not None:
                 answer(error.errno)
                 return
-            space.drop(name)
             if child.linked:
-                self.tree.remove(child)
-                self.usage.count_lock(child.maker, -1)
+                self.removed(child, space)
                 if not answer.open:
                     self.device.invalidate_entry(h.node, name)
             answer(b"")
@@ -269,6 +275,13 @@ class FileSystem(OpenFiles):
         else:
             lock.forget(forgotten)
         return answer.reply()
+
+    def removed(self, file: LockFile, space: Lockspace) -> None:
+        """The node has left the file's lock: the name goes."""
+        space.drop(file.name)
+        self.tree.remove(file)
+        self.usage.count_lock(file.maker, -1)
+        self.unused.gone()
 
     def symlink(self, _h: wire.Header, _name: bytes, _target: bytes) -> Reply:
         return errno.EPERM

@@ -24,13 +24,17 @@ class User:
         "locks",
         "max_domains",
         "max_holders",
+        "max_lock_waiters",
         "max_locks",
         "max_waiters",
         "waiters",
+        "waiting_at",
     )
 
     def __init__(self, limits: Limits, *, exempt: bool) -> None:
         self.domains = self.locks = self.holders = self.waiters = 0
+        self.waiting_at: dict[int, int] = {}
+        """How many of the waiters wait at one file, by its inode number."""
 
         def share(limit: int) -> int:
             return UNBOUNDED if exempt else max(1, limit * limits.user_share // 100)
@@ -39,6 +43,25 @@ class User:
         self.max_locks = share(limits.max_locks)
         self.max_holders = share(limits.max_holders)
         self.max_waiters = share(limits.max_waiters)
+        self.max_lock_waiters = limits.max_lock_waiters
+
+    def may_wait_no_more(self, ino: int) -> bool:
+        """Whether he has all the waiters that he may have, or may have at that file."""
+        if self.waiters >= self.max_waiters:
+            return True
+        return self.waiting_at.get(ino, 0) >= self.max_lock_waiters
+
+    def waits(self, ino: int) -> None:
+        """One more waits at that file."""
+        self.waiters += 1
+        self.waiting_at[ino] = self.waiting_at.get(ino, 0) + 1
+
+    def waits_no_more(self, ino: int) -> None:
+        """One of those has it, or has given up."""
+        self.waiters -= 1
+        self.waiting_at[ino] -= 1
+        if not self.waiting_at[ino]:
+            del self.waiting_at[ino]
 
 
 class Usage:

@@ -34,6 +34,7 @@ from dlmfs.timing import Scheduler, Timing
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
     from dlmfs.engine.lockspace import Lockspace
+    from dlmfs.fs.unused import Unused
 
 FMODE_EXEC: Final = 0x20
 """The kernel's own flag of an open by execve(2): a value is no program, whatever its file's mode."""
@@ -84,6 +85,7 @@ class OpenFiles:
     granted it; nothing to ask where no lease can run out."""
     ending = False
     """The node's life ends: see `farewell`."""
+    unused: Unused
 
     def __init__(
         self,
@@ -133,8 +135,9 @@ class OpenFiles:
         if not flags and self.by_kernel(h.pid):
             return errno.ENOTTY  # for an ioctl(2) like FS_IOC_GETFLAGS, which needs no lock
         if not file.linked:
-            # ESTALE has the kernel look the name up again: it leads to the lost file's successor.
-            return errno.ESTALE if file.lost else errno.EAGAIN
+            # ESTALE has the kernel look the name up again: a lost file has a successor, one that was
+            # forgotten is made anew.
+            return errno.ESTALE if file.is_stale else errno.EAGAIN
         space = self.spaces[file.domain.ino]
         # First: what is given up here looks at the clock too, and may find the lease over.
         returned = self._returned(h, flags, file) if self.places else None
@@ -175,11 +178,12 @@ class OpenFiles:
             self.withdraw(handle)
 
     def _wait(self, handle: Handle, unique: int) -> Reply:
-        user = handle.user
-        if user.waiters >= user.max_waiters or len(self.waiting) >= self.limits.max_waiters:
+        user, ino = handle.user, handle.file.ino
+        too_many = user.may_wait_no_more(ino)
+        if too_many or len(self.waiting) >= self.limits.max_waiters:
             handle.lock.interrupt(handle)
-            return self._too_many(user.waiters >= user.max_waiters)
-        user.waiters += 1
+            return self._too_many(too_many)
+        user.waits(ino)
         handle.charged = True
         handle.unique = unique
         self.waiting[unique] = handle
@@ -190,7 +194,7 @@ class OpenFiles:
         """It waits no more. Once: a withdrawal may find the lease over, and that fails the same claim."""
         if handle.charged:
             handle.charged = False
-            handle.user.waiters -= 1
+            handle.user.waits_no_more(handle.file.ino)
 
     @staticmethod
     def _too_many(of_one_user: bool) -> int:
@@ -481,7 +485,7 @@ class OpenFiles:
         never their successors'."""
         for file in files:
             if file.linked:
-                self.tree.replace(file)
+                self.unused.watch(self.tree.replace(file))
                 self.device.invalidate_entry(file.domain.ino, file.name)
 
     def broken(self, where: str, error: Exception) -> None:

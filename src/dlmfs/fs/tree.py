@@ -73,13 +73,20 @@ class Inode:
 
 
 class LockFile(Inode):
-    """`lost`: its locks were lost, and another inode has its name now."""
+    """`lost`: its locks were lost, and another inode has its name now; `forgotten`: it was removed, since
+    nobody used it; `look`: the number of the next look at whether somebody does (`unused`), or 0."""
 
-    __slots__ = ("lost",)
+    __slots__ = ("forgotten", "look", "lost")
 
     def __init__(self, ino: int, parent: Directory | None, name: bytes, mode: int) -> None:
         super().__init__(ino, parent, name, mode)
-        self.lost = False
+        self.lost = self.forgotten = False
+        self.look = 0
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the kernel knows a name that it should look up again."""
+        return self.lost or self.forgotten
 
     @property
     def domain(self) -> Directory:

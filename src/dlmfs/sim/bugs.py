@@ -11,6 +11,7 @@ from typing import Final
 from dlmfs.sim import bugs_records
 from dlmfs.sim.bugs_ends import ENDS
 from dlmfs.sim.bugs_restore import RESTORES
+from dlmfs.sim.bugs_unused import UNUSED
 from dlmfs.sim.bugs_values import VALUES
 from dlmfs.sim.planted import Planted
 from dlmfs.sim.rare import RARE
@@ -442,6 +443,7 @@ BUGS: Final[tuple[Planted, ...]] = (
     ),
     *ENDS,
     *RESTORES,
+    *UNUSED,
     *bugs_records.BUGS,
 )
 

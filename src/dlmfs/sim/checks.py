@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dlmfs.engine.lockspace import Life
 from dlmfs.engine.records import Head
-from dlmfs.model import LVB_SIZE, TOKEN_SHIFT, DeadValue, HolderRule, Mode, compatible
+from dlmfs.model import EMPTY_LVB, LVB_SIZE, TOKEN_SHIFT, DeadValue, HolderRule, Mode, compatible
 from dlmfs.sim.graces import Graces
 from dlmfs.sim.history import Op, judge
 from dlmfs.sim.kernel import Call, Reply
@@ -129,7 +129,7 @@ class Checks:
         self._files: dict[tuple[str, int, int], Open] = {}
         self._numbers = 0
         self._valued: dict[Lock, float] = {}
-        oracle.valued, oracle.forgotten = self.valued, self.forgotten
+        oracle.valued, oracle.forgotten, oracle.left = self.valued, self.forgotten, self.left
 
     def seen(self, lock: Lock) -> Seen:
         record = self.locks.get(lock)
@@ -435,6 +435,22 @@ class Checks:
                 raise Violation(
                     f"{author} forgets the value of {lock}, and {node.name} has the file"
                 )
+
+    def left(self, lock: Lock, old: Head, new: Head, author: str) -> None:
+        """What a node leaves unasked, since nobody uses it, nobody uses; and there is nothing to lose."""
+        node = next(node for node in self.cluster.nodes if node.name == author)
+        space, found = node.space(lock[0]), node.lock(lock)
+        if found is None or space is None or space.life is not Life.JOINED or node.machine.dead:
+            return
+        if found.forgetting or found.wreck_left is not None or node.leaving:
+            return
+        name = f"{author} leaves {b'/'.join(lock).decode()} unasked"
+        if old.lvb != EMPTY_LVB:
+            raise Violation(f"{name}, and its value is forgotten")
+        if old.abandoned is not None or new.abandoned is not None:
+            raise Violation(f"{name}, and a death is marked")
+        if any((h.file.domain.name, h.file.name) == lock for h in node.fs.handles.values()):
+            raise Violation(f"{name}, and a program has it open")
 
     def _of_before(self, file: OpenFile) -> bool:
         """Whether it was opened before the store went back."""

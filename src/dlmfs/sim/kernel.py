@@ -26,6 +26,7 @@ Reply = bytes | int
 """A payload or an errno."""
 
 UID: Final = 1000
+FILE_MODE: Final = stat.S_IFREG | 0o644
 
 
 class Injected(Exception):
@@ -86,6 +87,8 @@ class Kernel:
         self.pending: dict[int, Call] = {}
         self.walkers = 0
         """Programs in the middle of something: they may refer to an inode that has lost its name."""
+        self.open_mode = FILE_MODE
+        """Of a file that is made to be opened."""
         self._lookups: dict[int, int] = {}
         self._unnamed: list[int] = []
         self._inbox: deque[Call | tuple[str, int, int]] = deque()
@@ -260,19 +263,19 @@ class Kernel:
         reply = yield Request("lookup", parent, (name,))
         return -reply if isinstance(reply, int) else self._learn(parent, name, reply)
 
-    def make(self, op: str, parent: int, name: bytes) -> Program:
+    def make(self, op: str, parent: int, name: bytes, mode: int) -> Program:
         """MKDIR or MKNOD under the directory's lock; as `look_up`."""
-        args = (0o755, 0) if op == "mkdir" else (stat.S_IFREG | 0o644, 0, 0)
+        args = (0o755, 0) if op == "mkdir" else (mode, 0, 0)
         yield LockDirectory(parent)
         reply = yield Request(op, parent, (name, *args))
         self.unlock(parent)
         return -reply if isinstance(reply, int) else self._learn(parent, name, reply)
 
-    def find(self, parent: int, name: bytes, op: str) -> Program:
+    def find(self, parent: int, name: bytes, op: str, mode: int = FILE_MODE) -> Program:
         """Look a name up, and make it if it is not there."""
         ino = yield from self.look_up(parent, name)
         if ino == -errno.ENOENT:
-            ino = yield from self.make(op, parent, name)
+            ino = yield from self.make(op, parent, name, mode)
             if ino == -errno.EEXIST:
                 ino = yield from self.look_up(parent, name)
         return ino
@@ -294,7 +297,7 @@ class Kernel:
             return -parent
         reply: Reply = errno.ESTALE
         for _ in range(2):  # the kernel looks a stale name up once more
-            ino = yield from self.find(parent, name, "mknod")
+            ino = yield from self.find(parent, name, "mknod", self.open_mode)
             if ino < 0:
                 return -ino
             reply = yield Request("open", ino, (flags,), note)

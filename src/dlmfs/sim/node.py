@@ -6,6 +6,7 @@ system and a kernel. A node that dies is followed by another life under the same
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random
@@ -207,11 +208,19 @@ class SimNode:
             dead_value=self.dead_value,
         )
         self.membership = Membership(self.store, machine, machine.clock, config)
-        self.fs = Files(Tree(), self.membership, machine, Timing(scenario.ttl_s))
+        self.fs = Files(
+            Tree(),
+            self.membership,
+            machine,
+            Timing(scenario.ttl_s),
+            forget_s=scenario.forget_s or None,
+        )
         self.fs.node = self
         self.membership.host = self.fs
         self.kernel = Kernel(machine, self.fs, self._watch)
         self.fs.device = self.kernel
+        if scenario.transient:
+            self.kernel.open_mode |= stat.S_ISVTX
         self.processes, self.files = {}, {}
         self.membership.start(partial(self._started, self.life))
 

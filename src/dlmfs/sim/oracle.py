@@ -116,6 +116,8 @@ class Oracle:
         """Told of each first value."""
         self.forgotten: Callable[[Lock, Head, str | None], None] = lambda *_: None
         """Told of each value that went with its head, and who removed it."""
+        self.left: Callable[[Lock, Head, Head, str], None] = lambda *_: None
+        """Told of each head that a node has taken itself out of: as it was, as it is, and who."""
         self.members: dict[bytes, dict[str, int]] = {}
         self.commits = 0
         self.touched = 0
@@ -299,6 +301,8 @@ class _Change:
             self._order()
         self._value()
         self._mark(deleted=deleted)
+        if self.author in self.old.members and self.author not in self.new.members:
+            self.oracle.left(self.lock, self.old, self.new, self.author)
 
     def _fail(self, what: str) -> None:
         name = b"/".join(self.lock).decode(errors="replace")

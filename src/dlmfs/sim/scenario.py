@@ -96,6 +96,10 @@ class Scenario:
     bounds: Bounds = BOUNDS
     dead_values: tuple[str, ...] = ()
     """By node, `dead-value=`; empty: it is kept everywhere."""
+    transient: bool = False
+    """Who opens a lock makes its file for that alone."""
+    forget_s: float = 0.0
+    """`forget=`; 0: not given."""
 
     @property
     def nodes(self) -> int:
@@ -179,6 +183,17 @@ def _dead_values(nodes: int, seed: int) -> tuple[str, ...]:
     if rng.random() < 0.5:
         return ()
     return tuple(rng.choice([dead.value for dead in DeadValue]) for _ in range(nodes))
+
+
+UNUSED: Final = 0.25
+"""The share of runs in which files go that nobody uses."""
+
+
+def _unused(seed: int) -> tuple[bool, float]:
+    rng = Random(f"unused {seed}")
+    if rng.random() >= UNUSED:
+        return False, 0.0
+    return rng.choice([(True, 0.0), (True, 0.0), (True, 5.0), (False, 5.0)])
 
 
 MEDDLING: Final = ("restore", "spoil")
@@ -326,6 +341,8 @@ def draw(seed: int) -> Scenario:
         bounds=_bounds(seed),
         dead_values=_dead_values(nodes, seed),
     )
+    transient, forget_s = _unused(seed)
+    scenario = replace(scenario, transient=transient, forget_s=forget_s)
     steps = _restored(scenario.steps, seed, ttl_s) if leased else scenario.steps
     steps = _spoilt(steps, seed)
     if {step.verb for step in steps}.isdisjoint(MEDDLING):

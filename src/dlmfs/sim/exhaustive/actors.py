@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
 from dlmfs.core.events import Claim, Phase, Stage
+from dlmfs.engine.forgetting import leave_unused
 from dlmfs.engine.lock import ClusterLock
 from dlmfs.engine.lockspace import Life, Lockspace
 from dlmfs.errors import Bug, DlmfsError
@@ -174,14 +175,14 @@ class Step(NamedTuple):
 
 def parse(program: str) -> tuple[Step, ...]:
     """The steps of a program: words `pr`, `ex`, `try-pr`, `try-ex`, `close` (what it opened last),
-    `put`, `get` (the value, by what it opened last), `unlink`, `leave`; `@b` names another lock than
-    `a`; `?` behind an open: a signal may end the wait."""
+    `put`, `get` (the value, by what it opened last), `unlink`, `idle` (the node looks whether the lock is
+    used), `leave`; `@b` names another lock than `a`; `?` behind an open: a signal may end the wait."""
     steps = []
     for word in program.split():
         verb, _, lock = word.rstrip("?").partition("@")
         trying = verb.startswith("try-")
         verb = verb.removeprefix("try-")
-        if verb not in (*MODES, "close", "put", "get", "unlink", "leave"):
+        if verb not in (*MODES, "close", "put", "get", "unlink", "idle", "leave"):
             raise Bug(f"a program knows no {word!r}")
         steps.append(Step(verb, lock.encode() or b"a", trying, word.endswith("?")))
     return tuple(steps)
@@ -353,6 +354,10 @@ class Node:
                 program.waits_for_store = True
                 done = partial(self._unlinked, program, step.lock)
                 self.space.locks[step.lock].forget(done)
+        elif step.verb == "idle":
+            lock = self.space.locks.get(step.lock)
+            if lock is not None:  # a look at whether somebody uses it (`fs.unused`)
+                lock.enter(leave_unused, lock, partial(self.space.drop, step.lock))
         else:
             program.waits_for_store = True
             self.space.leave(partial(self._left, program))

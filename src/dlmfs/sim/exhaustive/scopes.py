@@ -123,6 +123,12 @@ SCOPES: Final[tuple[Scope, ...]] = (
         "unlink, death", (("ex put close unlink",), ("pr get close unlink",)), deaths=1, quick=True
     ),
     Scope("unlink, lost answer", (("ex close unlink",), ("pr close unlink",)), losses=1),
+    Scope("unused", (("ex close idle", "ex close"), ("pr close idle",)), quick=True),
+    Scope("unused, tried", (("ex close idle", "try-ex close"), ("ex close idle",)), quick=True),
+    Scope("unused, a value", (("ex put close idle",), ("ex close idle", "pr get close"))),
+    Scope("unused, death", (("ex close idle",), ("pr close idle", "ex close")), deaths=1),
+    Scope("unused, lost answer", (("ex close idle", "pr close"), ("ex close idle",)), losses=1),
+    Scope("unused and unlinked", (("ex close idle", "unlink"), ("ex close",)), losses=1),
     Scope("leave", (("ex put close leave",), ("pr get close leave",)), quick=True),
     Scope("leave, death", (("ex close leave",), ("pr close leave",)), deaths=1),
     Scope(

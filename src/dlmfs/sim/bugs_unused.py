@@ -1,0 +1,52 @@
+"""Planted bugs (see `bugs`) in what is done about locks that nobody uses (`fs.unused`)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dlmfs.sim.planted import Planted
+
+FORGETTING: Final = "engine/forgetting.py"
+
+UNUSED: Final[tuple[Planted, ...]] = (
+    Planted(
+        "unused-with-a-value",
+        FORGETTING,
+        "if head.lvb != EMPTY_LVB or lock.view.head.abandoned",
+        "if lock.view.head.abandoned",
+        100,
+        "a file that nobody uses goes with the lock's value (promise 4)",
+    ),
+    Planted(
+        "unused-with-a-mark",
+        FORGETTING,
+        "lock.view.head.abandoned is not None or head.abandoned is not None:",
+        "False:",
+        100,
+        "a file that nobody uses goes though a dead holder is marked (promise 4)",
+    ),
+    Planted(
+        "unused-but-open",
+        FORGETTING,
+        "    if not lock.idle or lock.res.phase",
+        "    if lock.busy or lock.unresolved or lock.res.phase",
+        100,
+        "a lock is left while programs have it open",
+    ),
+    Planted(
+        "unused-but-awaited",
+        FORGETTING,
+        "    if lock.res.in_use or lock.forgets:\n        lock.learned()",
+        "    if lock.forgets:\n        lock.learned()",
+        100,
+        "who opens a lock while its node leaves it waits at a file that is gone",
+    ),
+    Planted(
+        "unused-is-a-restore",
+        "engine/timeline.py",
+        "left = bool(lock.forgets) or view.leaving",
+        "left = bool(lock.forgets)",
+        100,
+        "a head that the node itself has removed is missed after a lost connection (restore)",
+    ),
+)
