@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,10 @@ def test_a_waiting_create_does_not_freeze_its_directory(nodes: Nodes) -> None:
     assert nodes.hold(a / "dom/x").wait() == "held"
     waiter = nodes.hold(b / "dom/x")
     assert waiter.waits
+    deadline = time.monotonic() + PATIENCE_S
+    while not (b / "dom/x").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     done = subprocess.run(["ls", "-l", str(b / "dom")], timeout=PATIENCE_S, capture_output=True)
     assert b" x\n" in done.stdout
     assert nodes.hold(b / "dom/other").wait() == "held"

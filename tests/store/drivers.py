@@ -22,6 +22,7 @@ from dlmfs.store import statefile
 from dlmfs.store.base import Session, Store, Txn, TxnResult
 from dlmfs.store.etcd.rpc import Access
 from dlmfs.store.etcd.store import EtcdStore
+from dlmfs.store.etcd.watch import EtcdWatch
 from dlmfs.store.memory import MemoryServer
 from dlmfs.store.memory_store import MemoryStore
 from dlmfs.store.sqlite import SqliteStore
@@ -113,6 +114,7 @@ class EtcdDriver:
         self.loop = EtcdDriver._loop
         self.cluster = f"contract{next(self._numbers)}"
         self.stores: list[EtcdStore] = []
+        self.synced: list[EtcdWatch] = []
 
     @classmethod
     def endpoint(cls) -> str:
@@ -163,6 +165,12 @@ class EtcdDriver:
         async def told() -> None:
             async with asyncio.timeout(self.patience_s):
                 for watch in store.watches:
+                    if watch not in self.synced:
+                        # A server before 3.5.8 gives its word before it has told what was there when the
+                        # watch began, which it does ten times a second.
+                        await asyncio.sleep(0.25)
+                        watch.told = 0
+                        self.synced.append(watch)
                     while watch.told < revision and not watch.cancelled:
                         await watch.ask()
                         await asyncio.sleep(0.01)

@@ -305,11 +305,16 @@ def test_processes_that_begin_at_once_meet_whatever_others_do(shared: Path) -> N
             assert child.stdin is not None
             child.stdin.write("go\n")
             child.stdin.flush()
-        while any(child.poll() is None for child in children):
-            with contextlib.suppress(OSError):
-                path.mkdir()
-                os.chown(path, OTHER, OTHER)
-                path.rmdir()
+        folder = os.open(shared, os.O_PATH)
+        os.seteuid(OTHER)  # made as root and given away, it would be ours for a moment
+        try:
+            while any(child.poll() is None for child in children):
+                with contextlib.suppress(OSError):
+                    os.mkdir(path.name, dir_fd=folder)
+                    os.rmdir(path.name, dir_fd=folder)
+        finally:
+            os.seteuid(0)
+            os.close(folder)
         found = {child.communicate()[0] for child in children}
         assert len(found) == 1, found
         shutil.rmtree(found.pop().strip())

@@ -50,6 +50,13 @@ def _parse(args: list[str]) -> Namespace:
     )
     parser.add_argument("--replay", metavar="FILE", help="one run of a scenario in a file")
     parser.add_argument(
+        "--around",
+        type=int,
+        metavar="N",
+        default=0,
+        help="with --replay: as many like it, until one fails",
+    )
+    parser.add_argument(
         "--save", metavar="FILE", help="with --seed: keep the (shrunk) scenario there"
     )
     parser.add_argument("--trace", action="store_true", help="print the history of a good run, too")
@@ -101,10 +108,13 @@ def _one(parsed: Namespace) -> int:
         from dlmfs.sim.planted import plant
 
         plant(_bug(parsed.plant))
+    from dlmfs.sim.neighbours import neighbours
     from dlmfs.sim.run import run as simulate
 
-    scenario = _scenario(parsed)
-    outcome = simulate(scenario, trace=True)
+    for scenario in neighbours(_scenario(parsed), parsed.around):
+        outcome = simulate(scenario, trace=True)
+        if outcome.failure is not None:
+            break
     if outcome.failure is not None and not parsed.no_shrink:
         scenario, outcome = _shrunk(scenario, outcome)
     if parsed.save:

@@ -128,7 +128,10 @@ class EtcdWatch:
                     if pending:
                         check_jump(self.next - 1, pending[-1].kv.mod_revision)
                     self._deliver(pending)
-                    self.told = max(self.told, response.header.revision)
+                    if (
+                        not response.created
+                    ):  # which tells only of what is there, not of what was told
+                        self.told = max(self.told, response.header.revision)
                     pending, size = [], 0
         finally:
             listening.cancel()
