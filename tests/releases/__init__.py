@@ -1,0 +1,1 @@
+"""dlmfs on other releases of Debian than this machine's: scripts/releases."""
