@@ -14,6 +14,8 @@ from dlmfs.model import NODE_NAME, DeadValue, HolderRule, Limits, OnLost
 from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
+LOGS: Final = ("stderr", "syslog")
+LOG_LEVELS: Final = ("error", "warning", "info", "debug")
 RUN_MAX: Final = 88
 """A socket's path has 107 bytes (unix(7))."""
 DELAY_MAX_S: Final = 3600.0
@@ -56,6 +58,10 @@ class MountOptions:
     insecure_password: bool = False
     run: str | None = None
     """The folder of control socket and deadline; None: the default one (`rundir`)."""
+    log: str | None = None
+    """"stderr", "syslog" or a file; None: as it is usual for a daemon, or in the foreground."""
+    log_level: str | None = None
+    log_json: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ class MountConfig:
     options: MountOptions
     words: tuple[str, ...] = ()
     """What `options` was made of: those that were given, one by one."""
+    log_to: str = "stderr"
+    """Where the log goes: as the option `log`, or "nowhere"."""
 
 
 _MOUNT_FLAGS: Final[dict[str, dict[str, object]]] = {
@@ -253,6 +261,24 @@ def _parse_folder(name: str, value: str) -> dict[str, object]:
     return {name: value}
 
 
+def _parse_log(name: str, value: str) -> dict[str, object]:
+    if value not in LOGS and not value.startswith("/"):
+        raise UsageError(f"{name}={value}: choose {', '.join(LOGS)} or a file's absolute path")
+    return {"log": value}
+
+
+def _parse_log_level(name: str, value: str) -> dict[str, object]:
+    if value not in LOG_LEVELS:
+        raise UsageError(f"{name}={value}: choose {', '.join(LOG_LEVELS)}")
+    return {"log_level": value}
+
+
+def _parse_log_format(name: str, value: str) -> dict[str, object]:
+    if value not in ("text", "json"):
+        raise UsageError(f"{name}={value}: choose text or json")
+    return {"log_json": value == "json"}
+
+
 def _parse_fsname(_name: str, value: str) -> dict[str, object]:
     return {"fsname": value}
 
@@ -277,6 +303,9 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "key": _parse_file,
     "credentials": _parse_file,
     "run": _parse_folder,
+    "log": _parse_log,
+    "log-level": _parse_log_level,
+    "log-format": _parse_log_format,
     "fsname": _parse_fsname,
     "subtype": _parse_subtype,
 }

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, identity, privileges, proc, takedown
+from dlmfs import __version__, facts, identity, lately, privileges, proc, takedown
 from dlmfs.config import EtcdSource, lock_delay_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
@@ -69,6 +69,7 @@ class Node:
         self.mounted = False
         self.watchdog: Watchdog | None = None
         self.faults = Faults()
+        self.lately = lately.Lately()
         self.loop: asyncio.AbstractEventLoop
         self.store: SqliteStore | EtcdStore
         self.membership: Membership
@@ -85,6 +86,8 @@ class Node:
         self._ended = self.loop.create_future()
         self.loop.set_exception_handler(self._crashed)
         async with contextlib.AsyncExitStack() as undo:
+            self.lately = lately.watch()
+            undo.callback(lately.forget, self.lately)
             self._guard(undo)
             privileges.confine(privileges.DAEMON)  # while there is one thread: it is for each alone
             await self._open_store(undo)

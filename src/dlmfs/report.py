@@ -63,6 +63,7 @@ async def status(node: Node, sight: Sight) -> Facts:
         "ending": _ending(node.membership.ending),
         "store": node.store.describe(),
         "faults": node.faults.told(whole=sight.whole),
+        "log": {"to": node.config.log_to, "lately": node.lately.told()} if sight.whole else None,
         "watchdog": node.watchdog.told() if node.watchdog is not None and sight.whole else None,
         **_bad(node.membership.bad, sight),
         "domains": domains,

@@ -129,6 +129,7 @@ STATUS: Final = {
     },
     "ending": Maybe({"phase": str, "reason": str}),
     "faults": {"count": int, "last": Each(FAULT)},
+    "log": Maybe({"to": str, "lately": Each({"at": float, "level": str, "message": str})}),
     "watchdog": Maybe({"on_lost": str, "ended": bool, "missing": Each(int)}),
     "store": {
         "sessions?": Each({"node": str, "pid": int, "own": bool, "stopped": bool}),

@@ -120,6 +120,7 @@ def test_what_was_answered_meanwhile_is_looked_at_no_more(mount: Mount) -> None:
     assert len(mount.fs.interrupts) == 0
 
 
+@pytest.mark.allow_warnings
 def test_the_end_of_the_mount_ends_the_looking(mount: Mount) -> None:
     mount.hold()
     mount.fs.why = Cause.NOTHING

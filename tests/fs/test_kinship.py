@@ -147,6 +147,7 @@ def test_an_answer_about_one_who_has_gone_is_nobodys(answer: bool) -> None:
 
 
 @pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.allow_warnings
 def test_an_answer_after_the_domain_is_lost_is_nobodys(answer: bool) -> None:
     mount = Mount()
     later = Later(mount)

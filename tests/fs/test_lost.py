@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import stat
 
+import pytest
+
 from dlmfs.fs.tree import LockFile
 from dlmfs.fuse import opcodes
 from tests.fs.simulated import SOON_S, Mount
 
 
+@pytest.mark.allow_warnings
 def test_lost_files_get_their_successors_in_the_order_in_which_they_were_opened() -> None:
     """And not in a set's: the same seed of a simulation would not be the same run."""
     mount = Mount()

@@ -92,6 +92,7 @@ def test_a_place_kept_twice_is_counted_once(mount: Mount) -> None:
     assert mount.counts() == (1, 0)
 
 
+@pytest.mark.allow_warnings
 def test_a_kept_place_in_a_lost_domain_is_no_longer_counted(mount: Mount) -> None:
     """The membership ends while the place is kept, for a claim that still waits."""
     mount.hold()

@@ -13,8 +13,12 @@ from dlmfs.cli.say import tell_trace
 from dlmfs.errors import Bug, DlmfsError, MountFailed
 
 
-def run_in_background(serve: Callable[[Callable[[], None]], int], mountpoint: str) -> int:
+def run_in_background(
+    serve: Callable[[Callable[[], None]], int], mountpoint: str, *, keeps_stderr: bool = False
+) -> int:
     """Fork; the child calls `serve(ready)`. Returns when it is ready and the mount answers.
+
+    `keeps_stderr`: the daemon goes on to write there.
 
     Raises the DlmfsError that the child met before that, or MountFailed if it died silently.
     """
@@ -24,7 +28,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int], mountpoint: st
     child = os.fork()
     if child == 0:
         os.close(reading)
-        os._exit(_child(serve, writing))
+        os._exit(_child(serve, writing, (0, 1) if keeps_stderr else (0, 1, 2)))
     os.close(writing)
     with open(reading, "rb") as pipe:
         message = pipe.read()
@@ -40,13 +44,15 @@ def run_in_background(serve: Callable[[Callable[[], None]], int], mountpoint: st
     raise MountFailed(f"the daemon died before it was ready ({how}): try -f to see why")
 
 
-def _child(serve: Callable[[Callable[[], None]], int], writing: int) -> int:
+def _child(
+    serve: Callable[[Callable[[], None]], int], writing: int, closed: tuple[int, ...]
+) -> int:
     os.setsid()
     os.chdir("/")
 
     def ready() -> None:
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
+        for fd in closed:
             os.dup2(null, fd)
         os.close(null)
         os.write(writing, b"ready")

@@ -13,12 +13,12 @@ from importlib import import_module
 from typing import Final
 
 from dlmfs import rundir
-from dlmfs.cli import remount
+from dlmfs.cli import logs, remount
 from dlmfs.cli.daemonize import run_in_background
-from dlmfs.cli.loglines import LogFormatter
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import complain
 from dlmfs.config import (
+    LOGS,
     LocalSource,
     MountConfig,
     MountOptions,
@@ -72,6 +72,11 @@ OPTIONS: Final = """\
          on-lost=none|term|kill
                            on etcd, what is done to processes that hold locks when this node is
                            fenced or ends
+         log=stderr|syslog|FILE
+                           where the log goes. Default: in the background syslog, if there is one, and
+                           what `dlmfs status` tells of it; with -f stderr. A FILE may be rotated
+         log-level=error|warning|info|debug, log-format=text|json
+                           default warning (-v: info), text; json: an object a line
          run=DIR           where control socket and deadline file lie, if /run/dlmfs cannot be written or
                            is not to be seen; set DLMFS_RUN=DIR for all other commands then
          allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
@@ -102,7 +107,8 @@ def _mount(parsed: argparse.Namespace, manager: Manager | None) -> int:
     if remount.is_asked(parsed.o):
         return remount.run(parsed.source, mountpoint, parsed.o, fake=parsed.fake)
     source = parse_source(parsed.source)
-    words = _known(split_all(parsed.o)) if parsed.sloppy else split_all(parsed.o)
+    given = split_all(parsed.o)
+    words = [*(_known(given) if parsed.sloppy else given), *_flags(parsed)]
     options = options_of(words)
     if options.run is None:
         options = replace(options, run=rundir.named())
@@ -114,14 +120,16 @@ def _mount(parsed: argparse.Namespace, manager: Manager | None) -> int:
     fuse_mount.clear_stale(mountpoint)
     _await_end(mountpoint)
     _check(mountpoint, source, options)
-    config = MountConfig(parsed.source, source, mountpoint, options, tuple(words))
     foreground = parsed.foreground or manager is not None
-    _log(verbose=parsed.verbose, foreground=foreground)
+    to = logs.begin(options, mountpoint, verbose=parsed.verbose, foreground=foreground)
+    config = MountConfig(parsed.source, source, mountpoint, options, tuple(words), to)
     from dlmfs.node import serve
 
     if foreground:
         return serve(config, lambda: _tell_default(words), manager)
-    code = run_in_background(lambda ready: serve(config, ready), mountpoint)
+    code = run_in_background(
+        lambda ready: serve(config, ready), mountpoint, keeps_stderr=to == "stderr"
+    )
     _tell_default(words)
     return code
 
@@ -130,6 +138,18 @@ def _tell_default(words: list[str]) -> None:
     """Which rule holds, if nobody said: he may have, and mount(8) kept it for itself."""
     if not any("holder" in settings(word) for word in words):
         log.warning(BY_DEFAULT)
+
+
+FLAGS: Final = ("log", "log_level", "log_format", "run")
+"""Options that are easier to write by themselves."""
+
+
+def _flags(parsed: argparse.Namespace) -> list[str]:
+    """The same as words of `-o`, split already."""
+    given = {name: getattr(parsed, name, None) for name in FLAGS}
+    return [
+        f"{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
+    ]
 
 
 def _parser(*, helper: bool) -> argparse.ArgumentParser:
@@ -142,7 +162,7 @@ def _parser(*, helper: bool) -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("-o", action="append", default=[], metavar="OPT[,OPT...]")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens to stderr")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, too")
     if helper:  # the calling convention of mount(8), where -f means "fake"
         parser.add_argument("-s", dest="sloppy", action="store_true", help=argparse.SUPPRESS)
         parser.add_argument("-n", action="store_true", help=argparse.SUPPRESS)
@@ -154,13 +174,15 @@ def _parser(*, helper: bool) -> argparse.ArgumentParser:
         parser.add_argument(
             "-f", dest="foreground", action="store_true", help="stay in the foreground"
         )
+        for name in FLAGS:
+            word = name.replace("_", "-")
+            parser.add_argument(f"--{word}", metavar=name.upper(), help=f"as -o {word}=")
         parser.set_defaults(fake=False, sloppy=False, namespace=None)
     return parser
 
 
 def _enter(namespace: str, source: str) -> None:
     """Go where `mount -N` says, with all that is loaded late: it need not be found there."""
-    import_module("logging.handlers")
     import_module("dlmfs.node")
     if source.startswith("etcd:"):
         with contextlib.suppress(ImportError):
@@ -180,19 +202,6 @@ def _known(words: list[str]) -> list[str]:
         else:
             known.append(word)
     return known
-
-
-def _log(*, verbose: bool, foreground: bool) -> None:
-    """To standard error; a daemon's goes to the system's log as well, which outlives its start."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if not foreground and os.path.exists("/dev/log"):
-        from logging.handlers import SysLogHandler
-
-        with contextlib.suppress(OSError):
-            handlers.append(SysLogHandler("/dev/log"))
-    for handler in handlers:
-        handler.setFormatter(LogFormatter())
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=handlers)
 
 
 def _await_end(mountpoint: str) -> None:
@@ -228,7 +237,8 @@ def _ends(entry: fuse_mount.MountEntry) -> bool:
 def _check(mountpoint: str, source: Source, options: MountOptions) -> None:
     """Refuse early, with the reason, what the kernel would refuse late without one, or not at all."""
     state = str(source.path or "") if isinstance(source, LocalSource) else ""
-    for what, path in (("the state file", state), ("run=", options.run or "")):
+    log = options.log if options.log not in LOGS else None
+    for what, path in (("the state file", state), ("run=", options.run), ("log=", log)):
         real = os.path.realpath(path) if path else ""
         if f"{real}/".startswith(mountpoint.rstrip("/") + "/"):
             # The daemon would ask itself for it, and wait for the answer.

@@ -7,7 +7,10 @@ else in this package prints (a test looks).
 
 from __future__ import annotations
 
+import os
+import select
 import sys
+from typing import Final
 
 from dlmfs.cli.text import harmless
 
@@ -49,6 +52,22 @@ def remark(line: str) -> None:
     if sys.stderr is not None:
         sys.stderr.write(harmless(line) + "\n")
         sys.stderr.flush()
+
+
+PIECE_MAX: Final = 4096
+"""PIPE_BUF: what a pipe takes whole, if it takes anything."""
+
+
+def say_log(text: bytes) -> None:
+    """Records of the log on standard error, which `loglines` has made harmless. Not waited for: raises
+    BlockingIOError where there is no room."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    left = text + b"\n"
+    while left:
+        if not poll.poll(0):
+            raise BlockingIOError
+        left = left[os.write(2, left[:PIECE_MAX]) :]
 
 
 def progress(line: str, *, last: bool) -> None:

@@ -15,6 +15,7 @@ from dlmfs.fuse.mountinfo import MountEntry
 Facts = dict[str, Any]
 
 MISSING_MAX: Final = 8
+LOG_MAX: Final = 5
 
 
 BROKEN: Final = {
@@ -87,6 +88,7 @@ def render(report: Facts, *, everything: bool = False) -> list[str]:
         lines.append(f"  tokens: {report['store']['tokens']}")
     if report["store"].get("waiting_for_pid"):
         lines.append(f"  the state file is held by pid {report['store']['waiting_for_pid']}")
+    lines += [f"  {line}" for line in lately(report["log"])]
     lines += [f"  {line}" for line in faults(report["faults"]) + unwatched(report["watchdog"])]
     lines += [f"  {what}" for what in _bad(report)]
     for domain in report["domains"]:
@@ -108,6 +110,16 @@ def unwatched(told: Facts | None) -> list[str]:
     threads = " ".join(map(str, missing[:MISSING_MAX]))
     whom = f"{len(missing)} holders, whose processes cannot be found (threads {threads})"
     return [f"on-lost={told['on_lost']} does not reach {whom}"]
+
+
+def lately(told: Facts | None) -> list[str]:
+    """The last words of a log that goes nowhere else."""
+    if told is None or told["to"] != "nowhere" or not told["lately"]:
+        return []
+    return ["its log goes nowhere (log= names a place); the last of it:"] + [
+        f"  {age(max(0.0, time.time() - line['at']))} ago {line['level']}: {line['message']}"
+        for line in told["lately"][-LOG_MAX:]
+    ]
 
 
 def faults(told: Facts) -> list[str]:

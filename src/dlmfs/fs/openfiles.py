@@ -23,6 +23,7 @@ from dlmfs.fs import farewell, kin, signals
 from dlmfs.fs.answer import Answer, Reply
 from dlmfs.fs.interrupts import PATIENCE_S, Interrupts
 from dlmfs.fs.limits import Usage, User
+from dlmfs.fs.losses import Losses
 from dlmfs.fs.outside import Kernel, Watchdog
 from dlmfs.fs.places import Places, Readers
 from dlmfs.fs.signals import Cause
@@ -112,6 +113,7 @@ class OpenFiles:
         self.interrupts = Interrupts(loop, self._settle)
         self.watchdog: Watchdog | None = None
         self.faults = Faults()
+        self.losses = Losses(loop.time)
         self.kinship: Callable[[User, kin.Question, Callable[[bool], None]], None] = kin.answer
         self.by_kernel: Callable[[int], bool] = lambda _thread: False
         """Whether an open without any flag, for this thread, is the kernel's own."""
@@ -347,9 +349,11 @@ class OpenFiles:
         """`membership.Host`: whether any program holds a lock here."""
         return any(handle.stage is Stage.HELD for handle in self.handles.values())
 
-    def ends(self, reason: str) -> None:  # noqa: ARG002 - part of `Host`
+    def ends(self, reason: str) -> None:
         """`membership.Host`: see `farewell`."""
         farewell.take_leave(self)
+        held = [h for h in self.handles.values() if h.stage is Stage.HELD]
+        self.losses.tell(f"this node ends ({reason}), its holders are to close", held)
 
     # -- using --------------------------------------------------------------------------------
 
@@ -447,12 +451,16 @@ class OpenFiles:
         """Why a request of this thread was interrupted."""
         return signals.cause(thread)
 
-    def domain_lost(self, domain: bytes, reason: str) -> None:  # noqa: ARG002 - part of `Host`
+    def domain_lost(self, domain: bytes, reason: str) -> None:
         """`Host`: every descriptor of the domain is lost."""
-        # In an order of its own, not a set's: a simulated run must not depend on addresses.
-        self._replace(
-            dict.fromkeys(h.file for h in self.handles.values() if h.stage is not Stage.HELD)
+        # What was lost before has a successor, which has its name.
+        hit = [h for h in self.handles.values() if h.stage is not Stage.HELD and h.file.linked]
+        self.losses.tell(
+            f"lost with domain {os.fsdecode(domain)} ({reason})",
+            (h for h in hit if h.file.domain.name == domain),
         )
+        # In an order of its own, not a set's: a simulated run must not depend on addresses.
+        self._replace(dict.fromkeys(h.file for h in hit))
 
     def lock_lost(self, lock: ClusterLock, *_claims: Sequence[Claim]) -> None:
         """`Host`: the lock is broken. Whose it was is looked up in tables of our own."""
@@ -478,6 +486,7 @@ class OpenFiles:
         if opening is not None and opening.lock is lock:
             opening.stage = Stage.ENDED
             self._opened = Unavailable.errno
+        self.losses.tell("lost by a fault", held)
         self._replace(dict.fromkeys(h.file for h in held))
 
     def _replace(self, files: Iterable[LockFile]) -> None:
