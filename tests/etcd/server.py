@@ -253,6 +253,15 @@ class Etcd:
             return self.ctl(*args, timeout_s=timeout_s)
         return None
 
+    def passwd(self, user: str, password: str) -> None:
+        """Another password for a user, as root."""
+        running = next(m for m in self.members if m.process is not None)
+        command = [*self.enter, str(CONTROL), f"--endpoints={running.scheme}://{running.endpoint}"]
+        command += [*self.control, "user", "passwd", user, "--interactive=false"]
+        subprocess.run(
+            command, input=f"{password}\n", text=True, capture_output=True, timeout=10, check=True
+        )
+
     def all_keys(self, prefix: str = "") -> list[str]:
         """All keys there are, not only ours: nothing may be left anywhere but a lock space's stamp, by
         which a node that was away knows it again."""

@@ -139,12 +139,16 @@ def test_no_proxy_of_the_environment_is_told_anything(
 def test_users_may_be_known_before_they_are_asked_for(folder: Path, start: Start) -> None:
     """First the nodes get their credentials, one by one; then the cluster begins to want them."""
     nodes = start()
-    a, b = nodes.pair(file_of(folder, "dlm"), "ttl=15")
+    option = file_of(folder, "dlm")
+    a, b = nodes.pair(option, "ttl=15")
     put(a / "dom/x", b"anybody")
+    store = nodes.status(a)["store"]
+    assert (store["user"], store["user_asked_for"]) == ("dlm", False)
     with_users(nodes.etcd)
     assert value(b / "dom/x") == b"anybody"
     put(b / "dom/x", b"known")
     assert value(a / "dom/x") == b"known"
+    assert nodes.status(a)["store"]["user_asked_for"] is True
     assert [nodes.fences(where) for where in (a, b)] == [0, 0]
 
 

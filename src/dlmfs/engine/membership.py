@@ -249,7 +249,9 @@ class Membership:
         state = lease_state(self.timing, session.renewed_at, self.clock())
         if state is LeaseState.FENCED:
             silent = self.clock() - session.renewed_at
-            self._fence(LockLost(f"the store confirmed no renewal for {silent:.1f} s"))
+            trouble = self.store.describe().get("trouble")
+            why = f": {trouble}" if trouble else ""
+            self._fence(LockLost(f"the store confirmed no renewal for {silent:.1f} s{why}"))
             return False
         if state is not self.state:
             self._change(state)
@@ -401,6 +403,7 @@ class Membership:
 
         def looked(result: TxnResult | DlmfsError) -> None:
             if isinstance(result, DlmfsError):
+                self.reason = str(result)
                 self._come_back(RETRY_S, self._rejoin)
                 return
             found = result.responses[0]

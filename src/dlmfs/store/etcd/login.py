@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Final
 import grpc
 import grpc.aio
 
-from dlmfs.errors import NotPermitted
 from dlmfs.store.etcd import etcd_pb2 as pb
-from dlmfs.store.etcd.refusals import NO_USER, NOT_ENABLED, OLD_REVISION, WRONG_USER
+from dlmfs.store.etcd.refusals import NO_USER, NOT_ENABLED, OLD_REVISION, WRONG_USER, LoginRefused
 
 if TYPE_CHECKING:
     from dlmfs.store.etcd.files import Files
@@ -51,7 +50,7 @@ class Login:
         self._why = ""
 
     async def token(self, timeout_s: float) -> str:
-        """To be sent along; NO_TOKEN: none. Raises NotPermitted, and as `ask`."""
+        """To be sent along; NO_TOKEN: none. Raises LoginRefused, and as `ask`."""
         if self._files.access.user is None:
             return NO_TOKEN
         token = self._token
@@ -82,7 +81,7 @@ class Login:
 
     async def _log_in(self, timeout_s: float) -> str:
         if self._clock() < self._refused_until:
-            raise NotPermitted(self._why)
+            raise LoginRefused(self._why)
         await self._files.look()
         for user, password in self._candidates():
             try:
@@ -105,7 +104,7 @@ class Login:
             "etcd does not know this user and password: see -o credentials=FILE; it is read again, and "
             "they are tried again"
         )
-        raise NotPermitted(self._why)
+        raise LoginRefused(self._why)
 
     def _candidates(self) -> Iterator[tuple[str, str]]:
         access = self._files.access

@@ -19,6 +19,11 @@ _UNVERIFIED: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]*)")
 _ALERT: Final = re.compile(r"_ALERT_([A-Z_]+)")
 
 
+class LoginRefused(NotPermitted):
+    """The server does not know who asks, so nothing was applied. An operator's next step mends it, if he
+    changes a password or switches users on."""
+
+
 class Meaning(NamedTuple):
     """`error`: for the caller. `trouble`: what is wrong with the store, for people; None if nothing is.
     `broken`: whether another member may do better."""
@@ -39,7 +44,7 @@ def meaning(code: grpc.StatusCode, details: str, endpoint: str) -> Meaning:
         return Meaning(NotPermitted(says), details)
     if invalid and NO_USER in details:
         says = f"etcd at {endpoint} wants a user and a password: give -o credentials=FILE"
-        return Meaning(NotPermitted(says), says)
+        return Meaning(LoginRefused(says), says)
     if invalid and OLD_REVISION not in details:
         return Meaning(Bug(f"etcd refused a request: {details}"))
     if (kind := kind_of(details)) in REFUSALS:

@@ -25,14 +25,14 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from dlmfs.errors import DlmfsError, NotPermitted, OutcomeUnknown, StoreRestored
+from dlmfs.errors import DlmfsError, OutcomeUnknown, StoreRestored
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.answers import Nonsense, check, check_jump
 from dlmfs.store.etcd.codec import only_reads, puts
 from dlmfs.store.etcd.files import Files
 from dlmfs.store.etcd.login import NO_TOKEN, Login
 from dlmfs.store.etcd.members import Members
-from dlmfs.store.etcd.refusals import meaning
+from dlmfs.store.etcd.refusals import LoginRefused, meaning, tls
 from dlmfs.store.etcd.trouble import REFUSALS, Trouble, kind_of
 
 log = logging.getLogger("dlmfs.etcd")
@@ -210,6 +210,7 @@ class Rpc:
         """The connection of that generation is of no use: go to the next member."""
         if generation != self.generation:
             return  # another call has seen it
+        why = tls(why) or why
         if self.trouble is None:
             log.warning("etcd at %s: %s", self.endpoint, why)
         self.trouble = why
@@ -333,7 +334,7 @@ class Rpc:
     async def _token(self, timeout_s: float) -> str:
         try:
             return await self.login.token(timeout_s)
-        except NotPermitted as error:
+        except LoginRefused as error:
             self._note(str(error))
             raise
 

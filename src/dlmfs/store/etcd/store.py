@@ -27,6 +27,7 @@ from dlmfs.store.check import check
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.about import About, unsound
 from dlmfs.store.etcd.codec import Codec, never, only_reads
+from dlmfs.store.etcd.refusals import LoginRefused
 from dlmfs.store.etcd.rpc import (
     RANGE,
     REVOKE,
@@ -135,6 +136,8 @@ class EtcdStore:
         generation = self.rpc.generation
         try:
             result = await self._ask(txn)
+        except LoginRefused as error:  # as if it were out of reach: the lease decides
+            raise OutcomeUnknown(str(error)) from None
         except NotPermitted as error:  # an operator's doing, and his to undo: it breaks no lock
             raise StoreRefuses(str(error)) from None
         if generation != self.rpc.generation:
