@@ -29,14 +29,17 @@ def _same(data: bytes) -> bytes:
 
 
 class Relay(grpc.GenericRpcHandler):
-    """Runs from its making to `close`. `told`: the methods that it has lied about; `forbidden`: those
-    that are refused as a newer server refuses users what is its administrators'."""
+    """Runs from its making to `close`. `told`: the methods that it has lied about, or refused:
+    `forbidden`, as a newer server refuses users what is its administrators'; `unavailable`, as a proxy
+    what it does not know; `nameless`, as a server to whom no user was named."""
 
     def __init__(self, target: str) -> None:
         self.endpoint = f"{loopback()}:{CLIENT_PORT}"
         self.lie: Lie | None = None
         self.told: list[str] = []
         self.forbidden: set[str] = set()
+        self.unavailable: set[str] = set()
+        self.nameless: set[str] = set()
         self._channel = grpc.insecure_channel(target, UNBOUNDED)
         self._server = grpc.server(
             ThreadPoolExecutor(16), handlers=[self], options=(*UNBOUNDED, ("grpc.so_reuseport", 0))
@@ -66,9 +69,7 @@ class Relay(grpc.GenericRpcHandler):
         once = self._channel.unary_unary(method, _same, _same)
 
         def unary(request: bytes, context: Any) -> bytes:
-            if method in self.forbidden:
-                self.told.append(method)
-                context.abort(grpc.StatusCode.PERMISSION_DENIED, "etcdserver: permission denied")
+            self._refuse(method, context)
             try:
                 answer = once(request, metadata=context.invocation_metadata(), timeout=10)
             except grpc.RpcError as error:
@@ -76,6 +77,16 @@ class Relay(grpc.GenericRpcHandler):
             return self._said(method, request, answer)
 
         return grpc.unary_unary_rpc_method_handler(unary, _same, _same)
+
+    def _refuse(self, method: str, context: Any) -> None:
+        for methods, code, details in (
+            (self.forbidden, grpc.StatusCode.PERMISSION_DENIED, "etcdserver: permission denied"),
+            (self.unavailable, grpc.StatusCode.UNAVAILABLE, "unknown here"),
+            (self.nameless, grpc.StatusCode.INVALID_ARGUMENT, "etcdserver: user name is empty"),
+        ):
+            if method in methods:
+                self.told.append(method)
+                context.abort(code, details)
 
     def _said(self, method: str, request: bytes, answer: bytes) -> bytes:
         if self.lie is None:

@@ -67,6 +67,7 @@ class Member:
         self.log = folder / f"{name}.log"
         self.enter = list(enter)
         self.options: dict[str, str] = {}
+        self.program = PROGRAM
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -98,7 +99,7 @@ class Member:
             "bcrypt-cost": "4",
             **self.options,
         }
-        command = [*self.enter, str(PROGRAM), "--unsafe-no-fsync"]
+        command = [*self.enter, str(self.program), "--unsafe-no-fsync"]
         command += [f"--{name}={value}" for name, value in options.items()]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -115,6 +116,13 @@ class Member:
             self._signal(signal.SIGKILL)
             self.process.wait(PATIENCE_S)
             self.process = None
+
+    def end(self) -> None:
+        """As a service manager ends it."""
+        assert self.process is not None
+        self._signal(signal.SIGTERM)
+        self.process.wait(PATIENCE_S)
+        self.process = None
 
     def stop(self) -> None:
         """Silence: connections stay, nothing is answered. Returns when it really stands still."""

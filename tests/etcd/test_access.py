@@ -152,10 +152,11 @@ class Certificates:
     def _openssl(self, *args: str) -> None:
         subprocess.run(["openssl", *args], capture_output=True, timeout=PATIENCE_S, check=True)
 
-    def sign(self, name: str, host: str) -> None:
-        """`name`.key and `name`.crt, good for that address."""
+    def sign(self, name: str, *hosts: str) -> None:
+        """`name`.key and `name`.crt, good for these addresses."""
         request, extra = self.path(f"{name}.csr"), self.path(f"{name}.ext")
-        Path(extra).write_text(f"subjectAltName=IP:{host}\n")
+        names = ",".join(f"IP:{host}" for host in hosts)
+        Path(extra).write_text(f"subjectAltName={names}\n")
         self._openssl("req", *self._key(name), "-out", request, "-subj", f"/CN={name}")
         self._openssl(
             *("x509", "-req", "-in", request, "-out", self.path(f"{name}.crt"), "-days", "2"),
@@ -163,10 +164,10 @@ class Certificates:
             *("-extfile", extra),
         )
 
-    def etcd(self, folder: Path, host: str) -> Etcd:
-        """A server that lets in only who has a certificate of this authority."""
-        self.sign("server", host)
-        self.sign("client", host)
+    def etcd(self, folder: Path, *hosts: str) -> Etcd:
+        """Servers that let in only who has a certificate of this authority."""
+        self.sign("server", *hosts)
+        self.sign("client", *hosts)
         options = {
             "cert-file": self.path("server.crt"),
             "key-file": self.path("server.key"),
@@ -176,7 +177,7 @@ class Certificates:
         control = [f"--{o}" for o in ("cacert", "cert", "key")]
         files = (self.path(f) for f in ("ca.crt", "client.crt", "client.key"))
         pairs = [word for pair in zip(control, files, strict=True) for word in pair]
-        return Etcd(folder, hosts=[host], options=options, control=pairs)
+        return Etcd(folder, hosts=hosts, options=options, control=pairs)
 
 
 FILES: Final = {"cert": "client.crt", "key": "client.key"}
@@ -230,7 +231,7 @@ def with_users(etcd: Etcd) -> None:
         ["auth", "enable"],
     ):
         etcd.ctl(*command)
-    etcd.control = ["--user", f"root:{PASSWORD}"]
+    etcd.control = [*etcd.control, "--user", f"root:{PASSWORD}"]
 
 
 def credentials(folder: Path, user: str, password: str = PASSWORD, mode: int = 0o600) -> str:

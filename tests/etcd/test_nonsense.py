@@ -304,6 +304,39 @@ def test_what_a_server_tells_of_itself_costs_no_connection(
     run(relay, shared_etcd, test)
 
 
+@pytest.mark.parametrize("method", [STATUS, MEMBERS])
+def test_what_is_asked_in_vain_costs_no_connection(
+    relay: Relay, shared_etcd: Etcd, method: str
+) -> None:
+    """A proxy may not know of it."""
+    relay.unavailable = {method}
+
+    async def test(client: Client) -> None:
+        session = await client.session()
+        assert not isinstance(session, DlmfsError), session
+        assert method in relay.told
+        assert client.store.rpc.generation == 0
+        assert client.store.rpc.trouble is None
+
+    run(relay, shared_etcd, test)
+
+
+def test_who_is_not_known_is_told_that_nothing_is_known(relay: Relay, shared_etcd: Etcd) -> None:
+    """As of silence: nothing was applied, and the next attempt may be another user's."""
+    relay.nameless = {TXN}
+
+    async def test(client: Client) -> None:
+        result = await client.txn(MIXED)
+        assert isinstance(result, OutcomeUnknown)
+        assert "wants a user and a password" in str(result)
+        assert "wants a user and a password" in str(client.store.describe()["trouble"])
+        relay.nameless = set()
+        assert isinstance(await client.txn(MIXED), TxnResult)
+        assert client.store.describe()["trouble"] is None
+
+    run(relay, shared_etcd, test)
+
+
 RENEWAL_LIES: Final[dict[str, Callable[[str, bytes, bytes], bytes]]] = {
     "no message": said(KEEP, lambda _: b"\xff\xff\xff"),
     "nothing": said(KEEP, lambda _: b""),

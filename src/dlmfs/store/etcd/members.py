@@ -102,14 +102,13 @@ def _is_localhost(name: str) -> bool:
 
 
 def _is_elsewhere(host: str) -> bool:
-    """Whether a host's name or address may be another host's. Of a name that ends as a number does a
-    resolver makes an address (127.1, 0x7f000001)."""
+    """Whether what is not on the loopback may be another host's name or address. Of a name that ends as
+    a number does a resolver makes an address (127.1, 0x7f000001)."""
     address = _address(host)
     if address is None:
-        return not _is_localhost(host) and host.rstrip(".").rpartition(".")[2][:1].isalpha()
+        return host.rstrip(".").rpartition(".")[2][:1].isalpha()
     return not (
-        address.is_loopback
-        or address.is_unspecified
+        address.is_unspecified
         or address.is_multicast
         or address.is_link_local
         or address.is_reserved
