@@ -22,6 +22,7 @@ from tests.etcd.server import loopback
 from tests.etcd.test_access import PASSWORD, Certificates, Start, with_users
 from tests.etcd.test_access import credentials as file_of
 from tests.etcd.test_secrets import STRANGER, needs_root
+from tests.fs.nodes import dlmfs
 
 OTHER: Final = "another-one"
 pytestmark = pytest.mark.allow_warnings
@@ -85,6 +86,12 @@ def test_who_has_the_wrong_password_is_back_with_the_right_one(folder: Path, sta
     assert "does not know this user and password" in nodes.reason(a)
     rewrite(option, "dlm")  # half of it
     nodes.until_told(a, "its first line must be user:password; what was read before stays in use")
+    said = dlmfs("status", str(a), check=False).stdout
+    assert "its first line must be user:password" in said
+    assert "does not know this user and password" in said
+    found = dlmfs("doctor", str(a), check=False).stdout
+    assert "mend credentials=" in found
+    assert "it is read again by itself" in found
     rewrite(option, f"dlm:{OTHER}\n")
     take(a / "dom/x")
     assert value(a / "dom/x") == b"before"

@@ -144,6 +144,7 @@ def test_users_may_be_known_before_they_are_asked_for(folder: Path, start: Start
     put(a / "dom/x", b"anybody")
     store = nodes.status(a)["store"]
     assert (store["user"], store["user_asked_for"]) == ("dlm", False)
+    assert "etcd does not ask for users" in dlmfs("status", str(a)).stdout
     with_users(nodes.etcd)
     assert value(b / "dom/x") == b"anybody"
     put(b / "dom/x", b"known")

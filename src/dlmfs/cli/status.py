@@ -84,6 +84,10 @@ def render(report: Facts, *, everything: bool = False) -> list[str]:
     ]
     if report["store"].get("trouble"):
         lines.append(f"  {report['store']['trouble']}")
+    if report["store"].get("files"):
+        lines.append(f"  {plain(report['store']['files'])}")
+    if report["store"].get("user_asked_for") is False:
+        lines.append("  etcd does not ask for users: credentials= are kept until it does")
     if report["store"].get("tokens"):
         lines.append(f"  tokens: {report['store']['tokens']}")
     if report["store"].get("waiting_for_pid"):

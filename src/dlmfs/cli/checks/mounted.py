@@ -142,6 +142,10 @@ def _store(about: str, store: Facts) -> Iterator[Finding]:
         yield warn(about, store["warning"], "upgrade etcd")
     if store.get("trouble"):
         yield fail(about, f"etcd: {store['trouble']}", _cure(store))
+    if store.get("files"):
+        yield warn(
+            about, plain(str(store["files"])), "mend it: it is read again by itself (docs/etcd.md)"
+        )
     if store.get("lost") or store.get("error"):
         yield fail(about, str(store.get("lost") or store["error"]), "mount it again")
     holder = store.get("waiting_for_pid")

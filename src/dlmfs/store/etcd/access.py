@@ -10,6 +10,7 @@ Rules of this file
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import socket
@@ -143,6 +144,7 @@ def access(source: EtcdSource, options: MountOptions, *, again: bool = False) ->
     return Access(source.endpoints, ca, cert, key, user, password)
 
 
+@functools.lru_cache(maxsize=1)
 def _demand_authorities(option: str, text: bytes) -> None:
     """Raises UsageError for what is no list of certificates, or one that breaks off."""
     import ssl
@@ -155,6 +157,7 @@ def _demand_authorities(option: str, text: bytes) -> None:
         raise UsageError(f"{option}: it breaks off in the middle of a certificate")
 
 
+@functools.lru_cache(maxsize=1)  # what is read again is the same, most of the time
 def _demand_pair(cert_option: str, key_option: str, cert: bytes, key: bytes) -> None:
     """Raises UsageError unless the key is that of the certificate: of files that are being renewed one
     may be the new one already."""

@@ -17,6 +17,8 @@ class Kind(enum.Enum):
     CORRUPT = "corrupt"
     RIGHTS = "rights"
     LEARNER = "learner"
+    USER = "user"
+    CERTIFICATE = "certificate"
     SILENT = "silent"
 
 
@@ -44,14 +46,19 @@ _SIGNS: Final = (
     ("alarm:CORRUPT", Kind.CORRUPT),
     ("etcdserver: permission denied", Kind.RIGHTS),
     ("supported for learner", Kind.LEARNER),
+    *((words, Kind.USER) for words in ("know this user and password", "wants a user")),
+    *((words, Kind.CERTIFICATE) for words in ("its certificate is", "this node's certificate")),
 )
 
+_USERS: Final = "see docs/etcd.md"
 _PAGE: Final = 'docs/reference.md, "When etcd takes no writes"'
 CURES: Final = {
     Kind.SPACE: f"etcdctl alarm list; compact, defrag, then etcdctl alarm disarm ({_PAGE})",
     Kind.CORRUPT: f"etcdctl alarm list; replace the member that differs, then disarm ({_PAGE})",
     Kind.RIGHTS: "as etcd's root: etcdctl role grant-permission ROLE readwrite --prefix=true dlmfs/",
     Kind.LEARNER: "etcdctl member promote, or leave it out of SOURCE until then",
+    Kind.USER: f"mend credentials= (it is read again), or the password in etcd ({_USERS})",
+    Kind.CERTIFICATE: f"renew what has ended, or mend ca=, cert=, key= ({_USERS})",
     Kind.SILENT: "start it, or see its log, its listen-client-urls and the firewall",
 }
 
