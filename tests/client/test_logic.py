@@ -52,11 +52,14 @@ class World:
         self.states = list(states)
         self.steps: list[logic.Step] = []
         self.open: set[int] = set()
+        self.waiting = 0
 
     def do(self, step: logic.Step) -> object:
         self.steps.append(step)
         if isinstance(step, Pause):
             return 0
+        if isinstance(step, logic.Waiters):
+            return self.waiting
         if isinstance(step, State):
             state = self.states.pop(0) if self.states else "HEALTHY"
             if isinstance(state, int):
@@ -79,6 +82,17 @@ class World:
 
     def take(self, *, shared: bool = False, trying: bool = False, create: bool = True) -> int:
         return logic.drive(logic.taking(Request(PLACE, shared, trying, create)), self.do)
+
+
+def test_who_may_not_wait_is_told_how_many_do() -> None:
+    world = World(errno.EDQUOT, 0)
+    with pytest.raises(Unavailable, match="share of a limit"):
+        world.take()
+    world = World(errno.EDQUOT)
+    world.waiting = 256
+    with pytest.raises(Unavailable, match=r"256 wait for it here.*max_lock_waiters.*dlmfs why"):
+        world.take()
+    assert not world.open
 
 
 def test_the_ordinary_way() -> None:

@@ -11,6 +11,7 @@ from dlmfs.core.lease import LeaseState
 from dlmfs.core.timeline import KEPT
 from dlmfs.core.tokens import BASE_MAX, ROOM
 from dlmfs.engine import changes
+from dlmfs.engine.forgetting import leave_unused
 from dlmfs.engine.timeline import OFFSET, QUARANTINE, STAMP, decode_stamp, encode_stamp
 from dlmfs.errors import OutcomeUnknown
 from dlmfs.model import Mode
@@ -419,6 +420,27 @@ def test_an_unlink_whose_answer_was_lost_is_no_restore(server: MemoryServer, loo
     run(loop, lambda: said == [None])
     loop.run_for(TTL_S)
     assert a.member.fences == 0
+
+
+def test_a_leave_unasked_whose_answer_was_lost_is_no_restore(
+    server: MemoryServer, loop: SimLoop
+) -> None:
+    """Nobody used the lock; by the next attempt all is as it should be."""
+    a, _ = start(server, "a", "b")
+    held(loop, a, 1)
+    lock = a.member.spaces[b"d"].lock(b"x")
+    lock.close(a.granted_to[-1])
+    head = lock.space.keys.head(b"x")
+    a.store.faults.delay_s = 0.5
+    said: list[object] = []
+    leave_unused(lock, lambda: said.append(None))
+    run(loop, lambda: head not in server.data)
+    assert not said
+    a.store.broken(a.store.connection)
+    loop.run_for(TTL_S)
+    assert a.member.fences == 0
+    leave_unused(lock, lambda: said.append(None))
+    assert said == [None]
 
 
 def test_a_conversion_granted_by_mail_without_the_head_is_no_restore(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs.errors import Unavailable
 from dlmfs.fs.limits import Usage
 from dlmfs.model import Limits
 from tests.fs.nodes import Nodes, dlmfs
@@ -119,6 +120,44 @@ def test_waiters_are_bounded_and_the_lock_goes_on(nodes: Nodes) -> None:
     assert waiters[0].wait() == "held"
     waiters[0].release()
     assert late.wait() == "held"
+
+
+@pytest.mark.fuse
+def test_waiters_on_one_lock_are_bounded_for_each_user(nodes: Nodes) -> None:
+    """Root's too, and the daemon's own: jobs that a clock starts behind one that is stuck."""
+    where = nodes.mount("a", "holder=file", "max_lock_waiters=2")
+    (where / "dom").mkdir()
+    holder = nodes.hold(where / "dom/x")
+    assert holder.wait() == "held"
+    waiters = [nodes.hold(where / "dom/x") for _ in range(2)]
+    for waiter in waiters:
+        assert waiter.waits
+    assert nodes.hold(where / "dom/x").wait() == f"error {errno.EDQUOT}"
+    done = dlmfs("lock", str(where / "dom/x"), "--", "true", check=False)
+    assert done.returncode == Unavailable.exit
+    assert "2 wait for it here" in done.stderr
+    assert "max_lock_waiters" in done.stderr
+    other = nodes.hold(where / "dom/y")
+    assert other.wait() == "held", "of each lock"
+    second = nodes.hold(where / "dom/y")
+    assert second.waits
+    holder.release()
+    first = next(w for w in waiters if w.poll(10))
+    assert first.wait() == "held"
+    assert nodes.hold(where / "dom/x").waits, "there is room again"
+
+
+def test_what_a_user_waits_for_is_counted_by_file() -> None:
+    user = Usage(Limits(max_waiters=5, max_lock_waiters=2), own=0).user(0)
+    user.waits(1)
+    assert not user.may_wait_no_more(1)
+    user.waits(1)
+    assert user.may_wait_no_more(1)
+    assert not user.may_wait_no_more(2)
+    user.waits_no_more(1)
+    assert not user.may_wait_no_more(1)
+    user.waits_no_more(1)
+    assert (user.waiters, user.waiting_at) == (0, {})
 
 
 @pytest.mark.fuse

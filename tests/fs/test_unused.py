@@ -79,12 +79,14 @@ def mount() -> Names:
 
 
 def test_a_transient_file_goes_when_it_is_closed(mount: Names) -> None:
+    mount.space._leased = False
     for number in range(200):
         file = mount.make(b"job-%d" % number)
         mount.leave(file, mount.use(file))
     assert mount.loop.run_until(lambda: mount.names == {b"x"}, 10)
     assert not mount.heads
-    assert list(mount.space.locks) == []
+    assert not mount.space.locks
+    assert not mount.space.left_keys, "no lease: nobody will ever ask whether they are gone"
     assert mount.fs.usage.locks == 1
     assert all(not mount.fs.tree.inodes[ino].linked for ino in mount.fs.tree.inodes if ino > 3)
 
@@ -102,6 +104,16 @@ def test_a_file_that_is_in_use_stays_and_goes_afterwards(mount: Names) -> None:
     mount.leave(file, fh)
     assert mount.loop.run_until(lambda: b"long" not in mount.names, 2 * 61)
     assert not mount.heads
+
+
+def test_a_name_that_is_used_again_and_again_stays_cached(mount: Names) -> None:
+    file = mount.make(b"hot")
+    mount.leave(file, mount.use(file))
+    revision = mount.space.locks[b"hot"].res.revision
+    for _ in range(100):
+        mount.loop.run_for(0.8)
+        mount.leave(file, mount.use(file))
+    assert mount.space.locks[b"hot"].res.revision == revision
 
 
 def test_a_file_that_was_there_before_stays(mount: Names) -> None:

@@ -370,4 +370,12 @@ DOORS: Final = (
         (f"{UNSEEN}::test_umount_never_takes_a_shared_mount_from_the_host",),
         "an umount in a container takes the host's mount away",
     ),
+    Mutant(
+        "waiters-pile-up",
+        "fs/limits.py",
+        "return self.waiting_at.get(ino, 0) >= self.max_lock_waiters",
+        "return False",
+        ("tests/fs/test_limits.py::test_what_a_user_waits_for_is_counted_by_file",),
+        "jobs that a clock starts pile up behind one that is stuck",
+    ),
 )

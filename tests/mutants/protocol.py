@@ -9,6 +9,7 @@ from tests.mutants.mutant import Mutant
 DEATH_KNOWN_TO_ONE: Final = (
     "tests/engine/test_races.py::test_a_death_that_only_the_newest_waiter_knows_of_holds_nobody_up"
 )
+UNUSED: Final = "tests/fs/test_unused.py"
 
 PROTOCOL: Final = (
     Mutant(
@@ -449,8 +450,8 @@ PROTOCOL: Final = (
     Mutant(
         "unlink-is-a-restore",
         "engine/timeline.py",
-        "return not mine or (unsure and bool(lock.forgets) and level is Mode.NL)",
-        "return not mine",
+        "left = bool(lock.forgets) or view.leaving",
+        "left = view.leaving",
         ("tests/engine/test_restored.py::test_an_unlink_whose_answer_was_lost_is_no_restore",),
         "an unlink at a lost connection fences the whole cluster",
     ),
@@ -469,5 +470,39 @@ PROTOCOL: Final = (
         "        if False:\n            # Fenced",
         ("tests/engine/test_races.py::test_a_leave_that_a_loss_overtakes_is_no_clean_one",),
         "a leave that a fence overtakes goes on as a clean one",
+    ),
+    Mutant(
+        "unused-is-a-restore",
+        "engine/timeline.py",
+        "left = bool(lock.forgets) or view.leaving",
+        "left = bool(lock.forgets)",
+        (
+            "tests/engine/test_restored.py::test_a_leave_unasked_whose_answer_was_lost_is_no_restore",
+        ),
+        "a head that the node itself has removed is missed after a lost connection",
+    ),
+    Mutant(
+        "unproved-for-ever",
+        "engine/lockspace.py",
+        "        if self._leased:\n            self.left_keys[key]",
+        "        if True:\n            self.left_keys[key]",
+        (f"{UNUSED}::test_a_transient_file_goes_when_it_is_closed",),
+        "on one host each name that was removed stays in the daemon's memory",
+    ),
+    Mutant(
+        "forgotten-is-refused",
+        "fs/openfiles.py",
+        "return errno.ESTALE if file.is_stale else errno.EAGAIN",
+        "return errno.ESTALE if file.lost else errno.EAGAIN",
+        (f"{UNUSED}::test_who_comes_after_is_told_to_look_again",),
+        "an open that comes just after the file went fails",
+    ),
+    Mutant(
+        "hot-name-forgotten",
+        "fs/unused.py",
+        "used = uses != look.uses or",
+        "used = False or",
+        (f"{UNUSED}::test_a_name_that_is_used_again_and_again_stays_cached",),
+        "a lock that is used in a loop is left and taken anew each second",
     ),
 )

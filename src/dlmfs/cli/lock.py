@@ -311,6 +311,8 @@ def _do(away: Callable[[str], None], step: logic.Step) -> object:
             time.sleep(calls.spread(seconds))
         case logic.State(mountpoint):
             return calls.state(mountpoint)
+        case logic.Waiters(path):
+            return calls.waiters(path)
     return 0
 
 

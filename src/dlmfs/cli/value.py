@@ -25,6 +25,7 @@ from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import complain, say_bytes
 from dlmfs.cli.text import plain
+from dlmfs.client.logic import MODE
 from dlmfs.errors import DlmfsError, LockLost, NotPermitted, StoreFull, Unavailable, UsageError
 from dlmfs.model import EMPTY_LVB, LVB_SIZE
 
@@ -128,7 +129,7 @@ def _open(path: str, flags: int) -> int:
     """Under holder=node all processes of a node share its lock, and two could both find the expected
     value before either writes. So those who write also exclude each other by a POSIX lock: not by
     flock(2), as `dlmfs lock` does, whose command may set the value."""
-    fd = os.open(path, flags, 0o666)
+    fd = os.open(path, flags, MODE)
     try:
         if flags & os.O_ACCMODE == os.O_RDWR:
             fcntl.lockf(fd, fcntl.LOCK_EX | (fcntl.LOCK_NB if flags & os.O_NONBLOCK else 0))

@@ -21,6 +21,17 @@ def state(mountpoint: str) -> str:
     return os.fsdecode(os.getxattr(mountpoint, logic.STATE))
 
 
+def waiters(path: str) -> int:
+    """How many wait for a lock, as its node knows; 0 if it does not tell."""
+    import json
+
+    try:
+        rows = json.loads(os.getxattr(path, logic.WAITERS))
+    except (OSError, ValueError):
+        return 0
+    return sum(row.get("more", 1) for row in rows)
+
+
 def spread(seconds: float) -> float:
     """From half of it to one and a half: who was refused at the same time does not come back so."""
     return seconds * (0.5 + os.urandom(1)[0] / 255)

@@ -233,6 +233,8 @@ class Keeper(threading.Thread):
                 self._pause(seconds, why)
             case logic.State(mountpoint):
                 return calls.state(mountpoint)
+            case logic.Waiters(path):
+                return calls.waiters(path)
         return 0
 
     def _pause(self, seconds: float, why: str) -> None:

@@ -51,6 +51,7 @@ MODE: Final = stat.S_ISVTX | 0o666
 
 TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 ABANDONED: Final = "user.dlmfs.abandoned"
+WAITERS: Final = "user.dlmfs.waiters"
 STATE: Final = "user.dlmfs.state"
 AWAY: Final = ("FENCED", "REJOINING")
 """States in which every open is refused."""
@@ -131,7 +132,13 @@ class State(NamedTuple):
     mountpoint: str
 
 
-Step = Open | MakeDomain | Device | Exclude | Token | Close | Pause | State
+class Waiters(NamedTuple):
+    """Tell how many wait for the lock, as far as this node knows; 0 if it is not told."""
+
+    path: str
+
+
+Step = Open | MakeDomain | Device | Exclude | Token | Close | Pause | State | Waiters
 Steps = Generator[Step, Any, int]
 
 
@@ -225,6 +232,11 @@ def _opening(request: Request) -> Steps:
         except OSError as error:
             if error.errno == errno.ENOENT and request.create and attempt < RETRIES:
                 yield from _joining(path)
+            elif error.errno == errno.EDQUOT and (waiting := (yield Waiters(path))):
+                raise Unavailable(
+                    f"{path} cannot be had: {waiting} wait for it here, and this user may have no more "
+                    f"(max_lock_waiters): `dlmfs why {path}` says for whom; end that, or some of them"
+                ) from None
             elif error.errno not in (errno.EAGAIN, errno.ESTALE) or attempt == RETRIES:
                 raise _refused(error, path) from None
     raise AssertionError("the last attempt returns or raises")

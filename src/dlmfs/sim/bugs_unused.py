@@ -41,12 +41,4 @@ UNUSED: Final[tuple[Planted, ...]] = (
         100,
         "who opens a lock while its node leaves it waits at a file that is gone",
     ),
-    Planted(
-        "unused-is-a-restore",
-        "engine/timeline.py",
-        "left = bool(lock.forgets) or view.leaving",
-        "left = bool(lock.forgets)",
-        100,
-        "a head that the node itself has removed is missed after a lost connection (restore)",
-    ),
 )

@@ -301,8 +301,10 @@ class _Change:
             self._order()
         self._value()
         self._mark(deleted=deleted)
-        if self.author in self.old.members and self.author not in self.new.members:
-            self.oracle.left(self.lock, self.old, self.new, self.author)
+        mine = self.old.members.get(self.author or "")
+        if mine is not None and self.author is not None and self.author not in self.new.members:
+            if self._alive(self.author, mine):
+                self.oracle.left(self.lock, self.old, self.new, self.author)
 
     def _fail(self, what: str) -> None:
         name = b"/".join(self.lock).decode(errors="replace")
