@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dlmfs.engine.forgetting import leave_unused
 from dlmfs.fs.tree import LockFile
 from dlmfs.fuse import opcodes, wire
 from dlmfs.model import EMPTY_LVB
@@ -159,6 +160,22 @@ def test_with_forget_every_idle_file_goes() -> None:
     assert mount.names == {b"x", b"held"}
     mount.leave(held, fh)
     assert mount.loop.run_until(lambda: b"held" not in mount.names, 2 * 61)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDONLY])
+def test_the_engine_leaves_nothing_that_is_open_or_awaited(mount: Names, flags: int) -> None:
+    """Whoever asks: only the engine knows."""
+    file = mount.make(b"held")
+    fh = mount.use(file)
+    waiting = mount.ask(file, flags)
+    lock = mount.space.locks[b"held"]
+    leave_unused(lock, pytest.fail)
+    assert not lock.busy
+    mount.leave(file, fh)
+    leave_unused(lock, pytest.fail)
+    mount.loop.run_for(0.5)
+    assert isinstance(mount.kernel.said[waiting], bytes)
+    assert b"held" in mount.heads
 
 
 def leaving(mount: Names) -> LockFile:

@@ -498,6 +498,14 @@ PROTOCOL: Final = (
         "an open that comes just after the file went fails",
     ),
     Mutant(
+        "unused-but-open",
+        "engine/forgetting.py",
+        "    if not lock.idle or lock.res.phase",
+        "    if lock.busy or lock.unresolved or lock.res.phase",
+        (f"{UNUSED}::test_the_engine_leaves_nothing_that_is_open_or_awaited",),
+        "a lock is left while programs have it open (promise 1)",
+    ),
+    Mutant(
         "hot-name-forgotten",
         "fs/unused.py",
         "used = uses != look.uses or",

@@ -34,6 +34,7 @@ from dlmfs.sim.kernel import Call, Reply
 from dlmfs.sim.loop import SimLoop
 from dlmfs.sim.machine import Machine
 from dlmfs.sim.node import SimNode
+from dlmfs.sim.once import once
 from dlmfs.sim.oracle import Arbiter, Oracle, Violation
 from dlmfs.sim.programs import OpenFile, Process
 from dlmfs.sim.recovery import recover
@@ -124,6 +125,7 @@ class Cluster:
         kept(self)
         recover(self)
         self._settle()
+        once(self)
         self._leave()
         self.checks.judge()
 
