@@ -20,6 +20,10 @@ RUN_MAX: Final = 88
 """A socket's path has 107 bytes (unix(7))."""
 DELAY_MAX_S: Final = 3600.0
 FORGET_MAX_S: Final = 365 * 86400.0
+RETRY_MAX_S: Final = 1_000_000.0
+RETRY_S: Final = 60.0
+"""How long mounting waits for an etcd that is not there yet: longer than it takes to start or to elect a
+leader, and less than the 90 s that a service manager gives us, so that the reason is told by us."""
 ETCD_PORT: Final = 2379
 ENDPOINT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -56,6 +60,9 @@ class MountOptions:
     key: str | None = None
     credentials: str | None = None
     insecure_password: bool = False
+    retry_s: float | None = None
+    """None: `retry_of` says."""
+    bg: bool = False
     run: str | None = None
     """The folder of control socket and deadline; None: the default one (`rundir`)."""
     log: str | None = None
@@ -92,6 +99,14 @@ def lock_delay_of(source: Source, options: MountOptions) -> float:
     return 0.0 if isinstance(source, EtcdSource) else GRACE_S
 
 
+def retry_of(options: MountOptions) -> float:
+    """Seconds that the mounting process waits for a store that is not there. With `bg` none: then the
+    mount stands without it, and goes on waiting."""
+    if options.retry_s is not None:
+        return options.retry_s
+    return 0.0 if options.bg else RETRY_S
+
+
 @dataclass(frozen=True, slots=True)
 class MountConfig:
     """One mount."""
@@ -121,6 +136,8 @@ _OWN_FLAGS: Final[dict[str, dict[str, object]]] = {
     "allow_other": {"allow_other": True},
     "default_permissions": {"default_permissions": True},
     "insecure-password": {"insecure_password": True},
+    "bg": {"bg": True},
+    "fg": {"bg": False},
 }
 _FLAGS: Final = {**_MOUNT_FLAGS, **_OWN_FLAGS}
 _IGNORED: Final = frozenset(
@@ -247,6 +264,10 @@ def _parse_forget(name: str, value: str) -> dict[str, object]:
     return {"forget_s": seconds or None}
 
 
+def _parse_retry(name: str, value: str) -> dict[str, object]:
+    return {"retry_s": _seconds(name, value, 0, RETRY_MAX_S)}
+
+
 def _parse_file(name: str, value: str) -> dict[str, object]:
     if not value.startswith("/"):
         raise UsageError(f"{name}={value}: give the file's absolute path")
@@ -296,6 +317,7 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "lock-delay": _parse_lock_delay,
     "grace": _parse_grace,
     "forget": _parse_forget,
+    "retry": _parse_retry,
     "dead-value": _parse_dead_value,
     "on-lost": _parse_on_lost,
     "ca": _parse_file,

@@ -12,6 +12,7 @@
     │   ├── StoreFull                ENOSPC       32         69     nothing was written
     │   ├── StoreRefuses             ENOLCK       32         69     ... for want of the right to
     │   └── OutcomeUnknown           ENOLCK       32         69     it may or may not have happened
+    │       └── NotTrusted           ENOLCK       32         69     ... for a certificate's sake
     ├── BadState                     EIO          32         78     state file corrupt, foreign, misplaced
     ├── NotGranted                   ETXTBSY      32         1      a trylock met a user of the lock
     │   ├── TimedOut                 ETIMEDOUT    32         1      ... or the wait was as long as allowed
@@ -86,6 +87,10 @@ class StoreRefuses(Unavailable):
 
 class OutcomeUnknown(Unavailable):
     """A transaction was sent and no answer came: it may have been applied, or may be later."""
+
+
+class NotTrusted(OutcomeUnknown):
+    """The store does not believe our certificate, or we do not believe its: waiting mends neither."""
 
 
 class BadState(DlmfsError):

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, facts, identity, lately, privileges, proc, takedown
-from dlmfs.config import EtcdSource, lock_delay_of
+from dlmfs import __version__, beginning, facts, identity, lately, privileges, proc, takedown
+from dlmfs.config import EtcdSource, lock_delay_of, retry_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
 from dlmfs.engine import membership
@@ -212,7 +212,7 @@ class Node:
         member.host = self.fs
         self.traffic = Traffic(self)
         member.questions.reply = partial(facts.reply, self)
-        await self._finish(member.start)
+        await self._begin(member)
         undo.push_async_callback(self._leave, "it could not start")
         if isinstance(self.store, SqliteStore):
             # No lease to run out, but a file to be deleted.
@@ -222,6 +222,20 @@ class Node:
         timer.start()
         undo.callback(timer.close)
         self._feed_watchdog()
+
+    async def _begin(self, member: Membership) -> None:
+        options = self.config.options
+        if not isinstance(self.config.source, EtcdSource):
+            await self._finish(member.start)
+            return
+
+        def says(what: str) -> None:
+            log.warning("%s", what)
+            if self.manager is not None:
+                self.manager.tell(f"STATUS={what}")
+
+        start = partial(self._finish, member.start)
+        await beginning.begin(member, start, retry_of(options), later=options.bg, says=says)
 
     def _intact(self, store: SqliteStore) -> bool:
         """Whether the state file is still there; if not everything is lost before this returns."""
@@ -260,8 +274,8 @@ class Node:
         self.store.renewed = tell
         self.fs.over = published.over
         session = self.membership.session
-        assert session is not None
-        tell(session)
+        if session is not None and self.membership.up:  # else it is begun later
+            tell(session)
 
     async def _finish(self, start: Callable[[Callable[[DlmfsError | None], None]], None]) -> None:
         """Wait for what `start` begins. Raises the DlmfsError that it ends with."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from dlmfs import privileges
+from dlmfs import privileges, takedown
 from dlmfs.config import MountConfig, parse_options, parse_source
 from dlmfs.core.events import Claim, Stage
 from dlmfs.fs.tree import Directory
@@ -54,7 +54,9 @@ QUESTIONS: dict[str, list[Facts]] = {
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    # The daemon is this very process, and other tests need root's rights.
+    # The daemon is this very process: it is not to end with its node's life, and other tests need
+    # root's rights.
+    monkeypatch.setattr(takedown, "begin", lambda: None)
     monkeypatch.setattr(privileges, "confine", lambda _kept: None)
     path = Path(tempfile.mkdtemp(prefix="dlmfs-test-", dir="/dev/shm"))
     (path / "mnt").mkdir()

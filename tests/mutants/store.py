@@ -10,6 +10,7 @@ WAKEUPS: Final = "tests/store/test_wakeups.py"
 MARK: Final = "tests/store/test_highwater.py"
 NONSENSE: Final = "tests/etcd/test_nonsense.py"
 REFUSED: Final = "tests/etcd/test_refused.py"
+LATE: Final = "tests/etcd/test_late.py"
 SECRETS: Final = "tests/etcd/test_secrets.py"
 
 STORE: Final = (
@@ -307,5 +308,21 @@ STORE: Final = (
         "        except ZeroDivisionError as error:  # as if",
         ("tests/etcd/test_nonsense.py::test_who_is_not_known_is_told_that_nothing_is_known",),
         "a lock that is asked for while the password is being changed breaks",
+    ),
+    Mutant(
+        "gives-up-at-once",
+        "beginning.py",
+        "(left_s <= 0 and not later)",
+        "not later",
+        (f"{LATE}::test_mounting_waits_for_the_store_and_says_so_once",),
+        "after a power cut nodes that are up before their etcd stay without locks",
+    ),
+    Mutant(
+        "waits-for-a-certificate",
+        "beginning.py",
+        "isinstance(error, NotTrusted | StoreRefuses)",
+        "isinstance(error, StoreRefuses)",
+        ("tests/etcd/test_access.py::test_tls",),
+        "mounting with the wrong certificate looks as if it hung",
     ),
 )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Final
 
 from dlmfs import errors
 from dlmfs.cli.say import tell_trace
 from dlmfs.errors import Bug, DlmfsError, MountFailed
 
+INTERRUPTED: Final = 8
+"""As mount(8)'s."""
+PR_SET_PDEATHSIG: Final = 1
+prctl: Final = ctypes.CDLL(None).prctl
+
 
 def run_in_background(
     serve: Callable[[Callable[[], None]], int], mountpoint: str, *, keeps_stderr: bool = False
 ) -> int:
-    """Fork; the child calls `serve(ready)`. Returns when it is ready and the mount answers.
+    """Fork; the child calls `serve(ready)`. Returns when it is ready and the mount answers. Until then
+    the child ends with this process, as by SIGINT: nobody is to meet a mount that he gave up.
 
     `keeps_stderr`: the daemon goes on to write there.
 
@@ -25,13 +33,19 @@ def run_in_background(
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        os._exit(_child(serve, writing, (0, 1) if keeps_stderr else (0, 1, 2)))
+        os._exit(_child(serve, writing, parent, (0, 1) if keeps_stderr else (0, 1, 2)))
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        message = pipe.read()
+    try:
+        with open(reading, "rb") as pipe:
+            message = pipe.read()
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGINT)
+        os.waitpid(child, 0)
+        raise
     if message == b"ready":
         os.stat(mountpoint)  # here, not in the daemon, which must never touch its own mount
         return 0
@@ -44,13 +58,21 @@ def run_in_background(
     raise MountFailed(f"the daemon died before it was ready ({how}): try -f to see why")
 
 
-def _child(
-    serve: Callable[[Callable[[], None]], int], writing: int, closed: tuple[int, ...]
-) -> int:
-    os.setsid()
-    os.chdir("/")
+def _end_with(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+    if os.getppid() not in (parent, 0):  # 0: it is in another pid namespace
+        os._exit(INTERRUPTED)
 
+
+def _child(
+    serve: Callable[[Callable[[], None]], int],
+    writing: int,
+    parent: int,
+    closed: tuple[int, ...],
+) -> int:
     def ready() -> None:
+        prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in closed:
             os.dup2(null, fd)
@@ -59,10 +81,15 @@ def _child(
         os.close(writing)
 
     try:
+        _end_with(parent)
+        os.setsid()
+        os.chdir("/")
         return serve(ready)
     except DlmfsError as error:
         _tell(writing, type(error).__name__, str(error))
         return error.mount_exit
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BaseException as error:
         if os.environ.get("DLMFS_DEBUG"):
             tell_trace()

@@ -61,6 +61,8 @@ OPTIONS: Final = """\
          ca=, cert=, key=, credentials=
                            files for etcd with TLS; `user:password` for etcd with authentication
          insecure-password send that password in clear text (else it needs ca=, or a loopback address)
+         retry=SECONDS     on etcd, how long to wait for it when it is not there yet (default 60)
+         bg                on etcd, do not wait: mount at once, and have no lock before it is there
          grace=SECONDS     how long holders have to close their locks when this node ends (default 2)
          forget=SECONDS    remove lock files that are idle so long and have no value (default: only
                            those that `dlmfs lock` and the library made)

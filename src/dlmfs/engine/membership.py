@@ -420,10 +420,7 @@ class Membership:
             return
         if error is not None:
             self.reason = str(error)
-            if self.session is not None and self.session.lease not in self._former:
-                self._former.add(self.session.lease)
-                self.session.abandon()
-                self._end_former(self.session.lease)
+            self.drop_attempt()
             if isinstance(error, StoreRestored):
                 self._restored = error
             self._come_back(RETRY_S, self._rejoin)
@@ -431,6 +428,17 @@ class Membership:
         log.warning("node %s is back", self.name)
         for domain in list(self.spaces):
             self._domains.join_again(domain)
+
+    def drop_attempt(self) -> None:
+        """A beginning came to nothing: its session, if there is one, ends."""
+        if self.session is not None and self.session.lease not in self._former:
+            self._former.add(self.session.lease)
+            self.session.abandon()
+            self._end_former(self.session.lease)
+
+    def begin_later(self, error: DlmfsError) -> None:
+        """The first session could not begin: it is tried as after a fence, until it does."""
+        self._restarted(error)
 
     # -- domains --------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import grpc
 
-from dlmfs.errors import Bug, DlmfsError, LockLost, NotPermitted, OutcomeUnknown
+from dlmfs.errors import Bug, DlmfsError, LockLost, NotPermitted, NotTrusted, OutcomeUnknown
 from dlmfs.store.etcd.trouble import CURES, REFUSALS, Kind, Trouble, kind_of
 
 NO_USER: Final = "user name is empty"
@@ -51,8 +51,12 @@ def meaning(code: grpc.StatusCode, details: str, endpoint: str) -> Meaning:
         words = f"{endpoint}: {Trouble(kind, details).words()}"
         # Not definite: "no space" is said after applying, too (protocol-traps 14).
         return Meaning(OutcomeUnknown(words), details)
-    unknown = OutcomeUnknown(f"etcd at {endpoint} did not answer ({tls(details) or details})")
-    return Meaning(unknown, tls(details) or f"{code.name.lower()}: {details}", broken=True)
+    distrust = tls(details)
+    says = f"etcd at {endpoint} did not answer ({distrust or details})"
+    # A certificate may not be good yet while this host's clock is behind: at boot, say.
+    lasting = distrust is not None and "not yet valid" not in distrust
+    unknown = NotTrusted(says) if lasting else OutcomeUnknown(says)
+    return Meaning(unknown, distrust or f"{code.name.lower()}: {details}", broken=True)
 
 
 def tls(details: str) -> str | None:
