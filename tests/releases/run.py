@@ -46,7 +46,7 @@ AS_USER: Final = """
 set -e
 cd ~/dlmfs
 . /checkout/pasted.sh
-sudo dlmfs status | grep -F holder=file
+dlmfs status | grep -F holder=file
 echo "all of README was pasted"
 """
 AS_CRON: Final = "env -i HOME=/root LOGNAME=root SHELL=/bin/sh PATH=/usr/bin:/bin sh -c "

@@ -238,11 +238,20 @@ def a_mount_that_a_service_makes() -> None:
 
 
 def comes_and_goes(where: str) -> None:
-    """A mount unit's life: it works; a dead daemon is not noticed, and restart mends it."""
+    """A mount unit's life: it works, and is reloaded with locks held; a dead daemon is not noticed, and
+    restart mends it."""
     unit = f"{where.strip('/').replace('/', '-')}.mount"
     run("dlmfs", "lock", f"{where}/d/x", "--", "true")
     assert is_up(unit)
     assert "holder=file" in run("dlmfs", "status", where)
+    daemon = daemon_of(where)
+    with holder(f"{where}/d/x"):
+        systemctl("reload", unit)
+    run("mount", "-o", "remount,ro", where)
+    assert os.statvfs(where).f_flag & os.ST_RDONLY
+    systemctl("reload", unit)
+    assert not os.statvfs(where).f_flag & os.ST_RDONLY
+    assert daemon_of(where) == daemon
     os.kill(daemon_of(where), signal.SIGKILL)
     until("the mount is dead", lambda: is_dead(where))
     assert is_up(unit)
