@@ -68,6 +68,9 @@ class Member:
         self.enter = list(enter)
         self.options: dict[str, str] = {}
         self.program = PROGRAM
+        self.known = False
+        """Whether the list of members tells its address; else a node that a test sends through a proxy
+        would find the way around it."""
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -89,7 +92,7 @@ class Member:
             "name": self.name,
             "data-dir": str(self.data),
             "listen-client-urls": client,
-            "advertise-client-urls": client,
+            "advertise-client-urls": client if self.known else f"{self.scheme}://0.0.0.0:1",
             "listen-peer-urls": self.peer_url,
             "initial-advertise-peer-urls": self.peer_url,
             "initial-cluster": cluster,
@@ -159,6 +162,7 @@ class Etcd:
         enter: Sequence[str] = (),
         options: dict[str, str] | None = None,
         control: Sequence[str] = (),
+        known: bool = False,
     ) -> None:
         self.folder = folder
         self.enter = list(enter)
@@ -170,6 +174,7 @@ class Etcd:
         ]
         for member in self.members:
             member.options = options or {}
+            member.known = known
 
     @property
     def endpoints(self) -> str:
@@ -201,6 +206,7 @@ class Etcd:
         """A further member, on another address; returns when it serves."""
         number = 1 + max(int(member.name[1:]) for member in self.members)
         new = Member(self.folder, f"m{number}", (host, CLIENT_PORT), enter=self.enter)
+        new.known = self.members[0].known
         new.options = {**self.members[0].options, "initial-cluster-state": "existing"}
         self.ctl("member", "add", new.name, f"--peer-urls={new.peer_url}")
         self.members.append(new)

@@ -228,12 +228,12 @@ STORE: Final = (
         "another host's loopback address is taken for one here: a local service is spoken to",
     ),
     Mutant(
-        "password-leaves-the-host",
+        "clear-text-leaves-the-host",
         "store/etcd/members.py",
         "_is_elsewhere(host) and not self._stays_here",
         "_is_elsewhere(host)",
-        ("tests/etcd/test_members.py::test_in_clear_text_a_password_stays_here",),
-        "a list of members has the password sent in clear text to another host",
+        ("tests/etcd/test_members.py::test_in_clear_text_nothing_leaves_the_host_by_itself",),
+        "a list of members has locks, and a password, sent in clear text to another host",
     ),
     Mutant(
         "members-without-end",

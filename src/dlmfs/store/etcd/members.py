@@ -5,7 +5,8 @@ Rules of this file
 * What members say of the cluster is a hint. It takes no given address away, and brings at most
   `FOUND_MAX` others, which are spoken to as the given ones: with TLS or without, as the same user.
 * None of them is on a loopback address, or on none at all, unless all given ones are: what is meant there
-  is another host's. In clear text nothing goes to other hosts that would not have gone to any.
+  is another host's. In clear text nothing goes to other hosts that would not have gone to any: what
+  is given on the loopback may be the end of a tunnel.
 * Who answers at such an address must be of the cluster that named it. Addresses pass from hand to hand.
 """
 
@@ -31,14 +32,13 @@ _URL: Final = re.compile(rf"(?P<scheme>https?)://(?P<endpoint>{ENDPOINT.pattern}
 class Members:
     """The members in the order in which they are asked; `endpoint` is the present one."""
 
-    def __init__(self, given: Sequence[str], *, encrypted: bool, secret: bool) -> None:
-        """`secret`: a password is sent along."""
+    def __init__(self, given: Sequence[str], *, encrypted: bool) -> None:
         self.given = tuple(given)
         self.found: tuple[str, ...] = ()
         self.endpoint = self.given[0]
         self._scheme = "https" if encrypted else "http"
         self._here = all(map(_is_here, self.given))
-        self._stays_here = self._here and secret and not encrypted
+        self._stays_here = self._here and not encrypted
         self._cluster = 0
         """That which has named those that were found."""
 

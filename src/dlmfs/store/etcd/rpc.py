@@ -165,9 +165,7 @@ class Rpc:
         self.lost = lost
         self.files = Files(loop, access, read)
         self.login = Login(self.files, self._authenticate, loop.time)
-        self.members = Members(
-            access.endpoints, encrypted=access.ca is not None, secret=access.user is not None
-        )
+        self.members = Members(access.endpoints, encrypted=access.ca is not None)
         self.generation = 0
         """Counts the connections; names the one that a failure is about."""
         self.broken: Callable[[], None] | None = None
