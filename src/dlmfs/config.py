@@ -1,8 +1,11 @@
-"""What a mount is told: SOURCE and `-o` options, parsed and checked. Pure."""
+"""What a mount is told: SOURCE and `-o` options, parsed and checked. Pure, but for the names of users and
+groups, which this host's tables tell."""
 
 from __future__ import annotations
 
 import difflib
+import grp
+import pwd
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,11 +14,14 @@ from typing import Final
 
 from dlmfs.errors import UsageError
 from dlmfs.model import NODE_NAME, DeadValue, HolderRule, Limits, OnLost
+from dlmfs.modes import Modes
 from dlmfs.timing import GRACE_S, TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S
 
 LIMIT_MAX: Final = 1_000_000_000
 LOGS: Final = ("stderr", "syslog")
 LOG_LEVELS: Final = ("error", "warning", "info", "debug")
+ID_MAX: Final = (1 << 32) - 2
+"""The largest user or group id; the next one is "no change" to chown(2)."""
 RUN_MAX: Final = 88
 """A socket's path has 107 bytes (unix(7))."""
 DELAY_MAX_S: Final = 3600.0
@@ -30,6 +36,7 @@ CLUSTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 DEFAULT_LIMITS: Final = Limits()
+DEFAULT_MODES: Final = Modes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ class MountOptions:
     noexec: bool = False
     noatime: bool = False
     limits: Limits = DEFAULT_LIMITS
+    modes: Modes = DEFAULT_MODES
     lock_delay_s: float | None = None
     """None: `lock_delay_of` says."""
     grace_s: float = GRACE_S
@@ -170,13 +178,14 @@ def options_of(words: Iterable[str]) -> MountOptions:
     found: dict[str, object] = {}
     for word in words:
         found |= settings(word)
-    limits = {name: found.pop(name) for name in _LIMITS if name in found}
-    return MountOptions(**found, limits=Limits(**limits))  # type: ignore[arg-type]
+    limits = Limits(**{name: found.pop(name) for name in _LIMITS if name in found})  # type: ignore[arg-type]
+    modes = Modes(**{name: found.pop(name) for name in _MODES if name in found})  # type: ignore[arg-type]
+    return MountOptions(**found, limits=limits, modes=modes)  # type: ignore[arg-type]
 
 
 def settings(option: str) -> dict[str, object]:
-    """What one option sets: fields of `MountOptions` or `Limits`, and their values; nothing if it is one
-    of mount(8) and fstab without meaning here. Raises UnknownOption, UsageError for its value."""
+    """What one option sets: fields of `MountOptions`, `Limits`, `Modes`, and their values; nothing if it
+    is one of mount(8) and fstab without meaning here. Raises UnknownOption, UsageError for its value."""
     name, equals, value = option.partition("=")
     if equals and name in _LIMITS:
         return {name: _limit(name, value)}
@@ -300,6 +309,31 @@ def _parse_log_format(name: str, value: str) -> dict[str, object]:
     return {"log_json": value == "json"}
 
 
+def _parse_octal(name: str, value: str) -> dict[str, object]:
+    most = 0o3777 if name in ("mode", "dmode") else 0o777
+    if not re.fullmatch("[0-7]{1,5}", value) or int(value, 8) > most:
+        raise UsageError(f"{name}={value}: give an octal number up to {most:o}, as to chmod(1)")
+    return {name: int(value, 8)}
+
+
+def _parse_id(name: str, value: str) -> dict[str, object]:
+    """A user's or group's number, or its name on this host."""
+    if value.isascii() and value.isdigit():
+        number = int(value.lstrip("0")[:11] or "0")
+        if number > ID_MAX:
+            raise UsageError(f"{name}={value}: give a number up to {ID_MAX}")
+        return {name: number}
+    try:
+        if name == "uid":
+            return {name: pwd.getpwnam(value).pw_uid}
+        return {name: grp.getgrnam(value).gr_gid}
+    except (KeyError, ValueError):
+        what = "user" if name == "uid" else "group"
+        raise UsageError(
+            f"{name}={value}: this host has no such {what} (`{what}add` makes one); or give a number"
+        ) from None
+
+
 def _parse_fsname(_name: str, value: str) -> dict[str, object]:
     return {"fsname": value}
 
@@ -328,9 +362,12 @@ _PARSERS: Final[dict[str, Callable[[str, str], dict[str, object]]]] = {
     "log": _parse_log,
     "log-level": _parse_log_level,
     "log-format": _parse_log_format,
+    **dict.fromkeys(("uid", "gid"), _parse_id),
+    **dict.fromkeys(("mode", "umask", "dmode", "fmode"), _parse_octal),
     "fsname": _parse_fsname,
     "subtype": _parse_subtype,
 }
+_MODES: Final = tuple(Modes.__dataclass_fields__)
 _LIMITS: Final = tuple(Limits.__dataclass_fields__)
 KNOWN: Final = tuple(sorted({*_FLAGS, *_IGNORED, *_PARSERS, *_LIMITS}))
 OURS: Final = tuple(sorted({*_OWN_FLAGS, *_PARSERS, *_LIMITS}))

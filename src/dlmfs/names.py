@@ -1,4 +1,5 @@
-"""What domains and locks can be called, and what is wrong with a name that none can have. Pure.
+"""What domains and locks can be called, and what is wrong with a name that none can have. Pure, and quick
+to import.
 
 A lock's name may be as long as a file's on any Linux file system: a UUID, a hash, a pod's name fit. (The
 kernel's dlmfs has 31 bytes, a bound of its lock manager; libo2dlm keeps to it by itself.) A domain's

@@ -193,7 +193,7 @@ class Node:
         member = Membership(self.store, self.loop, boottime, config)
         self.membership = member
         self.fs = FileSystem(
-            Tree(os.getuid(), os.getgid()),
+            Tree(os.getuid(), os.getgid(), options.modes),
             member,
             self.loop,
             Timing(options.ttl_s),

@@ -6,7 +6,8 @@ Rules of this file
   attributes, no question to the daemon tells him. `may` is the kernel's rule, and everything here
   is made of it.
 * To know a lock (its value, who holds it, who waits) its file must be readable, as for its extended
-  attributes. Where this node has no such file, he must be able to make it, and so to read it.
+  attributes. Where this node has no such file, he must be able to make it, and to read what he made:
+  `-o uid=` and its like may give it to somebody else.
 * A lock or domain is told to somebody who did not name it only if listing the folders would tell it.
 * What is hidden is counted, never named.
 * Root and the user who mounted may know everything.
@@ -17,17 +18,18 @@ Folders above the mount point are not looked at: a look may hang, and there may 
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dlmfs import proc
 from dlmfs.errors import NotPermitted, UsageError
-from dlmfs.fs.tree import Directory
+from dlmfs.fs.tree import Directory, Inode
 from dlmfs.fuse import mountinfo
 from dlmfs.names import domain_fault, lock_fault
 
 if TYPE_CHECKING:
-    from dlmfs.fs.tree import Inode, Tree
+    from dlmfs.fs.tree import Tree
 
 READ: Final = 4
 WRITE: Final = 2
@@ -86,13 +88,24 @@ class Sight:
         """Whether he may know all about this lock."""
         if self.whole:
             return True
-        folder = self._domain(domain)
+        folder: Inode | None = self._domain(domain)
         if folder is None:
-            return may(self.asker, self.tree.root, WRITE | SEARCH)
-        file = folder.children.get(lock)
-        if file is None:
-            return may(self.asker, folder, WRITE | SEARCH)
-        return may(self.asker, file, READ)
+            folder = self._made(self.tree.root, domain, stat.S_IFDIR)
+        if folder is None:
+            return False
+        assert isinstance(folder, Directory)
+        file = folder.children.get(lock) or self._made(folder, lock, stat.S_IFREG)
+        return file is not None and may(self.asker, file, READ)
+
+    def _made(self, folder: Directory, name: bytes, kind: int) -> Inode | None:
+        """What he would make there, as open as he could; None if he may not."""
+        if not may(self.asker, folder, WRITE | SEARCH):
+            return None
+        mode = kind | stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
+        made = self.tree.draft(folder, name, mode, self.asker.uid, self.asker.gid)
+        if made.uid == self.asker.uid:
+            made.mode |= stat.S_IRWXU  # its owner may chmod it
+        return made
 
     def demand(self, domain: bytes, lock: bytes) -> None:
         """Raises NotPermitted where `knows` says no, UsageError for what is no lock's name. Which of

@@ -92,6 +92,14 @@ def user(thread: int) -> int | None:
         return None
 
 
+def is_mapped(kind: str, number: int) -> bool:
+    """Whether a user ("uid") or group ("gid") is one in our user namespace (user_namespaces(7)). Without
+    /proc we say so."""
+    table = read("self", f"{kind}_map") or b"0 0 4294967295"
+    ranges = [[int(part) for part in line.split()] for line in table.splitlines()]
+    return any(first <= number < first + count for first, _outside, count in ranges)
+
+
 class Stat(NamedTuple):
     """From /proc/PID/stat. `state`: the letter, as in ps(1); `start`: in clock ticks since boot."""
 

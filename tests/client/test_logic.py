@@ -20,6 +20,7 @@ from dlmfs.client.logic import (
     Device,
     Exclude,
     MakeDomain,
+    MakeLock,
     Open,
     Pause,
     Request,
@@ -99,7 +100,7 @@ def test_the_ordinary_way() -> None:
     world = World()
     fd = world.take()
     assert world.steps == [
-        Open("/dlm/jobs/backup", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC),
+        Open("/dlm/jobs/backup", os.O_RDWR | os.O_CLOEXEC),
         Device(fd),
         Exclude(fd, fcntl.LOCK_EX),
         Token(fd),
@@ -116,13 +117,27 @@ def test_the_ordinary_way() -> None:
 
 
 def test_a_missing_domain_is_made_once_and_by_one() -> None:
+    missing = errno.ENOENT
+    for made in (0, errno.EEXIST):
+        world = World(missing, missing, made, missing)
+        world.take()
+        assert world.steps[1:3] == [MakeLock("/dlm/jobs/backup"), MakeDomain("/dlm/jobs")]
+        assert world.steps[4] == MakeLock("/dlm/jobs/backup")
+        assert len(world.steps) == 9
+    with pytest.raises(NotPermitted, match="/dlm/jobs may not"):
+        World(missing, missing, errno.EACCES).take()
+
+
+def test_a_missing_lock_is_made_once_and_by_one() -> None:
     for made in (0, errno.EEXIST):
         world = World(errno.ENOENT, made)
         world.take()
-        assert world.steps[1] == MakeDomain("/dlm/jobs")
+        assert world.steps[1] == MakeLock("/dlm/jobs/backup")
         assert len(world.steps) == 6
-    with pytest.raises(NotPermitted, match="/dlm/jobs may not"):
+    with pytest.raises(NotPermitted, match="/dlm/jobs/backup may not"):
         World(errno.ENOENT, errno.EACCES).take()
+    with pytest.raises(UsageError, match="does not exist"):
+        World(*[errno.ENOENT, 0] * 100).take()  # always removed by another one
     with pytest.raises(UsageError, match="does not exist"):
         World(errno.ENOENT).take(create=False)
 

@@ -18,6 +18,7 @@ from dlmfs import proc
 from dlmfs.fs.tree import Directory, Tree
 from dlmfs.fuse import mountinfo
 from dlmfs.handlers import _TABLE
+from dlmfs.modes import Modes
 from dlmfs.permission import READ, SEARCH, WRITE, Asker, Sight, hides_processes, may
 from tests.cli.programs import Opener, queued
 from tests.control.asking import STRANGER, Facts, acting, asked, raw, refused, told
@@ -223,7 +224,7 @@ def test_may_is_the_kernels_rule(where: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_searched_closes_what_is_below() -> None:
-    tree = Tree(0, 0, 0o711)
+    tree = Tree(0, 0, Modes(mode=0o711))
     domain = tree.add(tree.root, b"dom", 0o40766, 0, 0)
     assert isinstance(domain, Directory)
     file = tree.add(domain, b"x", 0o100666, 0, 0)

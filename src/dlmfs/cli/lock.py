@@ -289,13 +289,15 @@ def _do(away: Callable[[str], None], step: logic.Step) -> object:
     """One step. Python's calls go on after a signal."""
     match step:
         case logic.Open(path, flags):
-            fd = os.open(path, flags, logic.MODE)
+            fd = os.open(path, flags)
             if fd > 2:
                 return fd
             # Started without standard streams: the lock must not become the command's input.
             high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
             os.close(fd)
             return high
+        case logic.MakeLock(path):
+            os.mknod(path, logic.MODE)
         case logic.MakeDomain(path):
             os.mkdir(path)
         case logic.Device(fd):

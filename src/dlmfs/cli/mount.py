@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Final
 
-from dlmfs import rundir
+from dlmfs import proc, rundir
 from dlmfs.cli import logs, remount
 from dlmfs.cli.daemonize import run_in_background
 from dlmfs.cli.parser import Parser
@@ -33,6 +33,7 @@ from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
 from dlmfs.fuse.glance import is_dead
+from dlmfs.modes import Modes
 from dlmfs.notify import Manager
 from dlmfs.rundir import is_trusted
 
@@ -81,6 +82,10 @@ OPTIONS: Final = """\
                            default warning (-v: info), text; json: an object a line
          run=DIR           where control socket and deadline file lie, if /run/dlmfs cannot be written or
                            is not to be seen; set DLMFS_RUN=DIR for all other commands then
+         uid=, gid=, umask=, mode=, dmode=, fmode=
+                           whose the folders and locks of this mount are, and their modes (octal;
+                           mode= is the root's alone); without them whoever makes one owns it, with
+                           the mode asked for less his umask, and the root is 0755
          allow_other, default_permissions, fsname=NAME, ro, nodev, nosuid, noexec, noatime,
          remount           change ro, noexec and noatime of a mount that goes on; nothing else can change
          and what mount(8) and fstab pass without meaning for dlmfs; anything else is refused
@@ -112,6 +117,7 @@ def _mount(parsed: argparse.Namespace, manager: Manager | None) -> int:
     given = split_all(parsed.o)
     words = [*(_known(given) if parsed.sloppy else given), *_flags(parsed)]
     options = options_of(words)
+    _check_owner(options.modes)
     if options.run is None:
         options = replace(options, run=rundir.named())
     if parsed.fake:
@@ -234,6 +240,20 @@ def _ends(entry: fuse_mount.MountEntry) -> bool:
         ending = ask(entry, {"cmd": "status"})["ending"]
         return ending is not None and ending["phase"] != "over"
     return False
+
+
+def _check_owner(modes: Modes) -> None:
+    """As chown(2) has it: an ordinary user gives what is made on his mount to himself and his groups, and
+    root to whom the kernel can name here. Raises NotPermitted, UsageError."""
+    if os.getuid() == 0:
+        for name, number in (("uid", modes.uid), ("gid", modes.gid)):
+            if number is not None and not proc.is_mapped(name, number):
+                raise UsageError(f"{name}={number}: there is no such id in this user namespace")
+        return
+    if modes.uid not in (None, os.getuid()):
+        raise NotPermitted(f"uid={modes.uid}: only root's mounts can belong to another user")
+    if modes.gid not in (None, os.getgid(), *os.getgroups()):
+        raise NotPermitted(f"gid={modes.gid}: you are not in that group, and only root may say so")
 
 
 def _check(mountpoint: str, source: Source, options: MountOptions) -> None:

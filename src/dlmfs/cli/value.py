@@ -9,6 +9,7 @@ seen.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import json
@@ -25,7 +26,7 @@ from dlmfs.cli.front import ANSWER_S, Behind, no_answer
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import complain, say_bytes
 from dlmfs.cli.text import plain
-from dlmfs.client.logic import MODE
+from dlmfs.client import logic
 from dlmfs.errors import DlmfsError, LockLost, NotPermitted, StoreFull, Unavailable, UsageError
 from dlmfs.model import EMPTY_LVB, LVB_SIZE
 
@@ -114,7 +115,7 @@ def _options(verb: str, parser: argparse.ArgumentParser) -> None:
 def _take(parsed: argparse.Namespace, flags: int) -> int:
     """Open the lock. Raises Conflict if it cannot be had in time, DlmfsError."""
     wait: float | None = 0 if getattr(parsed, "nonblock", False) else parsed.wait
-    flags |= os.O_CREAT | (os.O_NONBLOCK if wait == 0 else 0)
+    flags |= os.O_NONBLOCK if wait == 0 else 0
     try:
         if parsed.verb == "watch":  # may take it many times, and wait in this process
             return _open_within(parsed.path, flags, wait) if wait else _open(parsed.path, flags)
@@ -129,7 +130,7 @@ def _open(path: str, flags: int) -> int:
     """Under holder=node all processes of a node share its lock, and two could both find the expected
     value before either writes. So those who write also exclude each other by a POSIX lock: not by
     flock(2), as `dlmfs lock` does, whose command may set the value."""
-    fd = os.open(path, flags, MODE)
+    fd = _opened(path, flags)
     try:
         if flags & os.O_ACCMODE == os.O_RDWR:
             fcntl.lockf(fd, fcntl.LOCK_EX | (fcntl.LOCK_NB if flags & os.O_NONBLOCK else 0))
@@ -140,6 +141,16 @@ def _open(path: str, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _opened(path: str, flags: int) -> int:
+    """The lock's file, made as `dlmfs lock` does if it is missing. Raises OSError."""
+    for _ in range(logic.RETRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        with contextlib.suppress(FileExistsError):
+            os.mknod(path, logic.MODE)
+    return os.open(path, flags)
 
 
 def _open_apart(path: str, flags: int, wait: float | None) -> int:

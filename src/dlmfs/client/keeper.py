@@ -210,7 +210,7 @@ class Keeper(threading.Thread):
         match step:
             case logic.Open(path, flags):
                 try:
-                    return self._call(_libc().open, os.fsencode(path), flags, logic.MODE)
+                    return self._call(_libc().open, os.fsencode(path), flags)
                 except Cancelled:
                     self._give_up_place(path)
                     raise
@@ -219,6 +219,8 @@ class Keeper(threading.Thread):
                 # does not notice a loss would keep this one waiting for nothing.
                 self._watch(fd)
                 return self._call(_libc().flock, fd, operation)
+            case logic.MakeLock(path):
+                os.mknod(path, logic.MODE)
             case logic.MakeDomain(path):
                 os.mkdir(path)
             case logic.Device(fd):

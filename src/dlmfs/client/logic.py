@@ -11,6 +11,8 @@ Rules of this file
 * A file that was opened is closed on every way out but the last.
 * Who waits goes on trying while the node cannot serve and is coming back (fenced, rejoining); who
   would not wait is refused. Nothing is held then, so nothing can be lost.
+* A file that is missing is made apart from the open, never by O_CREAT: that is refused for another user's
+  file in a folder with the sticky bit (sysctl fs.protected_regular), which is there to be shared.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ REFUSALS: Final = 20
 """In a row, by a node that says that it serves: then it is this lock's own trouble, and is told. A domain
 that is joined again takes its holders' grace, and a new member's first join 5 s."""
 
-MODE: Final = stat.S_ISVTX | 0o666
-"""Of a lock's file that is made to be opened: a transient one, which goes when nobody uses it."""
+MODE: Final = stat.S_IFREG | stat.S_ISVTX | 0o666
+"""Of a lock's file that is made to be opened: a transient one, which goes when nobody uses it, and is as
+open as its domain, whatever this process's umask."""
 
 TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 ABANDONED: Final = "user.dlmfs.abandoned"
@@ -76,7 +79,6 @@ class Request(NamedTuple):
     def flags(self) -> int:
         """Of open(2). A program that is executed must not inherit the lock by accident."""
         flags = os.O_CLOEXEC | (os.O_RDONLY if self.shared else os.O_RDWR)
-        flags |= os.O_CREAT if self.create else 0
         return flags | (os.O_NONBLOCK if self.trying else 0)
 
 
@@ -85,6 +87,12 @@ class Open(NamedTuple):
 
     path: str
     flags: int
+
+
+class MakeLock(NamedTuple):
+    """mknod(2) with the mode MODE; tell anything. EEXIST is no error."""
+
+    path: str
 
 
 class MakeDomain(NamedTuple):
@@ -138,7 +146,7 @@ class Waiters(NamedTuple):
     path: str
 
 
-Step = Open | MakeDomain | Device | Exclude | Token | Close | Pause | State | Waiters
+Step = Open | MakeLock | MakeDomain | Device | Exclude | Token | Close | Pause | State | Waiters
 Steps = Generator[Step, Any, int]
 
 
@@ -231,7 +239,7 @@ def _opening(request: Request) -> Steps:
             return fd
         except OSError as error:
             if error.errno == errno.ENOENT and request.create and attempt < RETRIES:
-                yield from _joining(path)
+                yield from _making(path)
             elif error.errno == errno.EDQUOT and (waiting := (yield Waiters(path))):
                 raise Unavailable(
                     f"{path} cannot be had: {waiting} wait for it here, and this user may have no more "
@@ -242,8 +250,18 @@ def _opening(request: Request) -> Steps:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _joining(path: str) -> Generator[Step, Any, None]:
-    folder = os.path.dirname(path)
+def _making(path: str) -> Generator[Step, Any, None]:
+    """Make the lock's file, and its domain before if need be; another one may do the same."""
+    try:
+        yield MakeLock(path)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            yield from _joining(os.path.dirname(path))
+        elif error.errno != errno.EEXIST:
+            raise _refused(error, path) from None
+
+
+def _joining(folder: str) -> Generator[Step, Any, None]:
     try:
         yield MakeDomain(folder)
     except OSError as error:
@@ -273,6 +291,7 @@ def drive(steps: Steps, do: Callable[[Step], object]) -> int:
         return fd
 
 
+NOT_HIS: Final = "may not be used by this user: see its mode and owner, and docs/users.md"
 _REFUSALS: Final[dict[int, tuple[type[DlmfsError], str]]] = {
     errno.ETXTBSY: (NotGranted, "is in use"),
     errno.EDEADLK: (
@@ -289,8 +308,8 @@ _REFUSALS: Final[dict[int, tuple[type[DlmfsError], str]]] = {
     errno.ENOTDIR: (UsageError, "is not in a domain"),
     errno.ENOTEMPTY: (NotGranted, "has lock files in it"),
     errno.EBUSY: (NotGranted, "is in use on this node"),
-    errno.EACCES: (NotPermitted, "may not be used by this user: see its mode and owner"),
-    errno.EPERM: (NotPermitted, "may not be used by this user: see its mode and owner"),
+    errno.EACCES: (NotPermitted, NOT_HIS),
+    errno.EPERM: (NotPermitted, NOT_HIS),
     errno.EROFS: (NotPermitted, "is mounted read-only"),
     errno.ENOLCK: (
         Unavailable,

@@ -152,7 +152,7 @@ class FileSystem(OpenFiles):
         inode.changed()
         return wire.attr_out(self._attr(inode), CACHE_S)
 
-    def mknod(self, h: wire.Header, name: bytes, mode: int, _umask: int, _rdev: int) -> Reply:
+    def mknod(self, h: wire.Header, name: bytes, mode: int, umask: int, _rdev: int) -> Reply:
         """Make a lock's file on this node, without taking the lock."""
         parent = self._directory(h.node)
         if not stat.S_ISREG(mode):
@@ -172,7 +172,7 @@ class FileSystem(OpenFiles):
             return refusal
         self.usage.count_lock(h.uid, 1)
         self.spaces[parent.ino].files.made((name,))
-        file = self.tree.add(parent, name, mode, h.uid, h.gid)
+        file = self.tree.add(parent, name, mode, h.uid, h.gid, umask)
         assert isinstance(file, LockFile)
         self.unused.watch(file)
         return self._entry(file)
@@ -182,7 +182,7 @@ class FileSystem(OpenFiles):
         full = self.domains.state_mb() >= self.limits.max_state_mb
         return errno.ENOSPC if full else 0
 
-    def mkdir(self, h: wire.Header, name: bytes, mode: int, _umask: int) -> Reply:
+    def mkdir(self, h: wire.Header, name: bytes, mode: int, umask: int) -> Reply:
         """Join the domain `name`."""
         root = self._directory(h.node)
         if not root.is_root:
@@ -208,7 +208,8 @@ class FileSystem(OpenFiles):
                 self.usage.count_domain(h.uid, -1)
                 self.domains.leave(space, lambda _error: None)
             else:
-                inode = self.tree.add(root, name, stat.S_IFDIR | (mode & 0o7777), h.uid, h.gid)
+                asked = stat.S_IFDIR | (mode & 0o7777)
+                inode = self.tree.add(root, name, asked, h.uid, h.gid, umask)
                 self.spaces[inode.ino] = space
                 answer(self._entry(inode))
 

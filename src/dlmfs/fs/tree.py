@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from dlmfs.model import LVB_SIZE
+from dlmfs.modes import DEFAULT, Modes
 
 ROOT_INO: Final = 1
 
@@ -140,25 +141,42 @@ class Tree:
     """All inodes that are linked or that the kernel still knows. Numbers are never used again
     (fuse-notes 16)."""
 
-    def __init__(self, uid: int = 0, gid: int = 0, root_mode: int = 0o755) -> None:
-        self.root = Directory(ROOT_INO, None, b"", stat.S_IFDIR | root_mode)
-        self.root.uid, self.root.gid = uid, gid
+    def __init__(self, uid: int = 0, gid: int = 0, modes: Modes = DEFAULT) -> None:
+        """`uid`, `gid`: who mounts."""
+        self.modes = modes
+        self.root = Directory(ROOT_INO, None, b"", stat.S_IFDIR | modes.root())
+        self.root.uid, self.root.gid = modes.owner(uid, gid)
         self.inodes: dict[int, Inode] = {ROOT_INO: self.root}
         self._next = ROOT_INO + 1
 
-    def add(self, parent: Directory, name: bytes, mode: int, uid: int, gid: int) -> Inode:
-        """Link a new domain (in the root) or lock file (in a domain)."""
-        assert name not in parent.children
-        kind = Directory if parent.is_root else LockFile
-        assert stat.S_ISDIR(mode) == parent.is_root
-        inode = kind(self._next, parent, name, mode)
-        self._next += 1
-        inode.uid = inode.maker = uid
-        inode.gid = gid
+    def draft(  # noqa: PLR0917 - what mkdir(2) and mknod(2) tell
+        self, parent: Directory, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Inode:
+        """A domain (in the root) or lock file (in a domain) as this user would make it: not linked, and
+        without a number. `mode`: with its type, before the umask."""
+        kind, asked = stat.S_IFMT(mode), mode & 0o7777
+        assert (kind == stat.S_IFDIR) == parent.is_root
+        inode: Inode
+        if parent.is_root:
+            inode = Directory(0, parent, name, kind | self.modes.domain(asked, umask))
+        else:
+            inode = LockFile(0, parent, name, kind | self.modes.lock(asked, umask, parent.mode))
+        inode.maker = uid
+        inode.uid, inode.gid = self.modes.owner(uid, gid)
         if parent.mode & stat.S_ISGID:
             inode.gid = parent.gid
             if parent.is_root:
                 inode.mode |= stat.S_ISGID
+        return inode
+
+    def add(  # noqa: PLR0917 - as `draft`
+        self, parent: Directory, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Inode:
+        """Make and link it."""
+        assert name not in parent.children
+        inode = self.draft(parent, name, mode, uid, gid, umask)
+        inode.ino = self._next
+        self._next += 1
         parent.link(inode)
         self.inodes[inode.ino] = inode
         return inode

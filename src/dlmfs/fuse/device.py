@@ -41,7 +41,9 @@ MAX_WRITE: Final = 4096
 READ_SIZE: Final = 8192 + IN_HEADER_SIZE + MAX_WRITE
 """The kernel refuses reads of less than 8 KiB, or less than the largest write with its header."""
 
-WANTED: Final = op.PARALLEL_DIROPS | op.HANDLE_KILLPRIV | op.ABORT_ERROR | op.INIT_EXT
+WANTED: Final = (
+    op.PARALLEL_DIROPS | op.HANDLE_KILLPRIV | op.ABORT_ERROR | op.INIT_EXT | op.DONT_MASK
+)
 """Features asked for. HANDLE_KILLPRIV: without it each write is preceded by a GETXATTR of
 security.capability (fuse-notes 16). Left off on purpose: ATOMIC_O_TRUNC (a truncation must not
 travel in OPEN), WRITEBACK_CACHE, READDIRPLUS, POSIX_LOCKS and FLOCK_LOCKS (those locks stay in

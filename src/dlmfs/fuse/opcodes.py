@@ -75,6 +75,8 @@ NOTIFY_INVAL_ENTRY: Final = 3
 NOTIFY_DELETE: Final = 6
 
 # INIT flags.
+DONT_MASK: Final = 1 << 6
+"""MKDIR and MKNOD bring the mode as it was asked for, and the umask beside it."""
 PARALLEL_DIROPS: Final = 1 << 18
 HANDLE_KILLPRIV: Final = 1 << 19
 ABORT_ERROR: Final = 1 << 21
