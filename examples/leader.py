@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
 """Leader election: of all who run this, one leads; when it ends or its node is lost, the next does."""
 
-import os
 import sys
 
-from dlmfs.client import DlmfsError, Lock
+from dlmfs import DlmfsError, Election
 
 
 def lead(name: str) -> None:
-    with Lock(name) as leader:  # waits until elected
-        leader.set_value(f"{os.uname().nodename}:{os.getpid()}".encode())
-        while not leader.wait_lost(1.0):
+    with Election(name) as leader:  # waits until elected
+        while not leader.lock.wait_lost(1.0):
             print("leading with token", leader.token, flush=True)
     # Here it ends by LockLost if another may lead by now.
 

@@ -54,12 +54,14 @@ mount); made if they are missing. If a lock is lost the command and all its proc
   -E, --conflict-exit-code NUMBER
                         exit code if the lock was not granted (default 1)
   -c, --command         COMMAND is one word, for the shell
+      --slots N         have one of N slots of PATH, made of the locks PATH.1 to PATH.N
   -o, --close           the command does not inherit the lock's open file
       --verbose         say how long the wait was, or that it was in vain
 
 Exit code: the command's own, or 128+n if signal n ended it; 1 (-E) not granted; 64 wrong arguments;
 69 unavailable; 75 a lock was lost while the command ran; 77 not permitted; 126 the command cannot be
-executed; 127 it was not found. In its environment: DLMFS_LOCK, DLMFS_MODE (EX, PR), DLMFS_TOKEN.
+executed; 127 it was not found. In its environment: DLMFS_LOCK, DLMFS_MODE (EX, PR), DLMFS_TOKEN,
+DLMFS_SLOT.
 """
 
 SHORT: Final = "sxenw:E:coh"
@@ -72,6 +74,7 @@ LONG: Final = [
     "timeout=",
     "conflict-exit-code=",
     "command",
+    "slots=",
     "close",
     "verbose",
     "help",
@@ -87,6 +90,7 @@ class Order:
         self.wait_s: float | None = None
         self.conflict_exit = NotGranted.exit
         self.shell = False
+        self.slots = 0
         self.close = False
         self.verbose = False
         self.help = False
@@ -106,6 +110,8 @@ def parse(args: list[str]) -> Order:
     if order.help:
         return order
     _split(order, words)
+    if order.slots and order.shared:
+        _refuse("a slot is nobody else's: --slots goes without -s")
     if order.shell:
         if len(order.command) != 1:
             _refuse("-c takes the command as one word")
@@ -132,6 +138,10 @@ def _set(order: Order, name: str, value: str) -> None:
             order.conflict_exit = int(value)
         case "-c" | "--command":
             order.shell = True
+        case "--slots":
+            if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 256):
+                _refuse(f"--slots takes a number from 1 to 256, not '{value}'")
+            order.slots = int(value)
         case "-o" | "--close":
             order.close = True
         case "--verbose":
@@ -185,6 +195,12 @@ def run(args: list[str]) -> int:
             say(*HELP.splitlines())
             return 0
         places = arrange(order.paths)
+        if order.slots and len(places) > 1:
+            _refuse("--slots takes one PATH")
+        if "DLMFS_LOCK" in os.environ and not order.slots:
+            from dlmfs.cli import nested
+
+            nested.refuse(places, dict(os.environ), shared=order.shared)
         _call_oneself(order.command[0])
         begun = time.monotonic()
         behind = Behind()
@@ -206,7 +222,7 @@ def run(args: list[str]) -> int:
         waited = time.monotonic() - begun
         complain(f"having the lock took {waited:.6f} s")
     environment = {
-        "DLMFS_LOCK": "\n".join(p.path for p in places),
+        "DLMFS_LOCK": "\n".join(p.path for p in fds),
         "DLMFS_MODE": "PR" if order.shared else "EX",
         "DLMFS_TOKEN": "\n".join(map(str, tokens)),
     }
@@ -221,7 +237,8 @@ def run(args: list[str]) -> int:
 
 def _refused(error: NotGranted, order: Order, places: list[Place]) -> int:
     if order.verbose or isinstance(error, Deadlock):
-        which = f" {plain(places[0].path)}" if len(places) == 1 else ""
+        alone = len(places) == 1 and not order.slots
+        which = f" {plain(places[0].path)}" if alone else ""
         complain(f"{error} (`dlmfs why{which}` says who is in the way)")
     return order.conflict_exit
 
@@ -253,14 +270,19 @@ def take(
         fds: dict[Place, int] = {}
         until: dict[str, Deadline] = {}
         try:
-            for each in places:
-                request = logic.Request(each, order.shared, order.trying)
-                fds[each] = logic.drive(logic.taking(request), do)
-            until = deadlines(places)
+            if order.slots:
+                from dlmfs.cli import slots
+
+                fds = slots.take(places[0], order.slots, trying=order.trying)
+            else:
+                for each in places:
+                    request = logic.Request(each, order.shared, order.trying)
+                    fds[each] = logic.drive(logic.taking(request), do)
+            until = deadlines(list(fds))
             # Asked after that: so it is the session of these grants whose deadline was found.
             return fds, until, [token(fd, where) for where, fd in fds.items()]
         except LockLost as lost:
-            if order.trying:
+            if order.trying or order.slots:
                 raise
             for fd in fds.values():
                 os.close(fd)

@@ -27,8 +27,11 @@ from dlmfs.errors import (
 )
 
 if TYPE_CHECKING:
+    from dlmfs.client.election import Election as Election
     from dlmfs.client.logic import Abandoned as Abandoned
+    from dlmfs.client.logic import Holder as Holder
     from dlmfs.client.place import find_mount as find_mount
+    from dlmfs.client.semaphore import Semaphore as Semaphore
     from dlmfs.client.sync import Domain as Domain
     from dlmfs.client.sync import Lock as Lock
 
@@ -38,10 +41,13 @@ __all__ = [
     "Deadlock",
     "DlmfsError",
     "Domain",
+    "Election",
+    "Holder",
     "Lock",
     "LockLost",
     "NotGranted",
     "NotPermitted",
+    "Semaphore",
     "StaleToken",
     "TimedOut",
     "Unavailable",
@@ -49,7 +55,15 @@ __all__ = [
     "find_mount",
 ]
 
-_HOMES = {"Abandoned": "logic", "Domain": "sync", "Lock": "sync", "find_mount": "place"}
+_HOMES = {
+    "Abandoned": "logic",
+    "Domain": "sync",
+    "Election": "election",
+    "Holder": "logic",
+    "Lock": "sync",
+    "Semaphore": "semaphore",
+    "find_mount": "place",
+}
 
 
 def __getattr__(name: str) -> object:

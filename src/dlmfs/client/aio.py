@@ -6,14 +6,20 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from dlmfs.client import logic
 from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
 from dlmfs.client.domain import BaseDomain
 from dlmfs.client.keeper import Keeper
-from dlmfs.errors import LockLost, NotGranted
+from dlmfs.errors import LockLost, NotGranted, UsageError
 
+if TYPE_CHECKING:
+    from dlmfs.client.aio_election import Election as Election
+    from dlmfs.client.aio_semaphore import Semaphore as Semaphore
+
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -84,6 +90,60 @@ class Lock(BaseLock):
         settled(keeper)
         self._is_held = True
 
+    async def locked(self) -> bool:
+        """Whether anybody in the cluster has the lock, or is before us for it: this object, or somebody
+        who a try meets. The answer may be out of date when it is here."""
+        if self.held:
+            return True
+        other = self.another(shared=False)
+        if not await other.try_acquire():
+            return True
+        other.release()
+        return False
+
+    async def holders(self) -> list[logic.Holder]:
+        """The programs of this node that have it. What other nodes' have, `dlmfs info` tells."""
+        return await asyncio.to_thread(self._holders)
+
+    async def exclusive(self, timeout: float | None = None) -> None:
+        """Go on alone. The lock is dropped and taken anew, in its turn: others may have it in between,
+        so what was read under it is to be read again, and there is no deadlock of two who both hold it
+        shared. Raises as `acquire`, and then nothing is held; LockLost if it was lost before.
+        """
+        await self._go_on(False, timeout)
+
+    async def shared(self, timeout: float | None = None) -> None:
+        """Go on together with others who hold it shared; else as `exclusive`."""
+        await self._go_on(True, timeout)
+
+    async def _go_on(self, shared: bool, timeout: float | None) -> None:
+        self.check()
+        if shared == self.is_shared:
+            return
+        self.release()
+        self.is_shared = shared
+        await self.acquire(timeout=timeout)
+        if self._block is not None:
+            keeper = self._kept()
+            _watch_over(keeper, self._block)
+            if keeper.is_lost:
+                self._block.lost()
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """As a decorator of a coroutine function: each call has the lock, by an object of its own."""
+        import functools
+        import inspect
+
+        if not inspect.iscoroutinefunction(function):
+            raise UsageError("this Lock is for coroutine functions: dlmfs.Lock is for the others")
+
+        @functools.wraps(function)
+        async def locked(*args: P.args, **kwargs: P.kwargs) -> Any:
+            async with self.another():
+                return await function(*args, **kwargs)
+
+        return locked  # type: ignore[return-value]
+
     async def wait_wanted(self, timeout: float | None = None) -> bool:
         """Wait until somebody else waits for this lock; False after `timeout` seconds. Raises
         LockLost when the lock is lost. Clear `wanted` to wait for the next one."""
@@ -115,18 +175,7 @@ class Lock(BaseLock):
 
     async def __aenter__(self) -> Self:
         await self.acquire()
-        keeper, task = self._kept(), asyncio.current_task()
-        assert task is not None
-        self._block = _Block(task)
-        event = keeper.on_event
-        assert isinstance(event, _Event)
-        event.block = self._block
-        if keeper.is_lost:
-            # Not by `_block.lost`: a task that cancels itself is only told at its next await, and
-            # that may come after the block.
-            self._block = None
-            self._end(keeper)
-            self._lost_by(keeper)
+        begin_block(self)
         return self
 
     async def __aexit__(
@@ -146,6 +195,26 @@ class Lock(BaseLock):
                 self._lost_by(keeper)
             except LockLost as lost:
                 raise lost from error
+
+
+def begin_block(lock: Lock) -> None:
+    """From now on, until `__aexit__`, a loss cancels this task. Raises LockLost if it is lost."""
+    keeper, task = lock._kept(), asyncio.current_task()  # noqa: SLF001 - its own module
+    assert task is not None
+    if keeper.is_lost:
+        # Not by `_Block.lost`: a task that cancels itself is only told at its next await, and that may
+        # come after the block.
+        lock.release()
+        lock._lost_by(keeper)  # noqa: SLF001
+    lock._block = _Block(task)  # noqa: SLF001
+    _watch_over(keeper, lock._block)  # noqa: SLF001
+
+
+def _watch_over(keeper: Keeper, block: _Block) -> None:
+    """From now on its loss cancels the block."""
+    event = keeper.on_event
+    assert isinstance(event, _Event)
+    event.block = block
 
 
 class _Block:
@@ -248,6 +317,19 @@ async def _by(keeper: Keeper, what: Callable[[Keeper], T]) -> T:
 
     keeper.submit(job)
     return await done
+
+
+_HOMES = {"Election": "aio_election", "Semaphore": "aio_semaphore"}
+
+
+def __getattr__(name: str) -> object:
+    """What is made of locks has modules of its own."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"dlmfs.client.{_HOMES[name]}"), name)
+    return value
 
 
 class Domain(BaseDomain):

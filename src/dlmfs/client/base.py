@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable
+from typing import Self
 
 from dlmfs.client import logic
 from dlmfs.client.keeper import Event, Keeper
@@ -51,25 +54,41 @@ class BaseLock:
         `mount`: where there are several (else $DLMFS_MOUNT, else the only one).
         `on_notice`: called when somebody else waits for the lock that is held.
 
-        Raises UsageError for what is no lock's path, Unavailable where no dlmfs is mounted.
+        Raises UsageError for what is no lock's path. Where no dlmfs is mounted, that is said by
+        `acquire`: a lock may be made, or decorate a function, before there is a mount.
         """
         self._given = (path, mount)
-        self._place = place(path, mount)
-        self.shared = shared
+        self._place: Place | None = None
+        self.is_shared = shared
         self.timeout = seconds(timeout)
         self.create = create
         self.on_notice = on_notice
         self._keeper: Keeper | None = None
         self._is_held = False
+        with contextlib.suppress(Unavailable):
+            self._place = place(path, mount)
         self._prepare()
+
+    def another(self, *, shared: bool | None = None) -> Self:
+        """An object of the same kind for the same lock, with the same settings but for `shared`."""
+        path, mount = self._given
+        return type(self)(
+            path,
+            shared=self.is_shared if shared is None else shared,
+            timeout=self.timeout,
+            create=self.create,
+            mount=mount,
+            on_notice=self.on_notice,
+        )
 
     def _prepare(self) -> None:
         """What only the one kind has."""
 
     def __repr__(self) -> str:
-        mode = "shared" if self.shared else "exclusive"
+        mode = "shared" if self.is_shared else "exclusive"
         state = "held" if self.held else "lost" if self._is_held else "not held"
-        return f"<{type(self).__name__} {self.path} {mode}, {state}>"
+        where = self._place.path if self._place is not None else os.fsdecode(self._given[0])
+        return f"<{type(self).__name__} {where} {mode}, {state}>"
 
     def __del__(self) -> None:
         keeper = getattr(self, "_keeper", None)
@@ -79,11 +98,14 @@ class BaseLock:
 
     @property
     def path(self) -> str:
-        """The lock's file."""
-        return self._place.path
+        """The lock's file. Raises Unavailable where no dlmfs is mounted."""
+        return self.place.path
 
     @property
     def place(self) -> Place:
+        """Where it lies; as `path`."""
+        if self._place is None:
+            self._place = place(*self._given)
         return self._place
 
     @property
@@ -116,6 +138,15 @@ class BaseLock:
         """Drop the lock. Raises UsageError if it was not acquired; nothing if it was lost."""
         self._end(self._kept())
 
+    def _holders(self) -> list[logic.Holder]:
+        path = self.path
+        try:
+            return logic.holders(os.getxattr(path, logic.HOLDERS))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return []
+            raise logic.refusal(error, path) from None
+
     def cancel(self) -> None:
         """End another thread's or task's `acquire`, which raises Cancelled; no effect without one."""
         keeper = self._keeper
@@ -139,7 +170,7 @@ class BaseLock:
         """A keeper that is nobody's yet. Whoever makes one also ends it, and no other's: an object
         that is acquired twice by mistake must not lose what it has."""
         where = place(*self._given)  # anew: it may have been mounted again
-        return Keeper(logic.Request(where, self.shared, trying, self.create), told, event)
+        return Keeper(logic.Request(where, self.is_shared, trying, self.create), told, event)
 
     def _begin(self, keeper: Keeper) -> None:
         """From here on it is this object's. Raises UsageError if there is another."""
@@ -163,13 +194,7 @@ class BaseLock:
 
     def _limit(self, blocking: bool, timeout: float | None) -> float | None:
         """How many seconds `acquire` waits at most; None: without end. Raises UsageError."""
-        if not isinstance(blocking, bool):
-            raise UsageError(f"acquire({blocking!r}): name it, acquire(timeout={blocking!r})")
-        if blocking:
-            return self.timeout if timeout is None else seconds(timeout)
-        if timeout is not None and timeout != -1:
-            raise UsageError("blocking=False does not wait: it goes with no timeout")
-        return 0
+        return limit(blocking, timeout, self.timeout)
 
     def _late(self, keeper: Keeper, limit: float) -> DlmfsError:
         """What it means that the wait was not over in time."""
@@ -184,6 +209,18 @@ class BaseLock:
         if raises:
             raise TimedOut(f"{error}, and was not to be waited for") from None
         return False
+
+
+def limit(blocking: bool, timeout: float | None, otherwise: float | None) -> float | None:
+    """How many seconds `acquire(blocking, timeout)` waits at most, `otherwise` if it does not say; None:
+    without end. Raises UsageError."""
+    if not isinstance(blocking, bool):
+        raise UsageError(f"acquire({blocking!r}): name it, acquire(timeout={blocking!r})")
+    if blocking:
+        return otherwise if timeout is None else seconds(timeout)
+    if timeout is not None and timeout != -1:
+        raise UsageError("blocking=False does not wait: it goes with no timeout")
+    return 0
 
 
 def seconds(timeout: float | None) -> float | None:

@@ -55,6 +55,7 @@ open as its domain, whatever this process's umask."""
 TOKEN: Final = "user.dlmfs.token"  # noqa: S105 - an attribute's name
 ABANDONED: Final = "user.dlmfs.abandoned"
 WAITERS: Final = "user.dlmfs.waiters"
+HOLDERS: Final = "user.dlmfs.holders"
 STATE: Final = "user.dlmfs.state"
 AWAY: Final = ("FENCED", "REJOINING")
 """States in which every open is refused."""
@@ -361,6 +362,8 @@ def padded(value: bytes) -> bytes:
     """A whole value. Raises UsageError if it is too long."""
     from dlmfs.model import LVB_SIZE
 
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise UsageError(f"a value is bytes, not {type(value).__name__} (text: TEXT.encode())")
     if len(value) > LVB_SIZE:
         raise UsageError(f"a value has {LVB_SIZE} bytes, not {len(value)}")
     return bytes(value).ljust(LVB_SIZE, b"\0")
@@ -386,3 +389,21 @@ def abandonment(text: bytes) -> Abandoned | None:
 
     mark = json.loads(text)
     return Abandoned(str(mark["node"]), int(mark["token"]))
+
+
+class Holder(NamedTuple):
+    """A program of this node that has the lock. `mode` is EX or PR; `pid` the thread that opened it, 0 if
+    this host keeps it from us; `command` its name."""
+
+    node: str
+    mode: str
+    pid: int
+    command: str
+
+
+def holders(text: bytes) -> list[Holder]:
+    """The holders as user.dlmfs.holders tells them."""
+    import json
+
+    rows = (row for row in json.loads(text) if "more" not in row)
+    return [Holder(row["node"], row["mode"], row["pid"], row["command"]) for row in rows]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import ParamSpec, Self, TypeVar, cast
 
 from dlmfs.client import logic
 from dlmfs.client.base import ENDS_WITHIN_S, BaseLock, settled
 from dlmfs.client.domain import BaseDomain
 from dlmfs.client.keeper import Keeper
 from dlmfs.errors import NotGranted
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Lock(BaseLock):
@@ -83,6 +86,66 @@ class Lock(BaseLock):
         keeper.wait()  # it comes at once now
         settled(keeper)
         self._is_held = True
+
+    def locked(self) -> bool:
+        """Whether anybody in the cluster has the lock, or is before us for it: this object, or somebody
+        who a try meets. The answer may be out of date when it is here."""
+        if self.held:
+            return True
+        other = self.another(shared=False)
+        if not other.try_acquire():
+            return True
+        other.release()
+        return False
+
+    def holders(self) -> list[logic.Holder]:
+        """The programs of this node that have it. What other nodes' have, `dlmfs info` tells."""
+        return self._holders()
+
+    def exclusive(self, timeout: float | None = None) -> None:
+        """Go on alone. The lock is dropped and taken anew, in its turn: others may have it in between,
+        so what was read under it is to be read again, and there is no deadlock of two who both hold it
+        shared. Raises as `acquire`, and then nothing is held; LockLost if it was lost before.
+        """
+        self._go_on(False, timeout)
+
+    def shared(self, timeout: float | None = None) -> None:
+        """Go on together with others who hold it shared; else as `exclusive`."""
+        self._go_on(True, timeout)
+
+    def _go_on(self, shared: bool, timeout: float | None) -> None:
+        self.check()
+        if shared != self.is_shared:
+            self.release()
+            self.is_shared = shared
+            self.acquire(timeout=timeout)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """As a decorator: each call has the lock, by an object of its own. Coroutine functions wait
+        without blocking their loop."""
+        import functools
+        import inspect
+
+        if inspect.iscoroutinefunction(function):
+            from dlmfs.client import aio
+
+            path, mount = self._given
+            other = aio.Lock(
+                path,
+                shared=self.is_shared,
+                timeout=self.timeout,
+                create=self.create,
+                mount=mount,
+                on_notice=self.on_notice,
+            )
+            return cast("Callable[P, R]", other(function))
+
+        @functools.wraps(function)
+        def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.another():
+                return function(*args, **kwargs)
+
+        return locked
 
     def wait_wanted(self, timeout: float | None = None) -> bool:
         """Wait until somebody else waits for this lock; False after `timeout` seconds. Raises
