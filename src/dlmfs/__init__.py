@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dlmfs import client as client
+    from dlmfs import testing as testing
     from dlmfs.client import Abandoned as Abandoned
     from dlmfs.client import Cancelled as Cancelled
     from dlmfs.client import Deadlock as Deadlock
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("client",)
+_MODULES = ("client", "testing")
 
 
 def __getattr__(name: str) -> object:

@@ -25,6 +25,7 @@ from dlmfs.client import (
     TimedOut,
     Unavailable,
     UsageError,
+    base,
     place,
     watcher,
 )
@@ -556,7 +557,7 @@ def test_of_two_threads_that_take_one_object_at_once_one_is_refused(
             outcomes.append("held")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dlmfs.client.base.place", placed)
+        patch.setattr(base, "doors", base.doors._replace(place=placed))
         join(begin(take), begin(take))
     assert sorted(outcomes) == ["held", "refused"]
     mine.release()

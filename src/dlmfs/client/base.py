@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 from dlmfs.client import logic
 from dlmfs.client.keeper import Event, Keeper
@@ -28,6 +28,18 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+class Doors(NamedTuple):
+    """The ways from a lock to its mount, for those who put something else in its place
+    (`dlmfs.testing`): `place.place`, `Keeper`, and getxattr(2) of a path and a name."""
+
+    place: Callable[[AnyPath, AnyPath | None], Place]
+    keeper: Callable[[logic.Request, Callable[[], object], Event], Keeper]
+    attribute: Callable[[str, str], bytes]
+
+
+doors = Doors(place, Keeper, os.getxattr)
 
 
 class BaseLock:
@@ -66,7 +78,7 @@ class BaseLock:
         self._keeper: Keeper | None = None
         self._is_held = False
         with contextlib.suppress(Unavailable):
-            self._place = place(path, mount)
+            self._place = doors.place(path, mount)
         self._prepare()
 
     def another(self, *, shared: bool | None = None) -> Self:
@@ -105,7 +117,7 @@ class BaseLock:
     def place(self) -> Place:
         """Where it lies; as `path`."""
         if self._place is None:
-            self._place = place(*self._given)
+            self._place = doors.place(*self._given)
         return self._place
 
     @property
@@ -141,7 +153,7 @@ class BaseLock:
     def _holders(self) -> list[logic.Holder]:
         path = self.path
         try:
-            return logic.holders(os.getxattr(path, logic.HOLDERS))
+            return logic.holders(doors.attribute(path, logic.HOLDERS))
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return []
@@ -169,8 +181,8 @@ class BaseLock:
     def _new(self, trying: bool, told: Callable[[], object], event: Event) -> Keeper:
         """A keeper that is nobody's yet. Whoever makes one also ends it, and no other's: an object
         that is acquired twice by mistake must not lose what it has."""
-        where = place(*self._given)  # anew: it may have been mounted again
-        return Keeper(logic.Request(where, self.is_shared, trying, self.create), told, event)
+        where = doors.place(*self._given)  # anew: it may have been mounted again
+        return doors.keeper(logic.Request(where, self.is_shared, trying, self.create), told, event)
 
     def _begin(self, keeper: Keeper) -> None:
         """From here on it is this object's. Raises UsageError if there is another."""

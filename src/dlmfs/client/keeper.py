@@ -134,7 +134,7 @@ class Keeper(threading.Thread):
             try:
                 self._turn = self._enter()
                 fd = logic.drive(logic.taking(self.request), self._do)
-                self.file = _identity(fd)
+                self.file = self._identify(fd)
             except OSError as error:
                 self.error = logic.failure(error, self.request.place.path)
             except BaseException as error:
@@ -187,7 +187,7 @@ class Keeper(threading.Thread):
             if self.error is None:
                 self._fd = fd
             elif fd >= 0:
-                os.close(fd)
+                self._close_file(fd)
             self.settled.set()
             self._gate.release()
         if self.error is not None:
@@ -427,11 +427,17 @@ class Keeper(threading.Thread):
         if self._turn is not None:
             turns.leave(self._lock, self._turn)
 
+    def _identify(self, fd: int) -> str:
+        return _identity(fd)
+
+    def _close_file(self, fd: int) -> None:
+        os.close(fd)
+
     def _close_unused(self) -> None:
         with self._mutex:
             if self._leaving >= 0 and not self._users:
                 fd, self._leaving = self._leaving, -1  # nothing comes between this and the close
-                os.close(fd)
+                self._close_file(fd)
 
 
 def _forked() -> None:
