@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -142,3 +143,61 @@ def test_an_ordinary_user_gives_nothing_to_others(here: Private) -> None:
     told = here.sh(f"stat -c '%a %u %g' {where} {where}/d {where}/d/x", check=True).stdout
     assert told.splitlines() == [f"3770 {USER} {GROUP}"] * 2 + [f"660 {USER} {GROUP}"]
     assert here.dlmfs("umount", where).returncode == 0
+
+
+def blocks() -> list[str]:
+    """What the page says to type or to write, of the section about a group."""
+    section = PAGE.read_text().split("## A group shares them\n")[1].split("\n## ")[0]
+    found = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+    return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in found]
+
+
+MACHINE = """
+set -e
+mount -t tmpfs -o mode=755 tmpfs /mnt
+cp -a /etc /mnt/etc
+mkdir /mnt/bin
+printf '#!/bin/sh\\nexec %s -I %s "$@"\\n' "$1" "$2" >/mnt/bin/dlmfs
+chmod 755 /mnt/bin/dlmfs
+mount --bind /mnt/etc /etc
+mount --bind /mnt/bin /usr/local/bin
+PATH=/usr/local/bin:$PATH
+look='stat -c "%a %U:%G" /mnt/locks /mnt/locks/jobs /mnt/locks/jobs/report'
+www() {
+    setpriv --reuid=www-data --regid=www-data --init-groups "$@"
+}
+. "$3"
+www dlmfs lock -n jobs/report -- sh -c "$look"
+dlmfs lock -n jobs/report -- true
+umount /mnt/locks
+mount /mnt/locks
+dlmfs lock -n jobs/report -- sh -c "$look"
+www dlmfs lock -n jobs/report -- true
+umount /mnt/locks
+"""
+"""A machine of its own as far as the recipe goes, and what its users then do, before and after a remount,
+each of them first once."""
+
+
+def test_the_pages_recipe_works_as_pasted_and_after_a_remount(here: Private) -> None:
+    typed = blocks()[0]
+    script = here.base / "tmp/recipe"
+    here.sh(f"cat >{script} <<'END'\n{typed}END", uid=None, check=True)
+    arguments = [here.python, str(here.base / "repo/scripts/dlmfs"), str(script)]
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", MACHINE, "sh"]
+    done = here.run(*command, *arguments, uid=None)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        *("770 root:locks", "770 www-data:locks", "1660 www-data:locks"),
+        *("770 root:locks", "770 root:locks", "1660 root:locks"),
+    ]
+
+
+def test_the_pages_other_forms_say_the_same() -> None:
+    typed, _, etcd, unit = blocks()[:4]
+    shared = "holder=file,gid=locks,umask=007"
+    assert f" fuse.dlmfs {shared},nofail 0 0" in typed
+    assert f" fuse.dlmfs {shared},_netdev,nofail 0 0" in etcd
+    settings = dict(line.split("=", 1) for line in unit.split())
+    assert settings == {"SOURCE": "local", "MOUNTPOINT": "/mnt/locks", "OPTIONS": shared}
+    assert f"`Options={shared}`" in PAGE.read_text()
