@@ -90,7 +90,7 @@ def _connect(sock: socket.socket, entry: MountEntry) -> int:
     if uid not in (0, rundir.owner_of(entry)):
         if uid == folders.outside():
             why = "who listens for it is of another user namespace"
-            raise _unseen(entry, why, glance.look(entry).life)
+            raise _unseen(entry, why, *_glance(entry))
         raise NotPermitted(
             f"what answers for {entry.mountpoint} is not its daemon: another user made {path}"
         )
@@ -114,7 +114,7 @@ def _not_found(entry: MountEntry) -> Unavailable:
     """Nobody listens where the daemon's socket should be. It may be dead; or have its socket in a /run
     that is not this one, or had it removed."""
     places = " or ".join(map(str, control_folders(rundir.owner_of(entry))))
-    life = glance.look(entry).life
+    life, told = _glance(entry)
     if life is Life.DEAD:
         return DaemonDead(
             f"the daemon of {entry.mountpoint} is gone: `dlmfs umount {entry.mountpoint}` "
@@ -122,7 +122,7 @@ def _not_found(entry: MountEntry) -> Unavailable:
         )
     if life is Life.OVER:
         return Unavailable(f"{entry.mountpoint} has just been unmounted")
-    return _unseen(entry, f"no socket of it in {places}", life)
+    return _unseen(entry, f"no socket of it in {places}", life, told)
 
 
 _LIVES: Final = {
@@ -131,12 +131,28 @@ _LIVES: Final = {
 }
 
 
-def _unseen(entry: MountEntry, why: str, life: Life) -> Unseen:
+def _glance(entry: MountEntry) -> tuple[Life, Any]:
+    """Whether it lives; and what it says of itself, if that is not another user's word."""
+    life, told = glance.look(entry, {"status": rundir.is_trusted(entry)})
+    try:
+        status = json.loads(told.get("status") or "null")
+    except ValueError:
+        status = None
+    return life, status if shapes.BRIEF(status) is None else None
+
+
+def _unseen(entry: MountEntry, why: str, life: Life, told: Any) -> Unseen:
     lives = _LIVES.get(life, "whether it lives is not told to this user")
-    return Unseen(
+    if told is not None:
+        state = f"node {told['node']}, {told['lease']['state']}"
+        lives += f" ({state}; its socket is in {told['run']}/ctl where it runs)"
+    error = Unseen(
         f"the daemon of {entry.mountpoint} cannot be asked from here (a container?): {why}, but "
-        f"{lives}; ask where it was mounted, or let its socket be seen here (docs/containers.md)"
+        f"{lives}; ask where it was mounted, or bind that folder in, or name it in ${rundir.ENVIRONMENT} "
+        "(docs/containers.md)"
     )
+    error.told = told
+    return error
 
 
 def _received(sock: socket.socket, entry: MountEntry, pid: int, deadline: float) -> bytes:

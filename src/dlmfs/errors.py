@@ -31,6 +31,7 @@ the class: UsageError is the caller's, Unavailable may pass, LockLost means stop
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 
 class DlmfsError(Exception):
@@ -72,7 +73,10 @@ class NoAnswer(Unavailable):
 
 
 class Unseen(Unavailable):
-    """The daemon's control socket is not to be seen here: that says nothing about the daemon."""
+    """The daemon's control socket is not to be seen here: that says nothing about the daemon. `told`:
+    what it says of itself by way of the mount, if anything (docs/reference.md, "Extended attributes")."""
+
+    told: dict[str, Any] | None = None
 
 
 class StoreFull(Unavailable):

@@ -20,7 +20,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from dlmfs import __version__, beginning, facts, identity, lately, privileges, proc, takedown
+from dlmfs import (
+    __version__,
+    beginning,
+    facts,
+    identity,
+    lately,
+    privileges,
+    proc,
+    report,
+    takedown,
+)
 from dlmfs.config import EtcdSource, lock_delay_of, retry_of
 from dlmfs.control_server import ControlServer
 from dlmfs.deadline import Published, boottime
@@ -67,6 +77,8 @@ class Node:
         self.manager = manager
         self.started = boottime()
         self.mounted = False
+        self.run_folder = ""
+        """Where the control socket is, as this process sees it (`rundir`)."""
         self.watchdog: Watchdog | None = None
         self.faults = Faults()
         self.lately = lately.Lately()
@@ -103,6 +115,7 @@ class Node:
                 run=self.config.options.run,
             )
             await control.start()
+            self.run_folder = str(control.path.parent.parent)
             undo.push_async_callback(control.close)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self.loop.add_signal_handler(number, self._end, f"signal {number.name}")
@@ -205,6 +218,7 @@ class Node:
         self.fs.usage.owner_of = SubordinateIds(boottime).owner_of
         self.fs.secret = hides_processes()
         self.fs.faults = self.faults
+        self.fs.about = partial(report.brief, self)
         self.fs.by_kernel = proc.is_64_bit
         kinship = Kinship(self.loop, self.faults)
         undo.callback(kinship.close)

@@ -71,6 +71,21 @@ async def status(node: Node, sight: Sight) -> Facts:
     }
 
 
+def brief(node: Node) -> Facts:
+    """What fits into an extended attribute of the mount: for who cannot reach the control socket."""
+    return {
+        "version": __version__,
+        "node": node.membership.name,
+        "pid": os.getpid(),
+        "source": node.config.source_text,
+        "holder_rule": node.config.options.holder.value,
+        "uptime_s": round(node.membership.clock() - node.started, 1),
+        "lease": _lease(node.membership),
+        "ending": _ending(node.membership.ending),
+        "run": node.run_folder,
+    }
+
+
 def _bad(bad: BadRecords, sight: Sight) -> Facts:
     """What is wrong with records that cannot be read; their keys name locks and nodes."""
     told = bad.told() if sight.whole else []

@@ -99,6 +99,14 @@ def make_folder(path: str, uid: int, *, settle: bool) -> str:
     mode = 0o755 if uid == 0 else 0o700
     if settle:
         return f"{folders.settle(path, mode)}/{folders.CONTROL}"
-    inner = f"{path.rstrip('/')}/{folders.CONTROL}"
-    os.close(folders.make_path([path.rstrip("/"), inner], mode))
+    found = folders.walk(path)
+    fds = [found.fd]
+    try:
+        if found.name:
+            fds.append(folders.make(fds[-1], path.rstrip("/"), mode))
+        inner = f"{path.rstrip('/')}/{folders.CONTROL}"
+        fds.append(folders.make(fds[-1], inner, mode))
+    finally:
+        for fd in fds:
+            os.close(fd)
     return inner

@@ -355,6 +355,15 @@ def _of(shape: Shape) -> Callable[[object], str | None]:
     return lambda answer: misfit(answer, shape)
 
 
+BRIEF: Final = _of(
+    {
+        **{key: STATUS[key] for key in ("version", "node", "pid", "source", "holder_rule")},
+        **{key: STATUS[key] for key in ("uptime_s", "lease", "ending")},
+        "run": str,
+    }
+)
+"""What a mount's attribute `user.dlmfs.status` says."""
+
 ANSWERS: Final[dict[str, Callable[[object], str | None]]] = {
     "status": _of(STATUS),
     "info": _of(INFO),

@@ -13,8 +13,8 @@ from dlmfs import control
 from dlmfs.control import control_path
 from dlmfs.errors import DaemonDead, Unseen
 from dlmfs.fuse import mountinfo
-from tests.containers.inside import dlmfs, shared
-from tests.fs.nodes import Nodes
+from tests.containers.inside import dlmfs, inside, shared
+from tests.fs.nodes import DLMFS, Nodes
 from tests.fs.nodes import dlmfs as outside
 from tests.robust.helpers import entry_of, kill, stopped
 
@@ -60,8 +60,39 @@ def test_no_command_calls_a_living_daemon_dead(where: Path, command: tuple[str, 
     assert "cannot be asked from here" in said, said
     assert "it lives" in said, said
     assert not [word for word in WRONG if word in said], said
-    assert done.returncode in ((0,) if words[0] == "top" else (1, 69)), said
+    assert done.returncode in ((0,) if words[0] in ("top", "status") else (1, 69)), said
+    assert "(node a, HEALTHY; its socket is in /run/dlmfs/ctl where it runs)" in said, said
     assert "internal error" not in said
+
+
+def test_what_the_mount_tells_is_told(nodes: Nodes, where: Path) -> None:
+    """Node, state, who has which lock and who waits: as far as this node knows."""
+    outside("lock", str(where / "dom/idle"), "--", "true")
+    holder = nodes.hold(where / "dom/x")
+    assert holder.wait() == "held"
+    pid = holder.process.pid
+    for command, head in (
+        (("status", where), f"{where}  node a  HEALTHY"),
+        (("info", where / "dom/x"), "dom/x  this node has EX"),
+        (("why", where / "dom/x"), "dom/x  this node has EX"),
+    ):
+        done = dlmfs(*command)
+        assert done.stdout.startswith(head), done.stdout + done.stderr
+        assert f"held by    EX  pid {pid} " in done.stdout
+        assert "idle" not in done.stdout
+    row = json.loads(dlmfs("status", "--json", where).stdout)[0]["unseen"]
+    assert row["status"]["lease"]["state"] == "HEALTHY"
+    assert row["locks"][0]["holders"][0]["pid"] == pid
+
+
+def test_what_modes_keep_from_a_user_is_not_told_there(nodes: Nodes, where: Path) -> None:
+    (where / "dom/x").touch(mode=0o600)
+    assert nodes.hold(where / "dom/x").wait() == "held"
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    done = inside(*user, *DLMFS, "why", where / "dom/x")
+    assert (done.returncode, done.stdout) == (69, ""), done.stdout
+    done = inside(*user, *DLMFS, "status", where)
+    assert "dom/x" not in done.stdout
 
 
 def test_a_removed_socket_is_no_death(where: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_lost_file_gets_a_new_inode(nodes: Nodes) -> None:
         assert new.st_ino != old.st_ino
         assert (new.st_mode, new.st_uid) == (old.st_mode, old.st_uid)
         assert os.listdir(where / "dom") == ["x"]
-        assert told(where, "state").startswith("FENCED: ")
+        assert told(where, "state").startswith("FENCED for good: ")
         with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
             os.open(where / "dom/x", os.O_RDWR)
     finally:

@@ -378,4 +378,14 @@ DOORS: Final = (
         ("tests/fs/test_limits.py::test_what_a_user_waits_for_is_counted_by_file",),
         "jobs that a clock starts pile up behind one that is stuck",
     ),
+    Mutant(
+        "losses-unnamed",
+        "fs/openfiles.py",
+        "(h for h in hit if h.file.domain.name == domain),",
+        "(),",
+        (
+            "tests/containers/test_logs.py::test_an_eviction_names_the_locks_and_processes_that_it_hit",
+        ),
+        "after a fence nobody can tell which locks and processes it hit",
+    ),
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlmfs.cli import unseen
 from dlmfs.cli.choice import ask, lock_at
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain
+from dlmfs.errors import Unseen
 
 
 def run(args: list[str]) -> int:
@@ -16,7 +18,12 @@ def run(args: list[str]) -> int:
     parser.add_argument("path", metavar="PATH", help="DOMAIN/LOCK, or /dlm/DOMAIN/LOCK")
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
-    report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
+    try:
+        report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
+    except Unseen:
+        if not parsed.json:
+            say(*unseen.lock(entry, domain, lock))
+        raise
     if parsed.json:
         say_json(report)
     else:

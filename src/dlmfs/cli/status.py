@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+from dlmfs.cli import unseen
 from dlmfs.cli.choice import ask, choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain, who
-from dlmfs.errors import DlmfsError, NotPermitted
+from dlmfs.errors import DlmfsError, NotPermitted, Unseen
 from dlmfs.fuse.mountinfo import MountEntry
 
 Facts = dict[str, Any]
@@ -40,6 +41,10 @@ def run(args: list[str]) -> int:
     for entry in entries:
         try:
             reports.append(ask(entry, {"cmd": "status"}))
+        except Unseen as error:
+            reports.append(unseen.report(entry, error))
+            if error.told is None or error.told["lease"]["state"] != "HEALTHY":
+                code = error.exit
         except DlmfsError as error:
             reports.append(_unanswered(entry, error))
             code = error.exit
@@ -64,6 +69,8 @@ def _unanswered(entry: MountEntry, error: DlmfsError) -> Facts:
 
 def render(report: Facts, *, everything: bool = False) -> list[str]:
     """One mount for people."""
+    if "unseen" in report:
+        return unseen.render(report)
     if "error" in report:
         what = "not ours to ask" if report["refused"] else "no answer"
         return [f"{report['mountpoint']}  {what}: {report['error']}"]

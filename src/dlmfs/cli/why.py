@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dlmfs import control, waitgraph
+from dlmfs.cli import unseen
 from dlmfs.cli.choice import ask, lock_at
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import say, say_json
 from dlmfs.cli.text import age, plain, who
+from dlmfs.errors import Unseen
 from dlmfs.fuse.mountinfo import MountEntry
 from dlmfs.rundir import is_trusted
 
@@ -32,7 +34,12 @@ def run(args: list[str]) -> int:
     parser.add_argument("path", metavar="PATH", help="DOMAIN/LOCK, or /dlm/DOMAIN/LOCK")
     parsed = parser.parse_args(args)
     entry, domain, lock = lock_at(parsed.path)
-    report = look(entry, domain, lock, ask)
+    try:
+        report = look(entry, domain, lock, ask)
+    except Unseen:
+        if not parsed.json:
+            say(*unseen.lock(entry, domain, lock))
+        raise
     if parsed.json:
         say_json(report)
     else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from dlmfs.core.events import Claim, Stage
 from dlmfs.engine.lockspace import Life
@@ -117,6 +117,8 @@ class OpenFiles:
         self.kinship: Callable[[User, kin.Question, Callable[[bool], None]], None] = kin.answer
         self.by_kernel: Callable[[int], bool] = lambda _thread: False
         """Whether an open without any flag, for this thread, is the kernel's own."""
+        self.about: Callable[[], dict[str, Any]] = dict
+        """What the node tells of itself to all that are let in."""
         self.last_fh = 0
         self.over: Callable[[], None] = lambda: None
         """Called when nothing that was granted is good any more: fenced, or the node's life ends."""

@@ -102,6 +102,8 @@ def get(fs: FileSystem, inode: Inode, name: bytes, uid: int) -> bytes | int:
         return CAPABILITIES
     if inode.parent is None and name == PREFIX + b"state":
         return fs.domains.lease_state().encode()
+    if inode.parent is None and name == PREFIX + b"status":
+        return json.dumps(fs.about()).encode()
     return errno.EOPNOTSUPP
 
 

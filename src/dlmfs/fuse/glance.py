@@ -45,8 +45,8 @@ class Glance(NamedTuple):
 
 
 def look(entry: MountEntry, wanted: Facts | None = None) -> Glance:
-    """Look at a dlmfs mount. `wanted`: what more to ask (`glance_child.Wanted`). Never longer than
-    `PATIENCE_S`, and a little."""
+    """Look at a dlmfs mount. `wanted`: what more to ask: `status` and `locks`, if true; `lock`, a
+    domain's name and a lock's (see `glance_child`). Never longer than `PATIENCE_S`, and a little."""
     here = resolve(entry.mountpoint)[1]
     if here is None or here.id != entry.id:
         covered = any(each.id == entry.id for each in mounts())
