@@ -185,12 +185,12 @@ def _dead_values(nodes: int, seed: int) -> tuple[str, ...]:
     return tuple(rng.choice([dead.value for dead in DeadValue]) for _ in range(nodes))
 
 
-UNUSED: Final = 0.25
+UNUSED: Final = 0.2
 """The share of runs in which files go that nobody uses."""
 
 
 def _unused(seed: int) -> tuple[bool, float]:
-    rng = Random(f"unused {seed}")
+    rng = Random(f"housekeeping names {seed}")
     if rng.random() >= UNUSED:
         return False, 0.0
     return rng.choice([(True, 0.0), (True, 0.0), (True, 5.0), (False, 5.0)])
