@@ -17,6 +17,8 @@ from typing import IO
 
 import pytest
 
+from dlmfs import proc
+from dlmfs.fs import kin
 from tests.fs.nodes import PATIENCE_S, Nodes
 
 pytestmark = pytest.mark.fuse
@@ -130,3 +132,16 @@ def test_a_descriptor_of_a_path_alone_passes_no_waiting_writer(nodes: Nodes) -> 
     command = [sys.executable, "-I", "-c", PATH_ONLY, str(where / "dom/x")]
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=True)
     assert int(done.stdout) == errno.ETXTBSY
+
+
+def test_a_file_counts_though_the_kernel_has_dropped_its_name(tmp_path: Path) -> None:
+    """It drops the name of a forgotten file a little later, which may be the successor's by then."""
+    me = os.getpid()
+    with open(tmp_path / "lock", "w") as file:
+        found = proc.open_file(me, file.fileno())
+        assert found is not None
+        device = proc.device_of(proc.mount_table(me), found.mount)
+        assert device is not None
+        (tmp_path / "lock").unlink()
+        assert kin.has_open(me, found.ino, b"/lock", device)
+        assert not kin.has_open(me, found.ino, b"/other", device)

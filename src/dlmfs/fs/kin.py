@@ -68,7 +68,8 @@ def has_open(group: int, ino: int, path: bytes, device: str) -> bool:
     table: bytes | None = None
     for fd in proc.numbers(group, "fd", most=DESCRIPTORS_MAX):
         at = proc.link(group, fd)
-        if at is None or not at.endswith(path):
+        # A name that went by itself is dropped by the kernel a little later: maybe its successor, in use.
+        if at is None or not at.removesuffix(b" (deleted)").endswith(path):
             continue
         found = proc.open_file(group, fd)
         if found is None or found.ino != ino or found.is_path_only:
