@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 import pytest
 
+from dlmfs.config import parse_options
 from dlmfs.engine.forgetting import leave_unused
+from dlmfs.errors import UsageError
 from dlmfs.fs.tree import LockFile
 from dlmfs.fuse import opcodes, wire
 from dlmfs.model import EMPTY_LVB
@@ -285,6 +287,27 @@ def test_names_that_the_clients_use_once_leave_nothing(nodes: Nodes) -> None:
     assert (done.returncode, child.returncode) == (0, 0)
     wait_until(lambda: os.listdir(where / "dom") == ["mine"])
     assert heads(nodes) == [b"h/dom/mine"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30", 30.0), ("0.5", 0.5), ("0", None)])
+def test_forget_takes_seconds(text: str, seconds: float | None) -> None:
+    assert parse_options([f"forget={text}"]).forget_s == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "nan", "a day", "1e9"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="give seconds from 0 to"):
+        parse_options([f"forget={text}"])
+
+
+@pytest.mark.fuse
+def test_with_forget_what_touch_made_goes_too(nodes: Nodes) -> None:
+    where = nodes.mount("a", "forget=0.2")
+    (where / "dom").mkdir()
+    (where / "dom/touched").touch()
+    os.close(os.open(where / "dom/held", os.O_RDWR | os.O_CREAT, 0o644))
+    wait_until(lambda: os.listdir(where / "dom") == [])
+    assert not heads(nodes)
 
 
 @pytest.mark.fuse

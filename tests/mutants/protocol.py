@@ -508,8 +508,8 @@ PROTOCOL: Final = (
     Mutant(
         "hot-name-forgotten",
         "fs/unused.py",
-        "used = uses != look.uses or",
-        "used = False or",
+        "lock.res.in_use, uses != look.uses",
+        "lock.res.in_use, False",
         (f"{UNUSED}::test_a_name_that_is_used_again_and_again_stays_cached",),
         "a lock that is used in a loop is left and taken anew each second",
     ),

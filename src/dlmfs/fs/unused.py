@@ -39,7 +39,7 @@ LEAVES_MAX: Final = 32
 PACE_S: Final = 0.01
 """Between two pieces."""
 STEP_MAX_S: Final = 60.0
-"""Looks at a file that stays become rarer, up to this or its time."""
+"""Looks at a file that is in use, or stays, become rarer, up to this or its time."""
 SLACK_S: Final = 0.001
 
 
@@ -136,11 +136,11 @@ class Unused:
             return False
         lock = self._lock(file)
         uses = 0 if lock is None else lock.res.grants
-        used = uses != look.uses or (lock is not None and lock.res.in_use)
-        since = now if used else look.idle_since
-        step = min(2 * look.step_s, max(limit, STEP_MAX_S))
+        in_use, used = lock is not None and lock.res.in_use, uses != look.uses
+        since = now if in_use or used else look.idle_since
+        step = limit if used and not in_use else min(2 * look.step_s, max(limit, STEP_MAX_S))
         # The next look is due whatever becomes of an attempt now.
-        self._push(Look(now + max(look.step_s, since + limit - now), 0, file, uses, since, step))
+        self._push(Look(max(now + step, since + limit), 0, file, uses, since, step))
         return now >= since + limit - SLACK_S and self._remove(file, lock)
 
     # -- removing -------------------------------------------------------------------------------
