@@ -123,8 +123,9 @@ SCOPES: Final[tuple[Scope, ...]] = (
         "unlink, death", (("ex put close unlink",), ("pr get close unlink",)), deaths=1, quick=True
     ),
     Scope("unlink, lost answer", (("ex close unlink",), ("pr close unlink",)), losses=1),
-    Scope("unused", (("ex close idle", "ex close"), ("pr close idle",)), quick=True),
-    Scope("unused, tried", (("ex close idle", "try-ex close"), ("ex close idle",)), quick=True),
+    Scope("unused", (("ex close idle", "ex close"), ("pr close",)), before=CACHED, quick=True),
+    Scope("unused by two", (("ex close idle", "ex close"), ("pr close idle",))),
+    Scope("unused, tried", (("ex close idle", "try-ex close"), ("ex close idle",))),
     Scope("unused, a value", (("ex put close idle",), ("ex close idle", "pr get close"))),
     Scope("unused, death", (("ex close idle",), ("pr close idle", "ex close")), deaths=1),
     Scope("unused, lost answer", (("ex close idle", "pr close"), ("ex close idle",)), losses=1),
