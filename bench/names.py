@@ -40,7 +40,9 @@ def do(step: logic.Step) -> object:
     """A step of taking a lock, as `dlmfs lock` does it."""
     match step:
         case logic.Open(path, flags):
-            return os.open(path, flags, logic.MODE)
+            return os.open(path, flags)
+        case logic.MakeLock(path):
+            os.mknod(path, logic.MODE)
         case logic.MakeDomain(path):
             os.mkdir(path)
         case logic.Device(fd):
