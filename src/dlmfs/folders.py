@@ -4,7 +4,8 @@ Rules of this file
 ------------------
 * Who may write a folder may put anything in the place of what lies in it, between any look and any
   use. So a path is walked by descriptors, and each part is looked at through its own, once it is open.
-* A part is trusted if it belongs to root or to this process's user and nobody else can write it.
+* A part is trusted if it belongs to root or to this process's user and nobody else can write it. A
+  user's private group is nobody else: many systems give him umask 002 for it.
   Folders that everybody may write, with the sticky bit (/tmp), may be on the way: what lies there is
   moved by its owner alone, who is looked at next. Links are parts like any other.
 * Nothing on a trusted path can be changed by anybody else afterwards, so it may be used by its name.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import os
+import pwd
 import random
 import secrets
 import stat
@@ -146,11 +149,31 @@ def _check(fd: int, path: str, *, sticky: bool, among_others: bool = False) -> N
         )
     if is_link or not info.st_mode & 0o022:
         return
+    if not info.st_mode & 0o002 and info.st_uid == os.geteuid() and _is_private(fd, info.st_gid):
+        return
     if not (sticky and info.st_mode & stat.S_ISVTX):
         raise BadState(
             f"others can write {path} and change what lies there: chmod go-w {path}, or name a place "
             "below folders that only root and you can write"
         )
+
+
+def _is_private(fd: int, gid: int) -> bool:
+    """Whether what a folder's group may do only this user may: his private group, as pam_umask(8) knows
+    one, without members, and no access control list that has others in it."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    if user.pw_uid == 0 or user.pw_gid != gid or user.pw_name != group.gr_name:
+        return False
+    if set(group.gr_mem) - {user.pw_name}:
+        return False
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", "system.posix_acl_access")
+    except OSError as error:
+        return error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
+    return False
 
 
 OVERFLOW_UID: Final = 65534
@@ -210,6 +233,14 @@ def make_path(paths: list[str], mode: int, *, shared: bool = False) -> int:
         finally:
             os.close(above)
     return fd
+
+
+def make_missing(path: str, mode: int) -> int:
+    """The same for a folder and what is missing above it; its descriptor. Raises BadState, OSError."""
+    missing = [path]
+    while not os.path.isdir(os.path.dirname(missing[0])):
+        missing.insert(0, os.path.dirname(missing[0]))
+    return make_path(missing, mode)
 
 
 def set_mode(folder: int, name: str, mode: int) -> None:

@@ -24,6 +24,7 @@ from dlmfs import (
     __version__,
     beginning,
     facts,
+    home,
     identity,
     lately,
     privileges,
@@ -177,6 +178,9 @@ class Node:
 
     async def _open_store(self, undo: contextlib.AsyncExitStack) -> None:
         source, options = self.config.source, self.config.options
+        lost = home.lost_at_logout(os.getuid())
+        if lost is not None:
+            log.warning("%s: %s", *lost)
         if isinstance(source, EtcdSource):
             etcd = _etcd_store(source, options, self.loop)
             undo.push_async_callback(etcd.disconnect)

@@ -1,6 +1,7 @@
 """Where a daemon puts what programs must find without asking it: its socket, its deadline.
 
-The place follows from the mount table alone: the user that mounted it, and the device number. Where
+The place follows from the mount table alone: the user that mounted it, and the device number. A user's
+is in his home (`home`), where that is fit, else in /dev/shm. Where
 that cannot be written, or is to be shared with a container, `run=` names another for the daemon and
 $DLMFS_RUN for programs.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
-from dlmfs import folders
+from dlmfs import folders, home
 from dlmfs.errors import BadState, MountFailed
 from dlmfs.fuse.mountinfo import MountEntry
 
@@ -40,12 +42,13 @@ def places(uid: int) -> tuple[str, ...]:
     """Where daemons of this user have theirs, or would, the best first. /run may be read-only, or another
     user's where root is not the machine's root (containers)."""
     path, chosen = _user_folder(uid), named()
-    own = folders.owned(path, uid) or [path]
-    return (
-        *([f"{chosen.rstrip('/')}/{folders.CONTROL}"] if chosen is not None else []),
-        *([ROOT] if uid == 0 else []),
-        *(f"{each}/{folders.CONTROL}" for each in own),
+    first = os.path.dirname(ROOT) if uid == 0 else home.path_of(uid)
+    every = (
+        *([chosen.rstrip("/")] if chosen is not None else []),
+        *([first] if first is not None else []),
+        *(folders.owned(path, uid) or [path]),
     )
+    return tuple(f"{each}/{folders.CONTROL}" for each in every)
 
 
 ENVIRONMENT: Final = "DLMFS_RUN"
@@ -78,8 +81,7 @@ def put(make: Callable[[str], T], what: str, chosen: str | None) -> T:
     """What `make` makes in the first folder of ours where that can be done: a file system may be
     read-only, or full. `chosen`: the only one (`run=`). Raises MountFailed, with what to do."""
     uid, refused = os.getuid(), []
-    default = (*([os.path.dirname(ROOT)] if uid == 0 else []), _user_folder(uid))
-    for path in (chosen,) if chosen is not None else default:
+    for path in (chosen,) if chosen is not None else _default(uid):
         try:
             return make(make_folder(path, uid, settle=chosen is None))
         except BadState as error:
@@ -93,10 +95,21 @@ def put(make: Callable[[str], T], what: str, chosen: str | None) -> T:
     )
 
 
+def _default(uid: int) -> tuple[str, ...]:
+    """Where a daemon of this process's user has its own, the best first."""
+    if uid == 0:
+        return os.path.dirname(ROOT), _user_folder(uid)
+    at_home = home.of_this_boot(uid)
+    return (*([at_home.folder] if at_home.why is None else []), _user_folder(uid))
+
+
 def make_folder(path: str, uid: int, *, settle: bool) -> str:
     """The folder `path` of this user alone, and in it the one for sockets and deadlines. `settle`: it
     lies where everybody may make folders. Raises BadState, OSError."""
     mode = 0o755 if uid == 0 else 0o700
+    if home.is_of_this_boot(Path(path)):
+        home.make(path)
+        settle = False
     if settle:
         return f"{folders.settle(path, mode)}/{folders.CONTROL}"
     found = folders.walk(path)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs import fstype
 from dlmfs.cli.checks import host
 from dlmfs.cli.checks.finding import Finding
 from dlmfs.cli.checks.mounted import latency
 from dlmfs.fuse import mount as fuse_mount
-from dlmfs.store import statefile
 from tests.cli.programs import Opener, until
 from tests.etcd.server import state_of
 from tests.fs.conftest import nodes as _nodes
@@ -305,13 +305,13 @@ def test_state_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nfs4", False, "fail"),
         ("nfs4", True, "fail"),
     ):
-        monkeypatch.setattr(statefile, "fs_type", on(kind))
+        monkeypatch.setattr(fstype, "fs_type", on(kind))
         place = tmp_path / "mine"
         place.mkdir(mode=0o700, exist_ok=True)
         found = host.state_folder(place / "x.db", default=default)
         assert found.level == level, (kind, default, found)
         assert bool(found.mend) == (level != "ok")
-    monkeypatch.setattr(statefile, "fs_type", on("tmpfs"))
+    monkeypatch.setattr(fstype, "fs_type", on("tmpfs"))
     assert host.state_folder(tmp_path / "new" / "x.db", default=True).level == "ok"
     assert not (tmp_path / "new").exists(), "the doctor made it"
     place.chmod(0o777)

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlmfs import proc
+from dlmfs import fstype, proc
 from dlmfs.fs import kin
 from dlmfs.fuse import mountinfo
-from dlmfs.store import statefile
 
 SOURCE = Path(proc.__file__).parent
 
@@ -73,7 +72,7 @@ def test_a_mount_point_that_is_no_utf8_is_read_past(played: Played) -> None:
     played.opened(3)
     played.write("mountinfo", b"30 1 0:98 / /media/M\374ller\r rw - vfat /dev/sdb rw\n" + MOUNT)
     assert played.is_kin()
-    assert statefile.fs_type(Path("/mnt")) == "fuse.dlmfs"
+    assert fstype.fs_type(Path("/mnt")) == "fuse.dlmfs"
     assert [entry.mountpoint for entry in mountinfo.mounts()] == ["/media/M\udcfcller\r", "/mnt"]
 
 
@@ -165,7 +164,7 @@ def test_no_bytes_raise_anything(
             proc.children(PID, PID)
             proc.open_file(PID, 3)
             mountinfo.mounts()
-            statefile.fs_type(Path("/mnt"))
+            fstype.fs_type(Path("/mnt"))
     finally:
         played.write(name, before)
 

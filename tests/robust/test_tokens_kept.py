@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dlmfs.store import schema, statefile
+from dlmfs import fstype
+from dlmfs.store import schema
 from tests.fs.nodes import DLMFS, PATIENCE_S
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root, pytest.mark.timeout(120)]
@@ -40,7 +41,7 @@ $DLMFS umount m
 
 def test_a_state_that_was_lost_goes_on_above_what_was_given(tmp_path: Path) -> None:
     """A day behind it would take a day until a resource that checks tokens lets anybody in."""
-    if statefile.fs_type(tmp_path) in statefile.VOLATILE:
+    if fstype.fs_type(tmp_path) in fstype.VOLATILE:
         pytest.skip("the tests' folder is in memory, where no mark is kept")
     done = subprocess.run(
         [*UNSHARE, "sh", "-c", SCRIPT],

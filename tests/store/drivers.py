@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
+from dlmfs import fstype
 from dlmfs.errors import DlmfsError, OutcomeUnknown
 from dlmfs.sim.loop import SimLoop
-from dlmfs.store import statefile
 from dlmfs.store.base import Session, Store, Txn, TxnResult
 from dlmfs.store.etcd.rpc import Access
 from dlmfs.store.etcd.store import EtcdStore
@@ -66,7 +66,7 @@ class SqliteDriver:
         if self.kind is None:
             store = SqliteStore(self.path, self.loop)
         else:
-            with mock.patch.object(statefile, "fs_type", return_value=self.kind):
+            with mock.patch.object(fstype, "fs_type", return_value=self.kind):
                 store = SqliteStore(self.path, self.loop)
         self.stores.append(store)
         return store

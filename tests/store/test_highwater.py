@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from dlmfs import fstype
 from dlmfs.store import highwater, schema, statefile
 from dlmfs.store.base import Put, Txn
 from dlmfs.store.highwater import AHEAD, HighWater
@@ -25,7 +26,7 @@ class Marked(SqliteDriver):
 
     def open(self) -> SqliteStore:
         mark = HighWater(self.path.parent / "var/lib/dlmfs")
-        with mock.patch.object(statefile, "fs_type", return_value=self.kind):
+        with mock.patch.object(fstype, "fs_type", return_value=self.kind):
             store = SqliteStore(self.path, self.loop, highwater=mark)
         self.stores.append(store)
         return store
@@ -133,7 +134,7 @@ def test_the_mark_is_raised_in_time_and_never_in_the_event_loop(
 
 def test_nobody_lowers_the_mark(tmp_path: Path) -> None:
     first, second = (HighWater(tmp_path / "mark") for _ in range(2))
-    with mock.patch.object(statefile, "fs_type", return_value="ext4"):
+    with mock.patch.object(fstype, "fs_type", return_value="ext4"):
         assert first.read() == 0
         second.read()
         first.keep_above(1_000_000)
@@ -187,7 +188,7 @@ def test_where_no_mark_can_be_kept_it_says_so(
     lasting = statefile.lasting
 
     def on_another(path: Path) -> statefile.Place:
-        monkeypatch.setattr(statefile, "fs_type", lambda _folder: kind)
+        monkeypatch.setattr(fstype, "fs_type", lambda _folder: kind)
         return lasting(path)
 
     monkeypatch.setattr(statefile, "lasting", on_another)

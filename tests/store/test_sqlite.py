@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs import fstype
 from dlmfs.errors import BadState, Bug, LockLost, StoreFull, Unavailable, UsageError
 from dlmfs.store import schema, sqlite, statefile
 from dlmfs.store.base import (
@@ -255,7 +256,7 @@ def test_places_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     open_to_all.chmod(0o777)
     with pytest.raises(BadState, match="only this user"):
         statefile.prepare(open_to_all / "x.db", default=True)
-    monkeypatch.setattr(statefile, "fs_type", lambda _folder: "nfs4")
+    monkeypatch.setattr(fstype, "fs_type", lambda _folder: "nfs4")
     with pytest.raises(BadState, match="nfs4"):
         statefile.prepare(tmp_path / "x.db", default=False)
 

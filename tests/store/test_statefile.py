@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dlmfs import fstype
 from dlmfs.errors import BadState, DlmfsError, NotPermitted, StoreFull, UsageError
 from dlmfs.store import schema, statefile
 from dlmfs.store.base import Get, KeyValue, Put, Range, Txn
@@ -140,17 +141,17 @@ def test_the_default_path_depends_on_the_user_alone(monkeypatch: pytest.MonkeyPa
 def test_network_file_systems_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(statefile, "fs_type", lambda _folder: kind)
+    monkeypatch.setattr(fstype, "fs_type", lambda _folder: kind)
     with pytest.raises(BadState, match=kind):
         statefile.prepare(tmp_path / "x.db", default=False)
     assert os.listdir(tmp_path) == []
 
 
 def test_the_file_system_is_found_by_its_mount_point(tmp_path: Path) -> None:
-    assert statefile.fs_type(Path("/proc/self")) == "proc"
-    assert statefile.fs_type(tmp_path / "missing") == statefile.fs_type(tmp_path)
+    assert fstype.fs_type(Path("/proc/self")) == "proc"
+    assert fstype.fs_type(tmp_path / "missing") == fstype.fs_type(tmp_path)
     (tmp_path / "link").symlink_to("/proc")
-    assert statefile.fs_type(tmp_path / "link") == "proc"
+    assert fstype.fs_type(tmp_path / "link") == "proc"
 
 
 def test_places_that_are_no_folder_or_no_file(tmp_path: Path) -> None:

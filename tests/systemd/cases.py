@@ -122,7 +122,7 @@ def holder(path: str) -> Iterator[subprocess.Popen[bytes]]:
 def a_late_etcd_at_boot() -> None:
     """More than five attempts, systemd's usual limit, and all comes up when the store does."""
     until("many attempts", lambda: int(shown(LOCKS, "NRestarts")) > 5)
-    until_status(LOCKS, "127.0.0.1:2379 did not answer")
+    until_status(LOCKS, "etcd at 127.0.0.1:2379")
     assert not is_up(LOCKS)
     assert not works()
     systemctl("start", "etcd")
@@ -242,7 +242,7 @@ def comes_and_goes(where: str) -> None:
     restart mends it."""
     unit = f"{where.strip('/').replace('/', '-')}.mount"
     run("dlmfs", "lock", f"{where}/d/x", "--", "true")
-    assert is_up(unit)
+    until("systemd knows", lambda: is_up(unit))
     assert "holder=file" in run("dlmfs", "status", where)
     daemon = daemon_of(where)
     with holder(f"{where}/d/x"):
@@ -284,13 +284,103 @@ def an_automount() -> None:
         return
     systemctl("start", "mnt-auto.automount")
     run("dlmfs", "lock", "/mnt/auto/d/x", "--", "true")
-    assert is_up("mnt-auto.mount")
+    until("systemd knows", lambda: is_up("mnt-auto.mount"))
     os.kill(daemon_of("/mnt/auto"), signal.SIGKILL)
     until("the mount is dead", lambda: is_dead("/mnt/auto"))
     systemctl("restart", "mnt-auto.mount")
     run("dlmfs", "lock", "/mnt/auto/d/x", "--", "true")
     systemctl("stop", "mnt-auto.automount")
     until("it is gone", lambda: not is_mounted("/mnt/auto"))
+
+
+# -- what a user has outlives his sessions ---------------------------------------------------------------
+
+BOB = Path("/home/bob")
+BUSY = 1
+
+
+def as_bob(script: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """In a session of his own."""
+    done = subprocess.run(
+        ["su", "-", "bob", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, f"{script}: {done}"
+    return done
+
+
+def is_busy(where: str = "m", via: str = "") -> bool:
+    """Whether his lock is taken, as he sees it."""
+    done = as_bob(f"{via} dlmfs lock -n {BOB}/{where}/d/x -- true", check=False)
+    assert done.returncode in (0, BUSY), done
+    return done.returncode == BUSY
+
+
+def log_out() -> None:
+    """A session of his comes and goes, and with it what he has in /dev/shm."""
+    shm = Path("/dev/shm/of-bob")
+    until("logind knows no session of his", lambda: "bob" not in run("loginctl", "list-users"))
+    as_bob(f"touch {shm}; loginctl --no-pager list-sessions | grep bob")
+    until("his last session is over", lambda: not shm.exists())
+
+
+@case
+def a_users_mount_outlives_his_sessions() -> None:
+    """Two programs of his outside of any session: the daemon, and one that holds a lock."""
+    old = BOB / ".local/state/dlmfs/boot-0123456789abcdef"
+    as_bob(f"mkdir -p m n c {old}; touch {old}/default.db")
+    words = ["--quiet", "--uid=bob", "--property=Type=forking"]
+    run("systemd-run", *words, "dlmfs", "mount", "local", f"{BOB}/m", "-o", "holder=file")
+    assert not old.exists(), "a state of before a reboot"
+    lock = ["dlmfs", "lock", f"{BOB}/m/d/x", "--", "sleep", "infinity"]
+    run("systemd-run", "--quiet", "--uid=bob", "--unit=holds", *lock)
+    until("it is held", is_busy)
+    log_out()
+    log_out()
+    assert is_up("holds")
+    assert is_busy()
+    assert "HEALTHY" in as_bob("dlmfs status ~/m").stdout
+    assert "HEALTHY" in run("dlmfs", "status", f"{BOB}/m")
+    assert "of this user" not in as_bob("dlmfs doctor", check=False).stdout
+
+
+@case
+def login_cron_and_lingering_services_meet() -> None:
+    as_bob("dlmfs mount local ~/n -o holder=file")
+    assert is_busy("n")
+    log = Path("/tmp/cron")
+    script = f"mount local {BOB}/c -o holder=file; echo $? >{log}.mount"
+    script += f"; /usr/local/bin/dlmfs lock -n {BOB}/c/d/x -- true; echo $? >{log}.lock"
+    crontab = Path("/etc/cron.d/bob")
+    crontab.write_text(f"* * * * * bob test -e {log}.mount || /usr/local/bin/dlmfs {script}\n")
+    run("loginctl", "enable-linger", "bob")
+    via = "XDG_RUNTIME_DIR=/run/user/1000 systemd-run --user --wait --quiet --collect"
+    until("a lingering service meets them", lambda: is_busy("n", via))
+    until("cron has run", Path(f"{log}.lock").exists, 2 * PATIENCE_S)
+    until("it has ended", lambda: Path(f"{log}.lock").read_text() != "")
+    assert Path(f"{log}.mount").read_text() == "0\n"
+    assert Path(f"{log}.lock").read_text() == f"{BUSY}\n"
+    crontab.unlink()
+    systemctl("stop", "holds")
+    until("it is free", lambda: not is_busy("n"))
+    for where in ("m", "n", "c"):
+        as_bob(f"dlmfs umount ~/{where}")
+    run("loginctl", "disable-linger", "bob")
+
+
+@case
+def who_has_no_home_is_told() -> None:
+    run("su", "-s", "/bin/sh", "carol", "-c", "mkdir -p /tmp/carol")
+    words = ["su", "-s", "/bin/sh", "carol", "-c", "dlmfs mount local /tmp/carol -o holder=file"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert "loginctl enable-linger" in done.stderr, done.stderr
+    assert "/nonexistent is not there" in done.stderr, done.stderr
+    told = run("su", "-s", "/bin/sh", "carol", "-c", "dlmfs doctor", check=False)
+    assert "loginctl enable-linger" in told
+    run("su", "-s", "/bin/sh", "carol", "-c", "dlmfs umount /tmp/carol")
 
 
 # -- all of them -----------------------------------------------------------------------------------------

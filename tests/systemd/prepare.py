@@ -14,7 +14,7 @@ FILES = {
     "etc/dlmfs/locks.conf": """\
 SOURCE=etcd://127.0.0.1:2379/prod
 MOUNTPOINT=/mnt/locks
-OPTIONS=holder=file,ttl=5
+OPTIONS=holder=file,ttl=5,retry=2
 """,
     "etc/dlmfs/one-node-reports.conf": "PROGRAM=/bin/sleep infinity\n",
     # A watchdog that has to be fed often during what the cases do, and that bites within a case.
@@ -56,6 +56,8 @@ def main(root: Path, units: Path) -> None:
         fstab.write("local:fstab /mnt/fstab fuse.dlmfs holder=file,nofail 0 0\n")
     for place in ("fstab", "unit", "auto"):
         (root / "mnt" / place).mkdir()
+    for words in (["-m", "bob"], ["-M", "-d", "/nonexistent", "carol"]):
+        subprocess.run(["chroot", root, "useradd", "-s", "/bin/bash", *words], check=True)
     wants = here / "multi-user.target.wants"
     wants.mkdir(exist_ok=True)
     (wants / "cases.service").symlink_to("../cases.service")

@@ -21,12 +21,18 @@ prctl: Final = ctypes.CDLL(None).prctl
 
 
 def run_in_background(
-    serve: Callable[[Callable[[], None]], int], mountpoint: str, *, keeps_stderr: bool = False
+    serve: Callable[[Callable[[], None]], int],
+    mountpoint: str,
+    *,
+    keeps_stderr: bool = False,
+    automount: bool = False,
 ) -> int:
     """Fork; the child calls `serve(ready)`. Returns when it is ready and the mount answers. Until then
     the child ends with this process, as by SIGINT: nobody is to meet a mount that he gave up.
 
-    `keeps_stderr`: the daemon goes on to write there.
+    `keeps_stderr`: the daemon goes on to write there. `automount`: a trigger is at the mount point. It
+    lets the process group of whom it asked to mount pass, and has all others wait for the mount: so the
+    daemon leaves that group when it is mounted.
 
     Raises the DlmfsError that the child met before that, or MountFailed if it died silently.
     """
@@ -37,7 +43,8 @@ def run_in_background(
     child = os.fork()
     if child == 0:
         os.close(reading)
-        os._exit(_child(serve, writing, parent, (0, 1) if keeps_stderr else (0, 1, 2)))
+        closed = (0, 1) if keeps_stderr else (0, 1, 2)
+        os._exit(_child(serve, writing, parent, closed, automount=automount))
     os.close(writing)
     try:
         with open(reading, "rb") as pipe:
@@ -70,9 +77,13 @@ def _child(
     writing: int,
     parent: int,
     closed: tuple[int, ...],
+    *,
+    automount: bool,
 ) -> int:
     def ready() -> None:
         prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+        if automount:
+            os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in closed:
             os.dup2(null, fd)
@@ -82,7 +93,8 @@ def _child(
 
     try:
         _end_with(parent)
-        os.setsid()
+        if not automount:
+            os.setsid()
         os.chdir("/")
         return serve(ready)
     except DlmfsError as error:

@@ -32,6 +32,7 @@ from dlmfs.config import (
 from dlmfs.control import ask, daemon_pid
 from dlmfs.errors import DlmfsError, MountFailed, NotPermitted, UsageError
 from dlmfs.fuse import mount as fuse_mount
+from dlmfs.fuse import mountinfo
 from dlmfs.fuse.glance import is_dead
 from dlmfs.modes import Modes
 from dlmfs.notify import Manager
@@ -135,8 +136,12 @@ def _mount(parsed: argparse.Namespace, manager: Manager | None) -> int:
 
     if foreground:
         return serve(config, lambda: _tell_default(words), manager)
+    below = mountinfo.resolve(mountpoint)[1]
     code = run_in_background(
-        lambda ready: serve(config, ready), mountpoint, keeps_stderr=to == "stderr"
+        lambda ready: serve(config, ready),
+        mountpoint,
+        keeps_stderr=to == "stderr",
+        automount=below is not None and below.fstype == "autofs",
     )
     _tell_default(words)
     return code

@@ -6,6 +6,7 @@ placed on a dlmfs mount before it is used, and the open file is checked to be on
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Final, NamedTuple
 
@@ -59,8 +60,8 @@ def find_mount(where: AnyPath | None = None) -> MountEntry:
     Raises UsageError where the answer is not one mount, Unavailable where nothing is mounted."""
     named = os.fsdecode(where) if where is not None else os.environ.get(ENVIRONMENT, "")
     if named:
-        entry = mountinfo.find(named)
-        if entry is None:
+        entry = _resolved(named)[1]
+        if entry is None or not entry.is_dlmfs:
             raise UsageError(f"{named} is not on a dlmfs mount: `dlmfs status` lists them")
         return entry
     # A mount covered by another one at the same place cannot be reached: the later one counts.
@@ -75,6 +76,16 @@ def find_mount(where: AnyPath | None = None) -> MountEntry:
             f"${ENVIRONMENT} (`dlmfs status` lists them)"
         )
     return next(iter(entries.values()))
+
+
+def _resolved(path: str) -> tuple[str, MountEntry | None]:
+    """As `mountinfo.resolve`; an automount that nobody has used yet is used."""
+    real, entry = mountinfo.resolve(path)
+    if entry is None or entry.fstype != "autofs":
+        return real, entry
+    with contextlib.suppress(OSError):
+        os.close(os.open(entry.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    return mountinfo.resolve(path)
 
 
 def near_by(path: str) -> MountEntry | None:
@@ -98,7 +109,7 @@ def place(path: AnyPath, mount: AnyPath | None = None, *, near: bool = False) ->
     if "\0" in text:
         raise UsageError("a path cannot contain a NUL character")
     if os.path.isabs(text) or (near and near_by(text) is not None):
-        real, entry = mountinfo.resolve(text)
+        real, entry = _resolved(text)
         if entry is None or not entry.is_dlmfs:
             raise UsageError(f"{text} is not on a dlmfs mount: `dlmfs status` lists them")
         below = os.path.relpath(real, entry.mountpoint)

@@ -19,12 +19,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pwd
 import sqlite3
 from pathlib import Path
 from typing import Final
 
-from dlmfs import folders
+from dlmfs import folders, home
 from dlmfs.errors import DlmfsError
 from dlmfs.store import statefile
 
@@ -52,11 +51,8 @@ def of_user() -> HighWater:
     differs between a login shell and cron."""
     if os.geteuid() == 0:
         return HighWater(Path(ROOT))
-    try:
-        home = pwd.getpwuid(os.geteuid()).pw_dir
-    except KeyError:
-        return HighWater(None)
-    return HighWater(Path(home, ".local/state/dlmfs"))
+    folder = home.folder_of(os.geteuid())
+    return HighWater(None if folder is None else Path(folder))
 
 
 class HighWater:
@@ -119,8 +115,5 @@ class HighWater:
 
 def _place(folder: Path) -> statefile.Place:
     """Make the folder, and what is missing above it. Raises OSError, DlmfsError."""
-    missing = [folder]
-    while not missing[-1].parent.is_dir():
-        missing.append(missing[-1].parent)
-    os.close(folders.make_path([str(path) for path in reversed(missing)], 0o700))
+    os.close(folders.make_missing(str(folder), 0o700))
     return statefile.lasting(folder / "tokens.db")

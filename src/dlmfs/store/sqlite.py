@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from dlmfs import proc
+from dlmfs import fstype, home, proc
 from dlmfs.errors import (
     BadState,
     DlmfsError,
@@ -78,7 +78,8 @@ class SqliteStore:
         self.path, self.kind, self.folder = place
         self.highwater = highwater or HighWater(None)
         self._mark_at = 0.0
-        self.volatile = self.kind in statefile.VOLATILE
+        self.volatile = self.kind in fstype.VOLATILE or home.is_of_this_boot(self.path.parent)
+        """It need not outlive a power failure: commits do not wait for the medium."""
         self.dead: str | None = None
         self._lost: Callable[[DlmfsError], None] | None = None
         self.renewed: Callable[[Session], None] = lambda _session: None

@@ -1,7 +1,8 @@
 """Where the embedded engine keeps its state, and whether a place is fit for it.
 
 The default place depends on the user alone, never on the environment: a login shell and a cron
-job of one user must meet in one lock space (XDG_RUNTIME_DIR differs between them).
+job of one user must meet in one lock space (XDG_RUNTIME_DIR differs between them). Nor is it where
+the end of a session takes it away (`home`).
 """
 
 from __future__ import annotations
@@ -13,38 +14,12 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dlmfs import folders, proc
+from dlmfs import folders, fstype, home
 from dlmfs.errors import BadState, NotPermitted, UsageError
 
 log = logging.getLogger("dlmfs.store")
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-
-NETWORK: Final = frozenset(
-    "nfs nfs4 cifs smb3 smbfs 9p ceph glusterfs lustre afs ocfs2 gfs2 gpfs beegfs orangefs pvfs2"
-    " ncpfs coda virtiofs".split()
-)
-"""File systems whose locks and shared memory do not reach across, or not as SQLite needs them."""
-
-
-VOLATILE: Final = ("tmpfs", "ramfs")
-
-
-def fs_type(folder: Path) -> str:
-    """The type of the file system that holds `folder`, by the longest mount point above it."""
-    where = os.path.realpath(folder)
-    best, found = -1, "unknown"
-    for line in proc.own_mounts().split(b"\n"):
-        left, dash, right = line.partition(b" - ")
-        words = left.split(b" ")
-        if not dash or len(words) < 6:
-            continue
-        raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 0xFF]), words[4])
-        point = os.fsdecode(raw)
-        inside = where == point or where.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= best:
-            best, found = len(point), right.split(b" ")[0].decode("ascii", "replace")
-    return found
 
 
 def default_path(name: str) -> Path:
@@ -59,10 +34,13 @@ def default_path(name: str) -> Path:
         )
     uid = os.getuid()
     if uid == 0:
-        base = next((p for p in ("/run", "/dev/shm") if fs_type(Path(p)) == "tmpfs"), "/run")
+        base = next((p for p in ("/run", "/dev/shm") if fstype.fs_type(Path(p)) == "tmpfs"), "/run")
         folder = f"{base}/dlmfs"
     else:
-        base = "/dev/shm" if fs_type(Path("/dev/shm")) == "tmpfs" else "/tmp"
+        at_home = home.of_this_boot(uid)
+        if at_home.why is None:
+            return Path(at_home.folder, name + ".db")
+        base = "/dev/shm" if fstype.fs_type(Path("/dev/shm")) == "tmpfs" else "/tmp"
         folder = f"{base}/dlmfs-{uid}"
     return Path((folders.owned(folder, uid) or [folder])[0], name + ".db")
 
@@ -83,10 +61,10 @@ def prepare(path: Path, *, default: bool) -> Place:
     Raises UsageError, NotPermitted or BadState with what is wrong and what to do.
     """
     if default:
-        path = _settle(path.parent) / path.name
+        path = _made(path.parent) / path.name
     fd, where, name = _go(path)
     try:
-        place = Place(Path(where, name), fs_type(Path(where)), fd)
+        place = Place(Path(where, name), fstype.fs_type(Path(where)), fd)
         _check(place)
     except BaseException:
         os.close(fd)
@@ -113,7 +91,7 @@ def _go(path: Path) -> folders.Found:
 def lasting(path: Path) -> Place:
     """The same for a file that must still be there after a reboot."""
     place = prepare(path, default=False)
-    if place.kind in VOLATILE:
+    if place.kind in fstype.VOLATILE:
         os.close(place.folder)
         raise BadState(f"{place.path.parent} is in memory ({place.kind}): a reboot empties it")
     return place
@@ -123,7 +101,7 @@ def _check(place: Place) -> None:
     path, folder = place.path, place.path.parent
     if not path.name or os.path.isdir(path):
         raise UsageError(f"{path} is a folder: name a file in it, such as {path}/state.db")
-    if place.kind in NETWORK or place.kind.startswith("fuse."):
+    if fstype.is_remote(place.kind):
         raise BadState(
             f"{folder} is on a network or FUSE file system ({place.kind}), where the embedded engine "
             "is not safe: choose a local folder, or the etcd engine for several machines"
@@ -161,8 +139,11 @@ def secure(place: Place) -> None:
             log.debug("%s: %s", place.path, error)
 
 
-def _settle(folder: Path) -> Path:
-    """Make the default folder, or one beside it if somebody else has made it first."""
+def _made(folder: Path) -> Path:
+    """Make the default folder; among other people's one beside it if somebody has made it first."""
+    if home.is_of_this_boot(folder):
+        home.make(str(folder))
+        return folder
     stem = folder.name.partition(".")[0]
     try:
         return Path(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from dlmfs import folders, proc
+from dlmfs import folders, fstype, home, proc
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.control import control_folders
 from dlmfs.errors import DlmfsError
@@ -37,6 +37,7 @@ def check(*, etcd: bool) -> Iterator[Finding]:
     yield from _right_to_mount()
     yield _request_timeout()
     yield _control_folder()
+    yield from _sessions()
     yield from _dead_sockets()
     yield _clock()
     yield _suspended(etcd=etcd)
@@ -202,16 +203,28 @@ def _dead_sockets() -> Iterator[Finding]:
         yield warn("control", f"{len(dead)} files of dead daemons", f"rm {' '.join(dead)}")
 
 
+def _sessions() -> Iterator[Finding]:
+    """Whether what a user's daemons keep outlives his sessions."""
+    lost = home.lost_at_logout(os.getuid())
+    if lost is not None:
+        yield warn("sessions", *lost)
+
+
 def state_folder(path: Path, *, default: bool) -> Finding:
     """Whether the embedded engine can keep its state there. Makes nothing."""
     about, folder = "state", path.parent
+    if default and home.is_of_this_boot(folder):
+        return ok(
+            about,
+            f"{folder}: outlives the user's sessions, and is not waited for; empty after a reboot",
+        )
     if default and not folders.owned(str(folder), os.getuid()):
         parent = folder.parent
         if not os.access(parent, os.W_OK | os.X_OK):
             return fail(
                 about, f"{folder} cannot be made: {parent} is not writable", "mount as root once"
             )
-        kind = statefile.fs_type(parent)
+        kind = fstype.fs_type(parent)
     else:
         try:
             place = statefile.prepare(path, default=default)
@@ -220,7 +233,7 @@ def state_folder(path: Path, *, default: bool) -> Finding:
             return fail(about, what, mend)
         os.close(place.folder)
         kind = place.kind
-    if kind in statefile.VOLATILE:
+    if kind in fstype.VOLATILE:
         return ok(about, f"{folder} is in memory ({kind}): fast, and empty after a reboot")
     if not default:
         return ok(
