@@ -156,8 +156,8 @@ set -e
 mkdir -p {home}
 {prepare}
 mkdir -p {home}/a {home}/b
-$dlmfs mount local:{home}/state.db {home}/a -o node=a
-$dlmfs mount local:{home}/state.db {home}/b -o node=b
+$dlmfs mount local:{home}/state.db {home}/a -o node=a,holder=node
+$dlmfs mount local:{home}/state.db {home}/b -o node=b,holder=node
 mkdir {home}/a/dom {home}/b/dom
 echo value >{home}/a/dom/x
 touch {home}/b/dom/x

@@ -155,7 +155,7 @@ def test_a_container_that_gives_less(nodes: Nodes, given: str) -> None:
     nodes.mounts.append(where)
     less = ["setpriv", "--inh-caps=-all", f"--bounding-set=-all,{given}"]
     done = subprocess.run(
-        [*less, *DLMFS, "mount", f"local:{nodes.state}", where, "-o", "node=a"],
+        [*less, *DLMFS, "mount", f"local:{nodes.state}", where, "-o", "node=a,holder=node"],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

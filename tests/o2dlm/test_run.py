@@ -140,7 +140,7 @@ set -e
 mount --make-rshared /
 mount -t proc proc /proc
 dlmfs() { "$PYTHON" "$DLMFS" "$@"; }
-dlmfs mount "$SOURCE" "$WHERE"
+dlmfs mount "$SOURCE" "$WHERE" -o holder=node
 mkfifo go
 exec 3<>go
 dlmfs o2dlm-run -m "$WHERE" --at "$AT" -- sh -c 'echo up >up; read line <go' &

@@ -15,11 +15,13 @@ code is 1 if anything failed.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -52,9 +54,18 @@ echo "all of README was pasted"
 AS_CRON: Final = "env -i HOME=/root LOGNAME=root SHELL=/bin/sh PATH=/usr/bin:/bin sh -c "
 
 
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """One run at a time has that release, or Python: the others wait."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def copied(to: Path) -> Path:
     """This checkout, as it is. The environment that a former run made there stays."""
-    to.mkdir(parents=True, exist_ok=True)
+    to.mkdir(exist_ok=True)
     for path in to.iterdir():
         if path.name != ".venv":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -117,7 +128,8 @@ def main() -> int:
     parsed = parser.parse_args(args[: args.index("--")] if "--" in args else args)
     words = [*PYTEST, *given]
     if parsed.python:
-        return under(parsed.python, words)
+        with alone(Path(parsed.python).name):
+            return under(parsed.python, words)
     steps: dict[str, Callable[[Root], int]] = {
         "options": options,
         "readme": readme,
@@ -125,16 +137,17 @@ def main() -> int:
     }
     failed = []
     for release in parsed.release or RELEASES:
-        root = Root(release)
-        root.make()
-        for step in steps if parsed.only is None else (parsed.only,):
-            about = f"== {release}: {step}"
-            print(about, flush=True)
-            start = time.monotonic()
-            code = steps[step](root)
-            took = time.monotonic() - start
-            print(f"{about}: {'failed' if code else 'passed'} in {took:.0f} s", flush=True)
-            failed += [f"{release}: {step}"] * (code != 0)
+        with alone(release):
+            root = Root(release)
+            root.make()
+            for step in steps if parsed.only is None else (parsed.only,):
+                about = f"== {release}: {step}"
+                print(about, flush=True)
+                start = time.monotonic()
+                code = steps[step](root)
+                took = time.monotonic() - start
+                print(f"{about}: {'failed' if code else 'passed'} in {took:.0f} s", flush=True)
+                failed += [f"{release}: {step}"] * (code != 0)
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return 1 if failed else 0
 
