@@ -172,8 +172,12 @@ class EtcdNodes(Nodes):
         return str(self.status(where)["lease"]["state"])
 
     def until_told(self, where: Path, text: str, *, told: bool = True) -> None:
-        """Wait until a node says `text` in its status, or says it no more."""
-        until(lambda: (text in str(self.status(where))) is told, f"{where}: {text} ({told})")
+        """Wait until a node says `text` in its status, or says it no more. Its log remembers."""
+
+        def says() -> bool:
+            return text in str(self.status(where) | {"log": None})
+
+        until(lambda: says() is told, f"{where}: {text} ({told})")
 
     def is_healthy(self, where: Path) -> bool:
         return self.lease(where) == "HEALTHY"
