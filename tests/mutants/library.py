@@ -42,8 +42,8 @@ LIBRARY: Final = (
     Mutant(
         "late-word",
         "client/election.py",
-        "            self.lock.check()\n",
-        "",
+        "if said(word.get_value())[0] < self.lock.token:",
+        "if word:",
         ("tests/client/test_slots.py::test_a_late_word_of_a_former_leader_is_not_believed",),
         "a former leader says that it leads",
     ),
