@@ -13,7 +13,9 @@ from tests.fs.simulated import SOON_S, Mount
 
 
 @pytest.mark.allow_warnings
-def test_lost_files_get_their_successors_in_the_order_in_which_they_were_opened() -> None:
+def test_lost_files_get_their_successors_in_the_order_in_which_they_were_opened(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """And not in a set's: the same seed of a simulation would not be the same run."""
     mount = Mount()
     directory = mount.file.domain
@@ -28,5 +30,7 @@ def test_lost_files_get_their_successors_in_the_order_in_which_they_were_opened(
         mount.loop.run_for(SOON_S)
     assert len(mount.fs.handles) == len(opened)
     mount.space.lose("a test")
+    assert "(a test): dom/f1 EX pid " in caplog.text
+    assert caplog.text.count(" EX pid ") == len(opened)
     successors = [directory.children[name].ino for name in opened]
     assert successors == sorted(successors)

@@ -383,9 +383,7 @@ DOORS: Final = (
         "fs/openfiles.py",
         "(h for h in hit if h.file.domain.name == domain),",
         "(),",
-        (
-            "tests/containers/test_logs.py::test_an_eviction_names_the_locks_and_processes_that_it_hit",
-        ),
+        ("tests/fs/test_lost.py",),
         "after a fence nobody can tell which locks and processes it hit",
     ),
 )
