@@ -58,9 +58,11 @@ fi
 pivot_root . old
 cd /
 umount -l /old
-exec "$@"
+code=0
+"$@" || code=$?
+exit $code
 """
-"""Not by chroot(2): no user namespace may be made below that."""
+"""Not by chroot(2): below that no user namespace may be made. The shell stays, to reap daemons."""
 
 
 class Root:

@@ -111,7 +111,7 @@ def under(python: str, words: Sequence[str]) -> int:
     private = (
         "mount -t tmpfs tmpfs /run; mount -t tmpfs -o mode=1777 tmpfs /dev/shm; mkdir -p /run/lock"
     )
-    inside = f"{private}; cd {checkout}; nice .venv/bin/python -m pytest {' '.join(words)}"
+    inside = f"{private}; cd {checkout}; nice .venv/bin/python -m pytest {' '.join(words)}; exit $?"
     unshare = "unshare --mount --pid --propagation private --fork --kill-child --mount-proc".split()
     return subprocess.run([*unshare, "--", "bash", "-c", inside], check=False).returncode
 
