@@ -141,6 +141,7 @@ STATUS: Final = {
         "warning?": Maybe(str),
         "trouble?": Maybe(str),
         "trouble_kind?": Maybe(str),
+        "certificates?": Each({"option": str, "begins": float, "ends": float}),
         "lost?": Maybe(str),
         "error?": Maybe(str),
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dlmfs import fstype
-from dlmfs.cli.checks import host
+from dlmfs.cli.checks import finding, host
 from dlmfs.cli.checks.finding import Finding
 from dlmfs.cli.checks.mounted import latency
 from dlmfs.fuse import mount as fuse_mount
@@ -326,3 +327,16 @@ def test_latency_is_measured_against_the_lease_time(
     worst_ms: float, ttl_s: float | None, level: str
 ) -> None:
     assert latency("x", worst_ms, ttl_s).level == level
+
+
+def test_each_warning_has_a_name_that_is_listed() -> None:
+    """Names stand in the source as they are: whoever accepts one must find it."""
+    folder = Path(finding.__file__).parent
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    used = set(re.findall(r'\bwarn\(\s*"([a-z-]+)"', text))
+    assert used == set(finding.WARNINGS)
+
+
+def test_a_failure_is_accepted_by_nobody() -> None:
+    bad = finding.fail("x", "y", "z")._replace(name="clock")
+    assert finding.accept(bad, frozenset({"clock"})) == bad

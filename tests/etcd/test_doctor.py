@@ -13,7 +13,7 @@ from dlmfs.cli.checks.finding import Finding
 from tests.etcd.mounts import EtcdNodes, until
 from tests.etcd.proxy import Proxy
 from tests.etcd.server import Etcd
-from tests.fs.nodes import DLMFS
+from tests.fs.nodes import DLMFS, dlmfs
 
 pytestmark = pytest.mark.fuse
 
@@ -86,3 +86,22 @@ def test_a_mount_whose_etcd_is_silent(start: Any) -> None:
     a = nodes.mount("a", "ttl=60")
     nodes.etcd.members[0].kill()
     until(lambda: any("does not answer" in f.says for f in doctor(a)), "nobody sees that")
+
+
+def test_a_known_warning_can_be_accepted(
+    shared_etcd: Etcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.5.1 has lease bugs, and is the only one there: a monitor wants to hear of everything else."""
+    source = shared_etcd.source("x")
+    plain = dlmfs("doctor", "-q", source, check=False)
+    assert "[etcd-version]" in plain.stdout
+    done = dlmfs("doctor", "--json", "--accept", "clock,suspend,etcd-version", source, check=False)
+    findings = [Finding(**row) for row in json.loads(done.stdout)]
+    assert [f.accepted for f in findings if f.name == "etcd-version"] == [True]
+    levels = {f.level for f in findings}
+    assert done.returncode == (69 if "fail" in levels else 1 if "warn" in levels else 0)
+    monkeypatch.setenv("DLMFS_DOCTOR_ACCEPT", "etcd-version")
+    assert "[etcd-version]" not in dlmfs("doctor", "-q", source, check=False).stdout
+    done = dlmfs("doctor", "--accept", "etcd-versoin", source, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'etcd-version'?" in done.stderr

@@ -158,6 +158,27 @@ def test_a_silent_store_is_no_busy_lock_either(start: Start) -> None:
     assert "Connection refused" in done.stderr or "did not answer" in done.stderr
 
 
+def test_w_is_for_the_whole_command(start: Start) -> None:
+    """A lock that is had at once, and whose value cannot be written: not busy, and not for ever."""
+    nodes = start()
+    a = nodes.mount("a", "ttl=60")
+    (a / "dom").mkdir()
+    put(a / "dom/x", b"before")
+    nodes.etcd.members[0].stop()
+    try:
+        done = dlmfs("value", "set", "-w", "2", str(a / "dom/x"), "after", check=False)
+        assert done.returncode == 69, done.stderr
+        assert "may still be written" in done.stderr
+        done = dlmfs("value", "get", "-w", "2", str(a / "dom/new"), check=False)
+        assert done.returncode in (
+            1,
+            69,
+        )  # 1: it has not been silent for long enough to be known for it
+    finally:
+        nodes.etcd.members[0].cont()
+    take(a / "dom/x")
+
+
 def test_a_word_that_comes_before_the_question_returned_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any, Final
 
 from dlmfs.cli import unseen
+from dlmfs.cli.certificates import told
 from dlmfs.cli.choice import ask, choose, dlmfs_mounts, of_others
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import say, say_json
@@ -95,6 +96,7 @@ def render(report: Facts, *, everything: bool = False) -> list[str]:
         lines.append(f"  {plain(report['store']['files'])}")
     if report["store"].get("user_asked_for") is False:
         lines.append("  etcd does not ask for users: credentials= are kept until it does")
+    lines += [f"  {says}" for says, _ in told(report["store"].get("certificates", []))]
     if report["store"].get("tokens"):
         lines.append(f"  tokens: {report['store']['tokens']}")
     if report["store"].get("waiting_for_pid"):

@@ -14,21 +14,28 @@ import errno
 import fcntl
 import json
 import math
+import mmap
 import os
 import select
 import sys
 import threading
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from dlmfs.cli.choice import ask, lock_at
 from dlmfs.cli.front import ANSWER_S, Behind, no_answer
+from dlmfs.cli.hindrance import hindrance
 from dlmfs.cli.parser import Parser
 from dlmfs.cli.say import complain, say_bytes
 from dlmfs.cli.text import plain
 from dlmfs.client import logic
+from dlmfs.client.place import Place
 from dlmfs.errors import DlmfsError, LockLost, NotPermitted, StoreFull, Unavailable, UsageError
 from dlmfs.model import EMPTY_LVB, LVB_SIZE
+from dlmfs.rundir import owner_of
+
+T = TypeVar("T")
 
 LOOK_S: Final = 1.0
 """How often `watch` looks at a value that it holds: under holder=node a writer of the same node need
@@ -61,6 +68,7 @@ def run(args: list[str]) -> int:
         raise UsageError("-E CODE: give a number from 0 to 255")
     entry, domain, lock = lock_at(parsed.path)
     parsed.path = os.path.join(entry.mountpoint, domain, lock)
+    parsed.place = Place(entry.mountpoint, entry.dev, entry.source, domain, lock, owner_of(entry))
     if parsed.verb == "get" and parsed.stale:
         report = ask(entry, {"cmd": "info", "domain": domain, "lock": lock})
         _print(parsed, bytes.fromhex(report["lvb_hex"]), None, report["abandoned"], stale=True)
@@ -82,7 +90,7 @@ def _options(verb: str, parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     if verb != "watch":
         add("-n", "--nonblock", action="store_true", help="fail instead of waiting for the lock")
-    add("-w", "--wait", metavar="SECS", type=float, help="wait no longer than so for the lock")
+    add("-w", "--wait", metavar="SECS", type=float, help="take no longer than so in all")
     add(
         "-E", "--conflict-exit-code", metavar="CODE", type=int, default=1,
         help="the exit code where the lock, or the expected value, cannot be had (1)",
@@ -117,9 +125,9 @@ def _take(parsed: argparse.Namespace, flags: int) -> int:
     wait: float | None = 0 if getattr(parsed, "nonblock", False) else parsed.wait
     flags |= os.O_NONBLOCK if wait == 0 else 0
     try:
-        if parsed.verb == "watch":  # may take it many times, and wait in this process
-            return _open_within(parsed.path, flags, wait) if wait else _open(parsed.path, flags)
-        return _open_apart(parsed.path, flags, wait)
+        if parsed.verb == "watch" and wait:  # it may take it many times, and waits in this process
+            return _open_within(parsed.path, flags, wait)
+        return _open(parsed.path, flags)
     except OSError as error:
         if error.errno == errno.ETXTBSY:
             raise Conflict(f"{parsed.path} is busy (`dlmfs why` says by whom)") from None
@@ -153,17 +161,39 @@ def _opened(path: str, flags: int) -> int:
     return os.open(path, flags)
 
 
-def _open_apart(path: str, flags: int, wait: float | None) -> int:
-    """In the process behind this one, which goes on with the command (front.py)."""
+def _apart(parsed: argparse.Namespace, work: Callable[[Callable[[], None]], T]) -> T:
+    """Do `work` in the process behind this one, which goes on with the command (front.py): `-w` is for
+    all of it. It says when it has the lock."""
+    wait: float | None = 0 if parsed.nonblock else parsed.wait
+    has_it = mmap.mmap(-1, 1)  # shared by both
     behind = Behind()
-    if not behind.is_here:
-        if wait == 0:
-            behind.wait(ANSWER_S, no_answer(path, ANSWER_S))
-        behind.wait(wait, _not_free(path, wait or 0))
     try:
-        return _open(path, flags)
-    finally:
-        behind.over()
+        if behind.is_here:
+            try:
+                return work(lambda: has_it.write_byte(1))
+            finally:
+                behind.over()
+        if wait == 0:
+            behind.wait(ANSWER_S, no_answer(parsed.path, ANSWER_S))
+        behind.wait(wait, _not_free(parsed.path, wait or 0))
+    except (Conflict, Unavailable) as error:
+        if isinstance(error, Conflict) and behind.is_here:
+            raise
+        raise _in_vain(parsed, error, has_it=not behind.is_here and has_it[0] == 1) from None
+
+
+def _in_vain(
+    parsed: argparse.Namespace, error: Conflict | Unavailable, *, has_it: bool
+) -> Conflict | Unavailable:
+    """What it means that nothing came of it: a store that takes no writes makes no lock busy."""
+    why = hindrance([parsed.place])
+    because = f": {why}" if why else ""
+    if has_it:
+        may = "; the value may still be written" if parsed.verb == "set" else ""
+        return Unavailable(f"{parsed.path} was had, but not answered in time{may}{because}")
+    if isinstance(error, Conflict) and why is None:
+        return error
+    return Unavailable(f"{error}{because}")
 
 
 def _not_free(path: str, wait: float) -> Conflict:
@@ -225,14 +255,18 @@ def _attribute(fd: int, name: str) -> str:
 
 
 def _get(parsed: argparse.Namespace) -> None:
-    fd = _take(parsed, os.O_RDONLY)
-    try:
-        value, token = os.pread(fd, LVB_SIZE, 0), _attribute(fd, "token")
-        mark = _attribute(fd, "abandoned")
-    except OSError as error:
-        raise _refusal(parsed.path, error) from None
-    finally:
-        os.close(fd)
+    def read(has_it: Callable[[], None]) -> tuple[bytes, str, str]:
+        fd = _take(parsed, os.O_RDONLY)
+        has_it()
+        try:
+            value, token = os.pread(fd, LVB_SIZE, 0), _attribute(fd, "token")
+            return value, token, _attribute(fd, "abandoned")
+        except OSError as error:
+            raise _refusal(parsed.path, error) from None
+        finally:
+            os.close(fd)
+
+    value, token, mark = _apart(parsed, read)
     _print(parsed, value, int(token or 0), json.loads(mark) if mark else None)
 
 
@@ -287,22 +321,32 @@ def _new_value(parsed: argparse.Namespace) -> bytes:
 def _set(parsed: argparse.Namespace) -> None:
     value = _new_value(parsed)
     expected = None if parsed.expect is None else _bytes(parsed, parsed.expect, "--expect")
-    fd = _take(parsed, os.O_RDWR)
-    try:
-        if expected is not None and _filled(now := os.pread(fd, LVB_SIZE, 0), "") != expected:
-            found = now.hex() if parsed.hex else repr(os.fsdecode(now.rstrip(b"\0")))
-            raise Conflict(f"{parsed.path} has the value {found}: nothing was written")
-        if parsed.token is not None and (token := int(_attribute(fd, "token"))) != parsed.token:
-            raise Conflict(
-                f"{parsed.path} was granted anew since token {parsed.token} (now {token}): nothing was "
-                "written"
-            )
-        written = os.pwrite(fd, value, 0)
-        assert written == LVB_SIZE
-    except OSError as error:
-        raise _refusal(parsed.path, error) from None
-    finally:
-        os.close(fd)
+
+    def write(has_it: Callable[[], None]) -> None:
+        fd = _take(parsed, os.O_RDWR)
+        has_it()
+        try:
+            _demand(parsed, fd, expected)
+            written = os.pwrite(fd, value, 0)
+            assert written == LVB_SIZE
+        except OSError as error:
+            raise _refusal(parsed.path, error) from None
+        finally:
+            os.close(fd)
+
+    _apart(parsed, write)
+
+
+def _demand(parsed: argparse.Namespace, fd: int, expected: bytes | None) -> None:
+    """Raises Conflict if value or token are not as expected."""
+    if expected is not None and _filled(now := os.pread(fd, LVB_SIZE, 0), "") != expected:
+        found = now.hex() if parsed.hex else repr(os.fsdecode(now.rstrip(b"\0")))
+        raise Conflict(f"{parsed.path} has the value {found}: nothing was written")
+    if parsed.token is not None and (token := int(_attribute(fd, "token"))) != parsed.token:
+        raise Conflict(
+            f"{parsed.path} was granted anew since token {parsed.token} (now {token}): nothing was "
+            "written"
+        )
 
 
 # -- watch ----------------------------------------------------------------------------------------------

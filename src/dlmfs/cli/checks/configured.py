@@ -58,7 +58,7 @@ def _fstab(path: Path) -> Iterator[Finding]:
         yield from _wrong(where, source, words)
         if source.startswith("etcd:") and "_netdev" not in words:
             says = f"{plain(where)}: {plain(source)} is mounted before there is a network"
-            yield warn("configured", says, "add _netdev,nofail to its options")
+            yield warn("netdev", "configured", says, "add _netdev,nofail to its options")
 
 
 def _wrong(where: str, source: str | None, words: list[str]) -> Iterator[Finding]:

@@ -10,14 +10,18 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from dlmfs.cli.certificates import ending, told
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.cli.checks.mounted import latency
 from dlmfs.config import EtcdSource, MountOptions
 from dlmfs.errors import DlmfsError, NotPermitted
+from dlmfs.store.etcd.certificate import lifetime
 from dlmfs.store.etcd.trouble import CURES, Kind, Trouble, kind_of
 
 if TYPE_CHECKING:
@@ -45,11 +49,39 @@ def check(source: EtcdSource, options: MountOptions) -> Iterator[Finding]:
     if found.ca is None and not all(map(is_here, found.endpoints)):
         what = ", the password with it" if found.user is not None else ""
         yield warn(
+            "etcd-plain",
             "etcd",
             f"what is said to etcd is not encrypted{what}",
             "-o ca=FILE, on a network you do not own",
         )
+    from dlmfs.store.etcd.store import certificates
+
+    for says, over in told(certificates(found)):
+        mend = "renew it: a mount reads its file again by itself"
+        yield fail("etcd", says, mend) if over else warn("certificate", "etcd", says, mend)
+    if options.ca is not None:
+        yield from _presented(found.endpoints, options)
     yield from asyncio.run(_Check(found, source.cluster, options.ttl_s).run())
+
+
+def _presented(endpoints: Sequence[str], options: MountOptions) -> Iterator[Finding]:
+    """The servers' own certificates. One that is not accepted the look itself tells of."""
+    from dlmfs.store.etcd.access import host_of
+
+    for endpoint in endpoints:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            context = ssl.create_default_context(cafile=options.ca)
+            if options.cert is not None:
+                context.load_cert_chain(options.cert, options.key)
+            host = host_of(endpoint)
+            address = host, int(endpoint.rpartition(":")[2])
+            with (
+                socket.create_connection(address, TIMEOUT_S) as plain,
+                context.wrap_socket(plain, server_hostname=host) as connection,
+            ):
+                der = connection.getpeercert(binary_form=True)
+            if der and (said := ending("the server", lifetime(der), time.time())) is not None:
+                yield warn("certificate", f"etcd {endpoint}", said[0], "renew it on that server")
 
 
 class _Check:
@@ -131,7 +163,9 @@ class _Check:
         say = self.findings.append
         say(ok(about, f"version {status.version}, {status.db_size / 1e6:.0f} MB"))
         if warning := unsound(status.version):
-            say(warn(about, warning, "upgrade it to 3.4.38, 3.5.23, 3.6.5 or later"))
+            say(
+                warn("etcd-version", about, warning, "upgrade it to 3.4.38, 3.5.23, 3.6.5 or later")
+            )
         if not status.leader:
             say(fail(about, "it has no leader", "start the other members"))
         for error in status.errors:
@@ -140,7 +174,9 @@ class _Check:
             cure = CURES[trouble.kind] if trouble.kind is not Kind.SILENT else "see its log"
             say(fail(about, trouble.words(), cure))
         if status.db_size > SIZE_MB * 1e6:
-            say(warn(about, "its database is large", "etcdctl compact, etcdctl defrag"))
+            say(
+                warn("etcd-size", about, "its database is large", "etcdctl compact, etcdctl defrag")
+            )
         return int(status.header.cluster_id)
 
     async def _write(self, rpc: Rpc) -> float:

@@ -139,7 +139,9 @@ def _allow_other() -> Finding:
     except OSError as error:
         lines = []
         if not isinstance(error, FileNotFoundError):
-            return warn(about, f"{FUSE_CONF}: {error.strerror}", f"chmod 644 {FUSE_CONF}")
+            return warn(
+                "fuse-conf", about, f"{FUSE_CONF}: {error.strerror}", f"chmod 644 {FUSE_CONF}"
+            )
     if any(text.strip() == line for text in lines):
         return ok(about, "may be used by every user")
     return ok(
@@ -200,14 +202,16 @@ def _dead_sockets() -> Iterator[Finding]:
                 except OSError:
                     continue
     if dead:
-        yield warn("control", f"{len(dead)} files of dead daemons", f"rm {' '.join(dead)}")
+        yield warn(
+            "dead-files", "control", f"{len(dead)} files of dead daemons", f"rm {' '.join(dead)}"
+        )
 
 
 def _sessions() -> Iterator[Finding]:
     """Whether what a user's daemons keep outlives his sessions."""
     lost = home.lost_at_logout(os.getuid())
     if lost is not None:
-        yield warn("sessions", *lost)
+        yield warn("sessions", "sessions", *lost)
 
 
 def state_folder(path: Path, *, default: bool) -> Finding:
@@ -241,6 +245,7 @@ def state_folder(path: Path, *, default: bool) -> Finding:
             f"{folder} is on {kind}: values outlive a power failure, commits wait for the medium",
         )
     return warn(
+        "state-on-disk",
         about,
         f"{folder} is on {kind}, not in memory: each commit waits for the medium",
         "mount a tmpfs on /run or /dev/shm",
@@ -258,6 +263,7 @@ def _clock() -> Finding:
     if current in SLOW_CLOCKS:
         return warn(
             "clock",
+            "clock",
             f"the clock source is {current}: slow, and the kernel may have found a better one unstable",
             "see `dmesg | grep -i clocksource`; boot with tsc=reliable where that is true",
         )
@@ -274,6 +280,7 @@ def _suspended(*, etcd: bool) -> Finding:
         return ok("suspend", says + "; nodes of one host sleep together")
     return warn(
         "suspend",
+        "suspend",
         says + ": a node that sleeps longer than 0.67 of its lease time loses its locks",
         "keep machines that hold cluster locks awake (systemd-inhibit, or mask sleep.target)",
     )
@@ -283,6 +290,7 @@ def _open_files() -> Finding:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < FILES_MIN:
         return warn(
+            "open-files",
             "files",
             f"no more than {hard} files may be open at once",
             "raise it: ulimit -Hn, LimitNOFILE=",

@@ -37,7 +37,9 @@ def check(source: LocalSource) -> Iterator[Finding]:
         return
     info = path.stat()
     if info.st_mode & 0o077:
-        yield warn("state", f"{path} can be read or written by others", f"chmod 600 {path}")
+        yield warn(
+            "state-mode", "state", f"{path} can be read or written by others", f"chmod 600 {path}"
+        )
     yield ok("state", f"{path}: {info.st_size / 1e6:.1f} MB, {len(sessions)} nodes")
     yield from _nodes(path, sessions)
 
@@ -48,6 +50,7 @@ def _nodes(path: Path, sessions: list[tuple[int, str, int]]) -> Iterator[Finding
     except OSError as error:
         if sessions:
             yield warn(
+                "lives",
                 "nodes",
                 f"{path}.d, where {len(sessions)} nodes prove that they live: {error.strerror}",
                 "nothing to do: the next mount makes it anew",
@@ -61,6 +64,7 @@ def _nodes(path: Path, sessions: list[tuple[int, str, int]]) -> Iterator[Finding
 def _node(lives: Lives, lease: int, node: str, pid: int) -> Finding:
     if not lives.alive(lease, pid):
         return warn(
+            "dead-node",
             "nodes",
             f"node {node} (pid {pid}) is dead, and no other node was there to see it",
             "nothing to do: the next mount ends it; the name may be taken at once",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from dlmfs import __version__
+from dlmfs.cli.certificates import told
 from dlmfs.cli.checks.finding import Finding, fail, ok, warn
 from dlmfs.cli.status import faults, unwatched
 from dlmfs.cli.text import plain
@@ -36,7 +37,9 @@ def check(entry: MountEntry) -> Iterator[Finding]:
         return
     except DlmfsError as error:
         mend = "bind the folder of its socket in: docs/containers.md"
-        yield warn(about, str(error), mend if isinstance(error, Unseen) else "ask as root")
+        yield warn(
+            "unseen", about, str(error), mend if isinstance(error, Unseen) else "ask as root"
+        )
         return
     if pid is None:
         yield fail(about, "its daemon is dead", f"dlmfs umount {place}, then mount it again")
@@ -54,7 +57,7 @@ def _answers(entry: MountEntry, pid: int) -> Iterator[Finding]:
     try:
         status: Facts = ask(entry, {"cmd": "status"})
     except NotPermitted as error:
-        yield warn(about, str(error), "ask as root, or as the user who mounted it")
+        yield warn("not-told", about, str(error), "ask as root, or as the user who mounted it")
         return
     except NoAnswer as error:
         yield fail(about, str(error), f"kill {pid} if that lasts, then mount it again")
@@ -100,6 +103,7 @@ def _version(about: str, place: str, status: Facts) -> Finding:
     if status["version"] == __version__:
         return ok(about, f"runs this version, {__version__}")
     return warn(
+        "version",
         about,
         f"its daemon is of version {status['version']}, this program of {__version__}",
         f"dlmfs umount {place}, then mount it again",
@@ -122,9 +126,14 @@ def _lease(about: str, status: Facts) -> Finding:
 
 def _faults(about: str, status: Facts) -> Iterator[Finding]:
     for line in faults(status["faults"]):
-        yield warn(about, line, "see the daemon's log, and report it with that")
+        yield warn("fault", about, line, "see the daemon's log, and report it with that")
     for line in unwatched(status["watchdog"]):
-        yield warn(about, line, "mount it again, or end those programs by hand if a lock is lost")
+        yield warn(
+            "on-lost",
+            about,
+            line,
+            "mount it again, or end those programs by hand if a lock is lost",
+        )
 
 
 def _store(about: str, store: Facts) -> Iterator[Finding]:
@@ -134,18 +143,25 @@ def _store(about: str, store: Facts) -> Iterator[Finding]:
         yield ok(about, f"state in {place}")
     if store.get("tokens"):
         yield warn(
+            "tokens",
             about,
             f"tokens: {plain(str(store['tokens']))}",
             "make that a folder of yours alone on a local disk; see docs/reference.md, Tokens",
         )
     if store.get("warning"):
-        yield warn(about, store["warning"], "upgrade etcd")
+        yield warn("etcd-version", about, store["warning"], "upgrade etcd")
     if store.get("trouble"):
         yield fail(about, f"etcd: {store['trouble']}", _cure(store))
     if store.get("files"):
         yield warn(
-            about, plain(str(store["files"])), "mend it: it is read again by itself (docs/etcd.md)"
+            "etcd-files",
+            about,
+            plain(str(store["files"])),
+            "mend it: it is read again by itself (docs/etcd.md)",
         )
+    for says, over in told(store.get("certificates", [])):
+        mend = "renew it: its file is read again by itself"
+        yield fail(about, says, mend) if over else warn("certificate", about, says, mend)
     if store.get("lost") or store.get("error"):
         yield fail(about, str(store.get("lost") or store["error"]), "mount it again")
     holder = store.get("waiting_for_pid")
@@ -169,13 +185,13 @@ def latency(about: str, worst_ms: float, ttl_s: float | None) -> Finding:
     if ttl_s is None:
         if worst_ms <= SLOW_READ_MS:
             return ok(about, says)
-        return warn(about, says, "see what else loads this machine or its disk")
+        return warn("latency", about, says, "see what else loads this machine or its disk")
     share = worst_ms / 1000 / ttl_s
     if share <= 1 / 60:
         return ok(about, f"{says}; the lease time is {ttl_s:g} s")
     mend = f"mount with a longer ttl= than {ttl_s:g}, or bring etcd nearer"
     if share <= 1 / 15:
-        return warn(about, f"{says}, much for a lease time of {ttl_s:g} s", mend)
+        return warn("latency", about, f"{says}, much for a lease time of {ttl_s:g} s", mend)
     return fail(
         about, f"{says}, too much for a lease time of {ttl_s:g} s: nodes will be fenced", mend
     )
@@ -220,12 +236,14 @@ def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
         )
     if node["version"] != status["version"]:
         yield warn(
+            "version",
             about,
             f"node {name} is of version {node['version']}, node {status['node']} of {status['version']}",
             "run the same version on every node",
         )
     if node["holder_rule"] not in (None, status["holder_rule"]):
         yield warn(
+            "holder",
             about,
             f"node {name} has holder={node['holder_rule']}, node {status['node']} "
             f"holder={status['holder_rule']}: programs exclude each other on one of them only",
@@ -236,6 +254,7 @@ def _node(about: str, node: Facts, status: Facts) -> Iterator[Finding]:
         and status["lease"]["ttl_s"] is not None
     ):
         yield warn(
+            "ttl",
             about,
             f"node {name} has the lease time {node['ttl_s']:g} s: its locks come free that late",
             "mount all nodes with the same ttl=",
@@ -246,6 +265,7 @@ def _domain(about: str, place: str, domain: Facts) -> Iterator[Finding]:
     name = plain(domain["domain"])
     if not domain["nodes"]:
         yield warn(
+            "domain-left",
             about,
             f"domain {name} has no node any more, but the values of {domain['locks']} locks",
             f"dlmfs domain rm {shlex.quote(domain['domain'])} {place}, or mkdir it to go on with them",
@@ -257,6 +277,7 @@ def _domain(about: str, place: str, domain: Facts) -> Iterator[Finding]:
     if left:
         count = len(left) + domain["more_ownerless"]
         yield warn(
+            "locks-left",
             about,
             f"domain {name}: {count} locks of dead nodes only: {_some(left, count)}",
             "the next open of each mends it: `dlmfs value get PATH`, then rm what is not needed",
@@ -265,6 +286,7 @@ def _domain(about: str, place: str, domain: Facts) -> Iterator[Finding]:
     if doubtful:
         count = len(doubtful) + domain["more_abandoned"]
         yield warn(
+            "doubtful-values",
             about,
             f"domain {name}: the values of {count} locks are doubtful, their holder died: "
             + _some(list(doubtful), count),

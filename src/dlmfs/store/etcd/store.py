@@ -26,6 +26,7 @@ from dlmfs.store.base import (
 from dlmfs.store.check import check
 from dlmfs.store.etcd import etcd_pb2 as pb
 from dlmfs.store.etcd.about import About, unsound
+from dlmfs.store.etcd.certificate import lifetimes
 from dlmfs.store.etcd.codec import Codec, never, only_reads
 from dlmfs.store.etcd.refusals import LoginRefused
 from dlmfs.store.etcd.rpc import (
@@ -47,6 +48,18 @@ LOOK_S: Final = 1.0
 LOOK_EVERY_S: Final = 2.0
 
 T = TypeVar("T")
+
+
+def certificates(access: Access) -> list[dict[str, object]]:
+    """From when and until when the files are good: ours as long as its whole chain, an authority as long
+    as the last one of its file."""
+    found = []
+    for option, pem, of_all in (("cert=", access.cert, min), ("ca=", access.ca, max)):
+        known = lifetimes(pem) if pem is not None else []
+        if known:
+            one = of_all(known, key=lambda each: each.ends)
+            found.append({"option": option, "begins": one.begins, "ends": one.ends})
+    return found
 
 
 class EtcdStore:
@@ -286,6 +299,7 @@ class EtcdStore:
             "files": self.rpc.files.trouble,
             "user": self.rpc.access.user,
             "user_asked_for": not self.rpc.login.unasked,
+            "certificates": certificates(self.rpc.access),
             "revision": self.rpc.revision,
             "commits": self.commits,
         }
