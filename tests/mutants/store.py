@@ -325,4 +325,38 @@ STORE: Final = (
         ("tests/etcd/test_access.py::test_tls",),
         "mounting with the wrong certificate looks as if it hung",
     ),
+    Mutant(
+        "mounts-for-nobody",
+        "cli/daemonize.py",
+        "    prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)\n",
+        "",
+        (f"{LATE}::test_who_gives_the_wait_up_gets_no_mount",),
+        "a mount that was given up appears when the store does",
+    ),
+    Mutant(
+        "trouble-untold",
+        "cli/status.py",
+        """        lines.append(f"  {report['store']['trouble']}")\n""",
+        "        pass\n",
+        (f"{REFUSED}::test_corrupt_data",),
+        "a store that takes no writes is HEALTHY, and nothing else (promise 8)",
+    ),
+    Mutant(
+        "silence-is-busy",
+        "cli/lock.py",
+        "    why = hindrance(places)\n",
+        "    why = None\n",
+        (f"{REFUSED}::test_a_silent_store_is_no_busy_lock_either",),
+        "a cron job takes an outage of the store for somebody else who does its work",
+    ),
+    Mutant(
+        "w-for-the-lock-alone",
+        "cli/value.py",
+        "                return work(lambda: has_it.write_byte(1))\n            finally:\n"
+        "                behind.over()\n",
+        "                behind.over()\n                return work(lambda: None)\n"
+        "            finally:\n                pass\n",
+        (f"{REFUSED}::test_w_is_for_the_whole_command",),
+        "value set -w waits for a store that stands still without end",
+    ),
 )
