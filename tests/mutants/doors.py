@@ -33,8 +33,8 @@ DOORS: Final = (
     Mutant(
         "refusal-tells",
         "permission.py",
-        "            return may(self.asker, folder, WRITE | SEARCH)\n",
-        "            return True\n",
+        "        if not may(self.asker, folder, WRITE | SEARCH):\n",
+        "        if False:\n",
         (f"{STRANGER}::test_refusals_do_not_tell_what_is_there",),
         "a stranger learns which locks of a closed domain exist",
     ),
