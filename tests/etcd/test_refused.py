@@ -42,12 +42,12 @@ def alarm(etcd: Etcd, kind: int, action: int = ACTIVATE) -> None:
         assert answer.status == 200
 
 
-def status_says(nodes: EtcdNodes, where: Path, words: str) -> None:
+def status_says(nodes: EtcdNodes, where: Path, words: str, *, told: bool = True) -> None:
     until(lambda: nodes.is_healthy(where))
     done = dlmfs("status", str(where))
     assert done.returncode == 0
     lines = [line for line in done.stdout.splitlines() if line.startswith("  etcd")]  # no log's
-    assert any(words in line for line in lines), done.stdout
+    assert any(words in line for line in lines) is told, done.stdout
 
 
 def commands_say(nodes: EtcdNodes, where: Path, words: str, cure: str) -> None:
@@ -80,7 +80,7 @@ def test_out_of_space(start: Start) -> None:
     nodes.etcd.ctl("alarm", "disarm")
     nodes.until_told(a, "out of space", told=False)
     put(a / "dom/new", b"after")
-    assert "out of space" not in dlmfs("status", str(a)).stdout
+    status_says(nodes, a, "out of space", told=False)
     assert not nodes.etcd.all_keys("dlmfs/test/probe")
 
 
