@@ -260,7 +260,7 @@ def test_a_dead_daemon_gives_its_locks_back_and_is_not_asked(nodes: Nodes) -> No
 
 
 def test_many_waiters_are_counted_and_not_all_told(nodes: Nodes) -> None:
-    a, b = nodes.pair("holder=file")
+    a, b = nodes.pair("holder=file", "max_lock_waiters=1000")
     Opener(nodes, ("x", a / "dom/x")).has(1)
     code = (
         "import os, sys, threading\n"

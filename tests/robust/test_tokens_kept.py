@@ -20,7 +20,7 @@ SCRIPT = """
 set -e
 mkdir lib state m
 mount --bind lib /var/lib
-$DLMFS mount local:$PWD/state/state.db m
+$DLMFS mount local:$PWD/state/state.db m -o holder=file
 mkdir m/dom
 $DLMFS lock m/dom/x -- sh -c 'echo $DLMFS_TOKEN'
 $DLMFS umount m
@@ -31,7 +31,7 @@ with sqlite3.connect("lib/dlmfs/tokens.db") as conn:
     print(*conn.execute("SELECT revision FROM mark").fetchone())
 ' $AHEAD
 rm -r state/*
-$DLMFS mount local:$PWD/state/state.db m
+$DLMFS mount local:$PWD/state/state.db m -o holder=file
 mkdir m/dom
 $DLMFS lock m/dom/x -- sh -c 'echo $DLMFS_TOKEN'
 $DLMFS status m | grep -c tokens: || true
