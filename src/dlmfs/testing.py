@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Final
 
 from dlmfs.client import base, logic
@@ -94,7 +95,9 @@ class Locks:
         where = _placed(path)
         with contextlib.suppress(FileExistsError):
             self._other.make(where.domain)
-        fd = self._other.open(where, os.O_CREAT | (os.O_RDONLY if shared else os.O_RDWR)).fd()
+        with contextlib.suppress(FileExistsError):
+            self._other.make_lock(where)
+        fd = self._other.open(where, os.O_RDONLY if shared else os.O_RDWR).fd()
         try:
             yield
         finally:
@@ -268,25 +271,21 @@ class _Node:
         """mkdir(2). Raises OSError."""
         self._send("mkdir", lambda: ROOT_INO, os.fsencode(domain), 0o755, 0).result()
 
+    def make_lock(self, where: Place) -> None:
+        """mknod(2). Raises OSError."""
+        mode = stat.S_IFREG | logic.MODE
+        domain = partial(self._child, ROOT_INO, where.domain)
+        self._send("mknod", domain, os.fsencode(where.name), mode, 0, 0).result()
+
     def open(self, where: Place, flags: int) -> _Request:
         """open(2): a request that may wait, and can be interrupted."""
 
         def file() -> int:
-            try:
-                ino = self._file(where)
-            except OSError:
-                parent = self._child(ROOT_INO, where.domain)
-                if not flags & os.O_CREAT:
-                    raise
-                header = wire.Header(0, opcodes.MKNOD, 0, parent, os.getuid(), os.getgid(), 0)
-                reply = self.fs.mknod(header, os.fsencode(where.name), stat.S_IFREG | 0o666, 0, 0)
-                if not isinstance(reply, bytes):
-                    raise OSError(reply, "no file") from None
-                ino = wire.entry_node(reply)
+            ino = self._file(where)
             self._inodes[self.fs.last_fh + 1] = ino
             return ino
 
-        return self._send("open", file, flags & ~os.O_CREAT & ~os.O_CLOEXEC)
+        return self._send("open", file, flags & ~os.O_CLOEXEC)
 
     def interrupt(self, request: _Request) -> None:
         """End its wait, if it still waits."""
@@ -383,6 +382,8 @@ class _Keeper(Keeper):
         match step:
             case logic.Open(_, flags):
                 return self._open(where, flags)
+            case logic.MakeLock(_):
+                self._node.make_lock(where)
             case logic.MakeDomain(_):
                 self._node.make(where.domain)
             case logic.Device(_):

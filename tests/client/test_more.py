@@ -221,8 +221,7 @@ def test_who_only_inherited_the_environment_is_not_refused(lock: Twice) -> None:
         words = [
             "env",
             environment,
-            sys.executable,
-            "scripts/dlmfs",
+            *DLMFS,
             "lock",
             "-n",
             str(lock.a),

@@ -7,6 +7,7 @@ DLMFS_LONG=1: for ten minutes. DLMFS_SEED: another order of faults.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import subprocess
@@ -31,6 +32,17 @@ WORKERS = {"a": ("file", 2), "b": ("node", 1), "c": ("file", 2)}
 """The nodes, whose locks are the node's or a file's, with so many programs."""
 
 
+def join(where: Path) -> bool:
+    """A cluster that has just begun may not answer in time (ENOLCK)."""
+    try:
+        (where / "dom").mkdir(exist_ok=True)
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
+            raise
+        return False
+    return True
+
+
 class Site:
     """The cluster at work."""
 
@@ -52,7 +64,7 @@ class Site:
     def mount(self, name: str) -> None:
         owner = f"holder={WORKERS[name][0]}"
         where = self.nodes.mount(name, owner, enter=self.wires[name].node.enter)
-        (where / "dom").mkdir()
+        until(lambda: join(where), "the domain is joined")
 
     def employ(self, name: str, number: int) -> None:
         lock = self.nodes.folder / name / "dom/n"

@@ -67,7 +67,7 @@ class Cluster:
             if rule not in self._spaces:
                 (self.folder / rule).mkdir()
                 self._spaces[rule] = Nodes(self.folder / rule)
-            where = self._spaces[rule].mount(node, f"holder={rule}")
+            where = self._spaces[rule].mount(node, f"holder={rule}", "max_lock_waiters=100000")
             (where / "dom").mkdir()
             self._mounts[node, rule] = where
         return self._mounts[node, rule]

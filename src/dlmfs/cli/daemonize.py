@@ -98,7 +98,8 @@ def _child(
         os.chdir("/")
         return serve(ready)
     except DlmfsError as error:
-        _tell(writing, type(error).__name__, str(error))
+        known = next(each for each in type(error).__mro__ if hasattr(errors, each.__name__))
+        _tell(writing, known.__name__, str(error))
         return error.mount_exit
     except KeyboardInterrupt:
         return INTERRUPTED
