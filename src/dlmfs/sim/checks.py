@@ -449,7 +449,10 @@ class Checks:
             raise Violation(f"{name}, and its value is forgotten")
         if old.abandoned is not None or new.abandoned is not None:
             raise Violation(f"{name}, and a death is marked")
-        if any((h.file.domain.name, h.file.name) == lock for h in node.fs.handles.values()):
+        files = [
+            h.file for h in node.fs.handles.values() if not h.file.lost
+        ]  # those of a wreck are over
+        if any((file.domain.name, file.name) == lock for file in files):
             raise Violation(f"{name}, and a program has it open")
 
     def _of_before(self, file: OpenFile) -> bool:
