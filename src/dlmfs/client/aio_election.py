@@ -8,28 +8,18 @@ from typing import Self, TypeVar
 
 from dlmfs.client.aio import Lock, begin_block
 from dlmfs.client.ballot import Ballot, said
-from dlmfs.client.place import AnyPath
 
 R = TypeVar("R")
 
 
-class Election(Ballot):
+class Election(Ballot[Lock]):
     """`async with Election("jobs/leader", "web1") as lead:` leads for the block, alone in the cluster.
 
     `lock` is the lock that makes it the leader: its `lost`, `wanted` and `wait_lost` are of use. If it
     is lost the block is cancelled and raises LockLost.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        name: str = "",
-        *,
-        timeout: float | None = None,
-        mount: AnyPath | None = None,
-    ) -> None:
-        super().__init__(path, name, timeout=timeout, mount=mount)
-        self.lock = Lock(path, timeout=timeout, mount=mount)
+    _kind = Lock
 
     async def campaign(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Stand for election until elected. Arguments, return and errors as of `Lock.acquire`."""
@@ -48,10 +38,6 @@ class Election(Ballot):
             if said(await word.get_value())[0] < self.lock.token:
                 await word.set_value(self._says(self.lock.token))
 
-    def resign(self) -> None:
-        """Lead no longer. Raises UsageError if not elected; nothing if the leadership was lost."""
-        self.lock.release()
-
     async def run(self, work: Callable[[Self], Awaitable[R]]) -> R:
         """Stand for election, and when elected do `work`, which is given this object; then resign. What
         it returns. Raises LockLost if the leadership was lost meanwhile, and as `campaign`."""
@@ -65,20 +51,6 @@ class Election(Ballot):
         async with Lock(self._word, shared=True, mount=self._mount) as word:
             _, name = said(await word.get_value())
         return name if await self.lock.locked() else None
-
-    @property
-    def held(self) -> bool:
-        """Whether this object leads."""
-        return self.lock.held
-
-    @property
-    def token(self) -> int:
-        """The fencing token of this leadership: larger than that of every earlier one."""
-        return self.lock.token
-
-    def check(self) -> None:
-        """Raises LockLost if the leadership was lost, UsageError if there was none."""
-        self.lock.check()
 
     async def __aenter__(self) -> Self:
         await self.campaign()

@@ -11,16 +11,12 @@ from dlmfs.client.slots import BaseSlots, Left
 from dlmfs.errors import TimedOut, UsageError
 
 
-class Semaphore(BaseSlots):
+class Semaphore(BaseSlots[Lock]):
     """`async with Semaphore("jobs/import", 3) as slot:` has one of three slots, each of which is a lock.
 
     `lock` is that lock while it is held: its `token`, `lost`, `wait_lost` and value are the slot's. If
     it is lost the block is cancelled and raises LockLost.
     """
-
-    lock: Lock | None = None
-    slot = 0
-    """Its number, from 1; 0: none."""
 
     async def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Have a slot, in the order of arrival. Arguments, return and errors as of `Lock.acquire`."""
@@ -70,34 +66,6 @@ class Semaphore(BaseSlots):
                     lock.release()
             await asyncio.gather(*tasks, return_exceptions=True)
         return number > 0
-
-    def _has(self, number: int, lock: Lock) -> None:
-        self.lock, self.slot, self._last = lock, number, number
-
-    @property
-    def held(self) -> bool:
-        """Whether this object has a slot, and has not lost it."""
-        return self.lock is not None and self.lock.held
-
-    @property
-    def token(self) -> int:
-        """The fencing token: larger than all earlier ones of this slot. Raises UsageError."""
-        return self._kept().token
-
-    def check(self) -> None:
-        """Raises LockLost if the slot was lost, UsageError if none was acquired."""
-        self._kept().check()
-
-    def release(self) -> None:
-        """Give the slot back. Raises UsageError if none was acquired; nothing if it was lost."""
-        lock = self._kept()
-        self.lock, self.slot = None, 0
-        lock.release()
-
-    def _kept(self) -> Lock:
-        if self.lock is None:
-            raise UsageError(f"no slot of {self.name} was acquired")
-        return self.lock
 
     async def __aenter__(self) -> Self:
         await self.acquire()

@@ -11,6 +11,7 @@ Rules of this file
 from __future__ import annotations
 
 import os
+from typing import Generic, TypeVar
 
 from dlmfs.client import base
 from dlmfs.client.place import AnyPath
@@ -22,8 +23,16 @@ NAME_MAX = LVB_SIZE - TOKEN_DIGITS - 1
 """Bytes of a candidate's name."""
 
 
-class Ballot:
-    """What a candidate says of itself, and what the last leader said."""
+L = TypeVar("L", bound=base.BaseLock)
+
+
+class Ballot(Generic[L]):
+    """What a candidate says of itself, and whether it leads.
+
+    `lock` is the lock that makes it the leader: its `lost`, `wanted` and `wait_lost` are of use.
+    """
+
+    _kind: type[L]
 
     def __init__(
         self,
@@ -42,7 +51,7 @@ class Ballot:
         """
         self.path = os.fsdecode(path)
         self.name = name or f"{os.uname().nodename}"[: NAME_MAX - 8] + f":{os.getpid()}"
-        self.timeout = base.seconds(timeout)
+        self.lock = self._kind(path, timeout=timeout, mount=mount)
         self._mount = mount
         if len(os.fsencode(self.name)) > NAME_MAX or "\0" in self.name:
             raise UsageError(
@@ -56,6 +65,24 @@ class Ballot:
 
     def _says(self, token: int) -> bytes:
         return b"%0*d %s" % (TOKEN_DIGITS, token, os.fsencode(self.name))
+
+    @property
+    def held(self) -> bool:
+        """Whether this object leads."""
+        return self.lock.held
+
+    @property
+    def token(self) -> int:
+        """The fencing token of this leadership: larger than that of every earlier one."""
+        return self.lock.token
+
+    def check(self) -> None:
+        """Raises LockLost if the leadership was lost, UsageError if there was none."""
+        self.lock.check()
+
+    def resign(self) -> None:
+        """Lead no longer. Raises UsageError if not elected; nothing if the leadership was lost."""
+        self.lock.release()
 
 
 def said(value: bytes) -> tuple[int, str]:

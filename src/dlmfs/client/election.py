@@ -7,28 +7,18 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from dlmfs.client.ballot import Ballot, said
-from dlmfs.client.place import AnyPath
 from dlmfs.client.sync import Lock
 
 R = TypeVar("R")
 
 
-class Election(Ballot):
+class Election(Ballot[Lock]):
     """`with Election("jobs/leader", "web1") as lead:` leads for the block, alone in the cluster.
 
     `lock` is the lock that makes it the leader: its `lost`, `wanted` and `wait_lost` are of use.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        name: str = "",
-        *,
-        timeout: float | None = None,
-        mount: AnyPath | None = None,
-    ) -> None:
-        super().__init__(path, name, timeout=timeout, mount=mount)
-        self.lock = Lock(path, timeout=timeout, mount=mount)
+    _kind = Lock
 
     def campaign(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Stand for election until elected. Arguments, return and errors as of `Lock.acquire`."""
@@ -47,10 +37,6 @@ class Election(Ballot):
             if said(word.get_value())[0] < self.lock.token:
                 word.set_value(self._says(self.lock.token))
 
-    def resign(self) -> None:
-        """Lead no longer. Raises UsageError if not elected; nothing if the leadership was lost."""
-        self.lock.release()
-
     def run(self, work: Callable[[Self], R]) -> R:
         """Stand for election, and when elected do `work`, which is given this object; then resign. What
         it returns. Raises LockLost if the leadership was lost meanwhile, and as `campaign`."""
@@ -64,20 +50,6 @@ class Election(Ballot):
         with Lock(self._word, shared=True, mount=self._mount) as word:
             _, name = said(word.get_value())
         return name if self.lock.locked() else None
-
-    @property
-    def held(self) -> bool:
-        """Whether this object leads."""
-        return self.lock.held
-
-    @property
-    def token(self) -> int:
-        """The fencing token of this leadership: larger than that of every earlier one."""
-        return self.lock.token
-
-    def check(self) -> None:
-        """Raises LockLost if the leadership was lost, UsageError if there was none."""
-        self.lock.check()
 
     def __enter__(self) -> Self:
         self.campaign()

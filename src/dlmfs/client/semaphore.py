@@ -16,15 +16,11 @@ from dlmfs.errors import TimedOut, UsageError
 AGAIN_S = 0.01
 
 
-class Semaphore(BaseSlots):
+class Semaphore(BaseSlots[Lock]):
     """`with Semaphore("jobs/import", 3) as slot:` has one of three slots, each of which is a lock.
 
     `lock` is that lock while it is held: its `token`, `lost`, `wait_lost` and value are the slot's.
     """
-
-    lock: Lock | None = None
-    slot = 0
-    """Its number, from 1; 0: none."""
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Have a slot, in the order of arrival. Arguments, return and errors as of `Lock.acquire`."""
@@ -65,34 +61,6 @@ class Semaphore(BaseSlots):
         finally:
             waits.end(self.lock)
         return first is not None
-
-    def _has(self, number: int, lock: Lock) -> None:
-        self.lock, self.slot, self._last = lock, number, number
-
-    @property
-    def held(self) -> bool:
-        """Whether this object has a slot, and has not lost it."""
-        return self.lock is not None and self.lock.held
-
-    @property
-    def token(self) -> int:
-        """The fencing token: larger than all earlier ones of this slot. Raises UsageError."""
-        return self._kept().token
-
-    def check(self) -> None:
-        """Raises LockLost if the slot was lost, UsageError if none was acquired."""
-        self._kept().check()
-
-    def release(self) -> None:
-        """Give the slot back. Raises UsageError if none was acquired; nothing if it was lost."""
-        lock = self._kept()
-        self.lock, self.slot = None, 0
-        lock.release()
-
-    def _kept(self) -> Lock:
-        if self.lock is None:
-            raise UsageError(f"no slot of {self.name} was acquired")
-        return self.lock
 
     def __enter__(self) -> Self:
         self.acquire()

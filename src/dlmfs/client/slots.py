@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from typing import Generic, TypeVar
 
 from dlmfs.client import base
 from dlmfs.client.place import AnyPath
@@ -23,8 +24,18 @@ SLOTS_MAX = 256
 """The first in the queue waits for each of them by a thread."""
 
 
-class BaseSlots:
-    """How many there are, where they lie, and until when one is waited for."""
+L = TypeVar("L", bound=base.BaseLock)
+
+
+class BaseSlots(Generic[L]):
+    """How many there are, where they lie, until when one is waited for, and which this object has.
+
+    `lock` is the slot's lock while it is held: its `token`, `lost`, `wait_lost` and value are the slot's.
+    """
+
+    lock: L | None = None
+    slot = 0
+    """Its number, from 1; 0: none."""
 
     def __init__(
         self,
@@ -68,6 +79,34 @@ class BaseSlots:
                 f"no slot of {self.slots} of {self.name} could be had within {limit:g} s"
             )
         return False
+
+    def _has(self, number: int, lock: L) -> None:
+        self.lock, self.slot, self._last = lock, number, number
+
+    def _kept(self) -> L:
+        if self.lock is None:
+            raise UsageError(f"no slot of {self.name} was acquired")
+        return self.lock
+
+    @property
+    def held(self) -> bool:
+        """Whether this object has a slot, and has not lost it."""
+        return self.lock is not None and self.lock.held
+
+    @property
+    def token(self) -> int:
+        """The fencing token: larger than all earlier ones of this slot. Raises UsageError."""
+        return self._kept().token
+
+    def check(self) -> None:
+        """Raises LockLost if the slot was lost, UsageError if none was acquired."""
+        self._kept().check()
+
+    def release(self) -> None:
+        """Give the slot back. Raises UsageError if none was acquired; nothing if it was lost."""
+        lock = self._kept()
+        self.lock, self.slot = None, 0
+        lock.release()
 
 
 class Left:
