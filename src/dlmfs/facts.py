@@ -19,7 +19,7 @@ from dlmfs.fs import kin
 if TYPE_CHECKING:
     from dlmfs.core.events import Claim
     from dlmfs.engine.lock import ClusterLock
-    from dlmfs.fs.openfiles import Handle
+    from dlmfs.fs.handle import Handle
     from dlmfs.node import Node
 
 Facts = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 
 from dlmfs.fs import kin, places
-from dlmfs.fs.openfiles import Handle
+from dlmfs.fs.handle import Handle
 from dlmfs.fs.places import Places
 from dlmfs.model import Mode
 from tests.fs.nodes import PATIENCE_S

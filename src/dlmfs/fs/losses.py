@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dlmfs.proc import command
 
 if TYPE_CHECKING:
-    from dlmfs.fs.openfiles import Handle
+    from dlmfs.fs.handle import Handle
 
 log = logging.getLogger("dlmfs.node")
 

@@ -21,6 +21,7 @@ from dlmfs.errors import DlmfsError, Unavailable
 from dlmfs.faults import Faults
 from dlmfs.fs import farewell, kin, signals
 from dlmfs.fs.answer import Answer, Reply
+from dlmfs.fs.handle import Handle
 from dlmfs.fs.interrupts import PATIENCE_S, Interrupts
 from dlmfs.fs.limits import Usage, User
 from dlmfs.fs.losses import Losses
@@ -41,34 +42,6 @@ FMODE_EXEC: Final = 0x20
 """The kernel's own flag of an open by execve(2): a value is no program, whatever its file's mode."""
 POLLIN: Final = 0x001 | 0x040  # POLLIN | POLLRDNORM
 POLLGONE: Final = 0x008 | 0x010  # POLLERR | POLLHUP
-
-
-class Handle(Claim):
-    """An open lock file. `unique` is the request that waits for it (0: none does), `poll` the
-    kernel's handle once poll(2) has slept on it."""
-
-    __slots__ = ("append", "charged", "file", "lock", "poll", "truncated", "unique", "user")
-
-    def __init__(
-        self, fh: int, pid: int, flags: int, file: LockFile, *, lock: ClusterLock, user: User
-    ) -> None:
-        self.fh = fh
-        self.mode = Mode.EX if flags & os.O_ACCMODE else Mode.PR
-        self.trying = bool(flags & os.O_NONBLOCK)
-        self.pid = pid
-        self.seq = 0
-        self.kin = None
-        self.token = 0
-        self.stage = Stage.WAITING
-        self.append = bool(flags & os.O_APPEND)
-        self.truncated = False  # since its opening or its last write: see `write`
-        self.file = file
-        self.lock = lock
-        self.user = user
-        self.unique = 0
-        self.charged = False
-        """Counted as a waiter of its user."""
-        self.poll: int | None = None
 
 
 class OpenFiles:

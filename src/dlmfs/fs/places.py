@@ -19,7 +19,7 @@ from dlmfs.timing import Scheduler, Timer
 
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
-    from dlmfs.fs.openfiles import Handle
+    from dlmfs.fs.handle import Handle
 
 KEPT_S: Final = 1.0
 """How long a place is kept. A program that retries is back within milliseconds."""

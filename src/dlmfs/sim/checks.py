@@ -21,7 +21,7 @@ from dlmfs.sim.oracle import Lock, Oracle, Violation, Write
 
 if TYPE_CHECKING:
     from dlmfs.engine.lock import ClusterLock
-    from dlmfs.fs.openfiles import Handle
+    from dlmfs.fs.handle import Handle
     from dlmfs.sim.cluster import Cluster
     from dlmfs.sim.node import SimNode
     from dlmfs.sim.programs import OpenFile, Process

@@ -19,7 +19,7 @@ from dlmfs.engine.lockspace import Lockspace
 from dlmfs.engine.membership import Config, Membership
 from dlmfs.errors import DlmfsError
 from dlmfs.fs.filesystem import FileSystem
-from dlmfs.fs.openfiles import Handle
+from dlmfs.fs.handle import Handle
 from dlmfs.fs.signals import Cause
 from dlmfs.fs.tree import Directory, Tree
 from dlmfs.fuse.wire import Header
